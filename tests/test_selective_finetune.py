@@ -1,0 +1,287 @@
+"""Training a slice: its gradient, its rounding, its files, against plain autograd on whole weights."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from utils.block_swap import checkpoint_blocks, place_model
+from utils.selective_finetune import SliceError, attach_slice, block_linears, read_ledger, slice_indices
+from wan.configs import WanConfig
+from wan.model import WanModel
+
+TINY = WanConfig("t2v", 48, 96, 4, 3, 4, 4, text_dim=24, freq_dim=32, text_len=7)
+
+
+def tiny_model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    model = WanModel(TINY).to(dtype).requires_grad_(False)
+    nn.init.normal_(model.head.head.weight, std=0.1)
+    return model
+
+
+def loss_of(model, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    x, target = torch.randn(2, 2, 4, 2, 6, 8, generator=draw)
+    context = [torch.randn(n, 24, generator=draw) for n in (3, 7)]
+    return (model(x, torch.tensor([300.0, 800.0]), context) - target).square().mean()
+
+
+def whole_gradients(model):
+    whole = copy.deepcopy(model)
+    for linear in block_linears(whole).values():
+        linear.weight.requires_grad_(True)
+    loss_of(whole).backward()
+    return {f"{name}.weight": linear.weight.grad for name, linear in block_linears(whole).items()}
+
+
+def cut(values, name, ff, ffid):
+    return values.flatten()[slice_indices(name, values.shape, ff, ffid)]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("swapped", [0, 2, 3])
+@pytest.mark.parametrize(("ff", "ffid"), [("0.0007", 3), ("0.01", 1), ("0.1", 9), ("0.7", 1), ("1", 1)])
+def test_slice_gradients_equal_those_of_whole_weights(ff, ffid, swapped, checkpointed):
+    model = tiny_model()
+    expected = whole_gradients(model)
+    trained = attach_slice(model, ff, ffid)
+    if checkpointed:
+        checkpoint_blocks(model)
+    place_model(model, "cpu", swapped, trained)
+    loss_of(model).backward()
+    for name, matrix in trained.matrices.items():
+        torch.testing.assert_close(matrix.difference.grad, cut(expected[name], name, ff, ffid), rtol=1e-5, atol=1e-8)
+
+
+@given(st.integers(1, 20), st.integers(1, 17), st.fractions("1/150", 1), st.data())
+@settings(max_examples=50, deadline=None)
+def test_any_shape_and_slice_has_the_gradient_of_the_whole_weight(rows, columns, ff, data):
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(columns, rows)])}).double()
+    linear, ffid = model["blocks"][0], data.draw(st.integers(1, int(1 / ff)))
+    if not len(slice_indices("blocks.0.weight", linear.weight.shape, ff, ffid)):
+        return
+    x = torch.randn(2, 5, columns, dtype=torch.float64, requires_grad=True)
+    linear(x).square().sum().backward()
+    whole, dx = linear.weight.grad.clone(), x.grad.clone()
+    x.grad = None
+    trained = attach_slice(model, ff, ffid)
+    linear(x).square().sum().backward()
+    expected = cut(whole, "blocks.0.weight", ff, ffid).float()
+    torch.testing.assert_close(trained.parameters()[0].grad, expected)
+    torch.testing.assert_close(x.grad, dx)
+
+
+def test_gradients_accumulate_over_micro_batches():
+    model = tiny_model()
+    trained = attach_slice(model, "0.05", 2)
+    loss_of(model, 1).backward()
+    first = [p.grad.clone() for p in trained.parameters()]
+    for parameter in trained.parameters():
+        parameter.grad = None
+    loss_of(model, 2).backward()
+    expected = [a + b.grad for a, b in zip(first, trained.parameters(), strict=True)]
+    loss_of(model, 1).backward()
+    torch.testing.assert_close([p.grad for p in trained.parameters()], expected)
+
+
+def train(model, trained, steps=3, lr=1e-3, **options):
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, **options)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trained.write_back()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("swapped", [1, 3])
+def test_a_swapped_model_trains_bit_for_bit_like_a_resident_one(swapped):
+    runs = []
+    for blocks_to_swap in (0, swapped):
+        model = tiny_model(torch.bfloat16)
+        trained = attach_slice(model, "0.02", 3)
+        checkpoint_blocks(model)
+        place_model(model, "cpu", blocks_to_swap, trained)
+        runs.append((train(model, trained), [p.detach() for p in trained.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_swapped_weights_keep_their_start_values_on_the_host():
+    model = tiny_model(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = attach_slice(model, "0.02", 3)
+    place_model(model, "cpu", 3, trained)
+    train(model, trained)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_outside_the_slice_moves_and_the_slice_is_start_plus_difference_rounded_once():
+    model, base = tiny_model(torch.bfloat16), tiny_model(torch.bfloat16).state_dict()
+    trained = attach_slice(model, "0.03", 5)
+    train(model, trained)
+    for name, tensor in model.state_dict().items():
+        expected = base[name].clone()
+        if name in trained.matrices:
+            flat = slice_indices(name, tensor.shape, "0.03", 5)
+            moved = expected.view(-1)[flat].float() + trained.matrices[name].difference.detach()
+            assert trained.matrices[name].difference.abs().min() > 0
+            expected.view(-1)[flat] = moved.bfloat16()
+        assert torch.equal(tensor, expected)
+
+
+def test_small_steps_on_bf16_weights_add_up_as_in_float32():
+    model = tiny_model(torch.bfloat16)
+    trained = attach_slice(model, "0.05", 1)
+    train(model, trained, steps=20, lr=1e-6, weight_decay=0.0)
+    moved = torch.cat([p.detach().abs() for p in trained.parameters()])
+    assert (moved > 0).all() and moved.median() > 2e-6
+
+
+def test_weight_decay_pulls_to_the_start_values():
+    model, base = tiny_model(), tiny_model().state_dict()
+    trained = attach_slice(model, "0.05", 1)
+    for parameter in trained.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=0.5, weight_decay=1.0)
+    for _ in range(60):
+        optimizer.step()
+    trained.write_back()
+    assert all(torch.equal(base[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_later_slice_leaves_the_values_of_an_earlier_one():
+    model = tiny_model(torch.bfloat16)
+    first = attach_slice(model, "0.1", 1)
+    train(model, first)
+    kept = {name: cut(model.state_dict()[name], name, "0.1", 1).clone() for name in first.matrices}
+    train(model, attach_slice(model, "0.1", 2))
+    assert all(torch.equal(kept[name], cut(model.state_dict()[name], name, "0.1", 1)) for name in kept)
+
+
+def test_only_the_columns_of_the_slice_are_kept_for_backward():
+    linear = nn.Linear(64, 32)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([linear])})
+    attach_slice(model, "0.05", 1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        linear(torch.randn(10, 64))
+    assert kept == [(10, 26)]  # 102.4 values are cut from 26 units of 4 rows
+
+
+def test_autocast_casts_before_the_product_is_saved():
+    model = tiny_model()
+    trained = attach_slice(model, "0.05", 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.blocks[0].ffn[0](torch.randn(3, 48, requires_grad=True)).float().square().mean()
+    loss.backward()
+    assert trained.matrices["blocks.0.ffn.0.weight"].difference.grad.dtype == torch.float32
+
+
+@pytest.fixture
+def base_file(tmp_path):
+    state = tiny_model(torch.bfloat16).state_dict()
+    wrapped = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+    save_file(wrapped, tmp_path / "base.safetensors", metadata={"num_heads": "4", "text_len": "7"})
+    return tmp_path / "base.safetensors"
+
+
+def test_the_checkpoint_is_the_base_with_the_values_in_use(base_file, tmp_path):
+    model = tiny_model(torch.bfloat16)
+    trained = attach_slice(model, "0.02", 7)
+    train(model, trained)
+    trained.save_checkpoint(base_file, tmp_path / "out.safetensors", {"note": "x"}, concept="character1", steps=3)
+    saved, base = load_file(tmp_path / "out.safetensors"), load_file(base_file)
+    assert list(saved) == list(base)
+    assert all(torch.equal(saved[f"model.diffusion_model.{n}"], tensor) for n, tensor in model.state_dict().items())
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["num_heads"], metadata["note"]) == ("4", "x")
+    (entry,) = read_ledger(metadata)
+    assert (entry["ff"], entry["ffid"], entry["name"], entry["steps"]) == ("0.02", 7, "character1", 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "out.safetensors"]
+
+
+def test_a_float32_file_gets_the_differences_that_were_trained_in_bf16(tmp_path):
+    save_file(tiny_model().state_dict(), tmp_path / "base.safetensors")
+    model = tiny_model().bfloat16()
+    trained = attach_slice(model, "0.02", 7)
+    train(model, trained)
+    trained.save_checkpoint(tmp_path / "base.safetensors", tmp_path / "out.safetensors")
+    saved, base = load_file(tmp_path / "out.safetensors"), tiny_model().state_dict()
+    for name, matrix in trained.matrices.items():
+        moved = cut(base[name], name, "0.02", 7) + matrix.difference.detach()
+        assert torch.equal(cut(saved[name], name, "0.02", 7), moved)
+
+
+def test_a_sharded_base_becomes_one_whole_file(tmp_path):
+    state = tiny_model(torch.bfloat16).state_dict()
+    names = list(state)
+    save_file({n: state[n] for n in names[:20]}, tmp_path / "a.safetensors")
+    save_file({n: state[n] for n in names[20:]}, tmp_path / "b.safetensors")
+    trained = attach_slice(tiny_model(torch.bfloat16), "0.02", 7)
+    trained.save_checkpoint([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "out.safetensors")
+    saved = load_file(tmp_path / "out.safetensors")
+    assert saved.keys() == state.keys() and all(torch.equal(saved[n], state[n]) for n in names)
+
+
+def test_another_base_is_refused_and_leaves_the_old_file(base_file, tmp_path):
+    trained = attach_slice(tiny_model(torch.bfloat16, seed=5), "0.02", 7)
+    (tmp_path / "out.safetensors").write_bytes(b"old")
+    with pytest.raises(SliceError, match="not what this slice was trained on"):
+        trained.save_checkpoint(base_file, tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == b"old"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_base_itself_is_never_written(base_file):
+    trained = attach_slice(tiny_model(torch.bfloat16), "0.02", 7)
+    with pytest.raises(SliceError, match="is the base itself"):
+        trained.save_checkpoint(base_file, base_file)
+
+
+def test_a_state_goes_on_where_it_was_and_another_slice_is_refused():
+    model = tiny_model(torch.bfloat16)
+    trained = attach_slice(model, "0.02", 7)
+    train(model, trained)
+    fresh = tiny_model(torch.bfloat16)
+    resumed = attach_slice(fresh, "0.02", 7)
+    resumed.load_state_dict(trained.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+    with pytest.raises(SliceError, match=r"ffid 7, not ff 0\.02 ffid 8"):
+        attach_slice(fresh, "0.02", 8).load_state_dict(trained.state_dict())
+
+
+def test_a_slice_that_is_empty_in_the_whole_model_is_refused():
+    with pytest.raises(SliceError, match="no matrix"):
+        attach_slice(tiny_model(), "0.0000001", 1)
+
+
+def test_differences_live_on_the_asked_device_and_fp8_weights_are_refused():
+    model = tiny_model()
+    model.blocks[0].ffn[0].weight.data = model.blocks[0].ffn[0].weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(SliceError, match="bf16, fp16 or fp32"):
+        attach_slice(model, "0.02", 7)
+
+
+def test_choosing_the_slices_of_a_14b_model_takes_under_two_seconds():
+    from time import perf_counter
+
+    from utils.selective_finetune import slice_units
+
+    shapes = [(5120, 5120)] * 8 + [(13824, 5120), (5120, 13824)]
+    begin = perf_counter()
+    units = [slice_units(f"blocks.{b}.{i}", s, "0.001", 7) for b in range(40) for i, s in enumerate(shapes)]
+    assert sum(u.count for u in units) == pytest.approx(14_050_918, abs=400)
+    assert perf_counter() - begin < 2 and json.dumps(units[0].count)

@@ -1,0 +1,248 @@
+"""The two caching jobs: a dataset's pictures and clips to latents, its captions to encoded tokens.
+
+B batch, C channels, T frames, H W height and width in pixels, F h w latent frames, height, width.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+from utils.buckets import SizedSource, sized_sources
+from utils.cache_files import (
+    clip_latents_path,
+    image_latents_path,
+    latents_files,
+    text_files,
+    text_path,
+    write_latents,
+    write_text,
+)
+from utils.frame_windows import clip_windows, frames_needed
+from utils.media import read_image, read_video
+from utils.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
+from utils.stale_caches import latents_problem, text_problem
+from wan.errors import InputError
+from wan.text_encoder import TextEncoder, load_text_encoder
+from wan.vae import WanVAE, load_vae
+
+
+@dataclass(frozen=True)
+class CacheLatentsConfig:
+    """`batch_size` None takes each dataset's own; `workers` are the threads that read pictures and videos ahead."""
+
+    dataset: DatasetConfig
+    vae: Path
+    device: str
+    vae_dtype: torch.dtype = torch.bfloat16
+    batch_size: int | None = None
+    workers: int = 1
+    skip_existing: bool = False
+    keep_cache: bool = False
+    disable_cudnn: bool = False
+
+
+@dataclass(frozen=True)
+class CacheTextConfig:
+    """`batch_size` None takes each dataset's own; `workers` are the threads that read the captions."""
+
+    dataset: DatasetConfig
+    t5: Path
+    tokenizer: Path | None
+    device: str
+    batch_size: int | None = None
+    workers: int = 1
+    skip_existing: bool = False
+    keep_cache: bool = False
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """One picture or clip to encode, without pixels if its cache is current; `named_size` is in its cache's name."""
+
+    path: Path
+    pixels_THWC: np.ndarray | None
+    named_size: tuple[int, int]
+    frame_count: int | None = None
+
+
+def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> None:
+    """Encodes every picture and clip of the datasets and writes their cache files.
+
+    InputError if a dataset, a file or the VAE cannot be read, or if a latent is not a finite number.
+    """
+    # Sizes before the VAE: what cannot be opened is found before anything is loaded or written.
+    plans = [
+        (dataset, sized_sources(dataset, _captioned(dataset, config.workers, say), config.workers))
+        for dataset in config.dataset.datasets
+    ]
+    _make_folders(config.dataset)
+    if config.disable_cudnn:
+        torch.backends.cudnn.enabled = False
+    vae = load_vae(config.vae, dtype=config.vae_dtype, device=config.device)
+    for number, (dataset, sized) in enumerate(plans, 1):
+        wanted = _cache_dataset_latents(dataset, sized, vae, config, number, say)
+        if not config.keep_cache:
+            _delete_others(latents_files(dataset.cache_directory), wanted, say)
+
+
+def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
+    """Encodes every caption of the datasets and writes their cache files.
+
+    InputError if a dataset or the text encoder cannot be read, or if a token is not a finite number.
+    """
+    plans = [(dataset, _captioned(dataset, config.workers, say)) for dataset in config.dataset.datasets]
+    _make_folders(config.dataset)
+    encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
+    for number, (dataset, sources) in enumerate(plans, 1):
+        _cache_dataset_text(dataset, sources, encoder, config, number)
+        if not config.keep_cache:
+            wanted = {text_path(dataset.cache_directory, source.stem) for source in sources}
+            _delete_others(text_files(dataset.cache_directory), wanted, say)
+
+
+def _captioned(dataset: AnyDataset, workers: int, say: Callable[[str], None]) -> Sequence[Source]:
+    sources = list_sources(dataset, workers)
+    if sources.left_out:
+        names = ", ".join(path.name for path in sources.left_out[:3])
+        say(f"{len(sources.left_out)} pictures without a caption are left out: {names}")
+    return sources.found
+
+
+def _make_folders(config: DatasetConfig) -> None:
+    for dataset in config.datasets:
+        try:
+            dataset.cache_directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cache_directory {dataset.cache_directory} cannot be made: {error.strerror}") from None
+
+
+def _cache_dataset_latents(
+    dataset: AnyDataset,
+    sized: Sequence[SizedSource],
+    vae: WanVAE,
+    config: CacheLatentsConfig,
+    number: int,
+    say: Callable[[str], None],
+) -> set[Path]:
+    """Writes one dataset's latents; returns the paths of all that belong to it, those that were skipped included."""
+    batch_size = config.batch_size or dataset.batch_size
+    units = _units(dataset, sized, batch_size)
+    wanted: set[Path] = set()
+    with tqdm(total=len(sized), desc=f"latents of dataset {number}", unit="file") as bar:
+        for unit, clips in zip(units, _read_ahead(dataset, units, config), strict=True):
+            if not clips:
+                say(f"{unit[0].source.path} is shorter than the smallest of its target_frames: left out")
+            wanted |= {clip.path for clip in clips}
+            _encode_clips([clip for clip in clips if clip.pixels_THWC is not None], vae, batch_size, config.vae_dtype)
+            bar.update(len(unit))
+    return wanted
+
+
+def _units(dataset: AnyDataset, sized: Sequence[SizedSource], batch_size: int) -> list[Sequence[SizedSource]]:
+    """What is read, encoded and written together: pictures of one bucket by batches, videos one by one."""
+    if isinstance(dataset, VideoDataset):
+        return [[entry] for entry in sized]
+    buckets = defaultdict(list)
+    for entry in sized:
+        buckets[entry.bucket].append(entry)
+    return [batch for _, members in sorted(buckets.items()) for batch in _batches(members, batch_size)]
+
+
+def _batches(entries: Sequence, size: int) -> Iterator[Sequence]:
+    return (entries[start : start + size] for start in range(0, len(entries), size))
+
+
+def _read_ahead(
+    dataset: AnyDataset, units: Iterable[Sequence[SizedSource]], config: CacheLatentsConfig
+) -> Iterator[list[_Clip]]:
+    """Each unit's clips in order, read by threads that are a few units ahead and no more."""
+    is_video = isinstance(dataset, VideoDataset)
+    read = _read_video_unit if is_video else _read_image_unit
+    # Whole videos are large, and their decoder has threads of its own.
+    ahead = 1 if is_video else config.workers
+    with ThreadPoolExecutor(ahead) as pool:
+        waiting = deque()
+        for unit in units:
+            waiting.append(pool.submit(read, dataset, unit, config.skip_existing))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _read_image_unit(dataset: ImageDataset, unit: Sequence[SizedSource], skip_existing: bool) -> list[_Clip]:
+    clips = []
+    for entry in unit:
+        path = image_latents_path(dataset.cache_directory, entry.source.stem, entry.size)
+        skipped = skip_existing and latents_problem(path, entry.source.path, 1, entry.bucket) is None
+        pixels = None if skipped else read_image(entry.source.path, entry.bucket)[None]
+        clips.append(_Clip(path, pixels, entry.size))
+    return clips
+
+
+def _read_video_unit(dataset: VideoDataset, unit: Sequence[SizedSource], skip_existing: bool) -> list[_Clip]:
+    [entry] = unit
+    source, bucket = entry.source, entry.bucket
+    video_THWC = read_video(source.path, bucket, dataset.source_fps, limit=frames_needed(dataset))
+    clips = []
+    for start, frames in clip_windows(dataset, len(video_THWC)):
+        path = clip_latents_path(dataset.cache_directory, source.stem, start, frames, bucket)
+        skipped = skip_existing and latents_problem(path, source.path, frames, bucket) is None
+        clips.append(_Clip(path, None if skipped else video_THWC[start : start + frames], bucket, frames))
+    return clips
+
+
+def _encode_clips(clips: Sequence[_Clip], vae: WanVAE, batch_size: int, dtype: torch.dtype) -> None:
+    """Encodes a unit in batches of equal shape; writes when all are there, so that no video is cached in part."""
+    by_shape = defaultdict(list)
+    for clip in clips:
+        by_shape[clip.pixels_THWC.shape].append(clip)
+    batches = [batch for members in by_shape.values() for batch in _batches(members, batch_size)]
+    encoded = [_encode_batch(batch, vae).to("cpu", dtype) for batch in batches]
+    for batch, latents_BCFHW in zip(batches, encoded, strict=True):
+        for clip, latents_CFHW in zip(batch, latents_BCFHW, strict=True):
+            write_latents(clip.path, latents_CFHW, clip.named_size, clip.frame_count)
+
+
+def _encode_batch(batch: Sequence[_Clip], vae: WanVAE) -> torch.Tensor:
+    pixels_BTHWC = torch.from_numpy(np.stack([clip.pixels_THWC for clip in batch])).to(vae.device)
+    video_BCTHW = rearrange(pixels_BTHWC.float() / 127.5 - 1, "b t h w c -> b c t h w")
+    latents_BCFHW = vae.encode(video_BCTHW.to(vae.dtype))
+    for clip, latents_CFHW in zip(batch, latents_BCFHW, strict=True):
+        _refuse_not_finite(latents_CFHW, f"the latents for {clip.path.name}", "try --vae_dtype float32")
+    return latents_BCFHW
+
+
+def _refuse_not_finite(values: torch.Tensor, what: str, advice: str) -> None:
+    if not torch.isfinite(values).all():
+        raise InputError(f"{what} hold values that are not finite, nothing was written for it: {advice}")
+
+
+def _delete_others(existing: Iterable[Path], wanted: set[Path], say: Callable[[str], None]) -> None:
+    others = [path for path in existing if path not in wanted]
+    for path in others:
+        path.unlink()
+    if others:
+        say(f"deleted {len(others)} cache files that are not of this dataset (--keep_cache keeps them)")
+
+
+def _cache_dataset_text(
+    dataset: AnyDataset, sources: Sequence[Source], encoder: TextEncoder, config: CacheTextConfig, number: int
+) -> None:
+    entries = [(text_path(dataset.cache_directory, source.stem), source.caption) for source in sources]
+    if config.skip_existing:
+        entries = [entry for entry in entries if text_problem(*entry) is not None]
+    with tqdm(total=len(entries), desc=f"captions of dataset {number}", unit="caption") as bar:
+        for batch in _batches(entries, config.batch_size or dataset.batch_size):
+            encoded = encoder([caption for _, caption in batch])
+            for (path, caption), text_SD in zip(batch, encoded, strict=True):
+                _refuse_not_finite(text_SD, f"the tokens for {path.name}", "the text encoder's file may be damaged")
+                write_text(path, text_SD.to("cpu", torch.bfloat16), caption)
+            bar.update(len(batch))

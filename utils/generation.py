@@ -1,0 +1,254 @@
+"""Pictures, videos and latents from prompts: the job behind wan_generate_video.py.
+
+One model is in memory at a time: the text encoder, then each DiT, then the VAE decodes.
+"""
+
+import gc
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import outputs
+from utils.block_swap import place_model
+from utils.prompts import SamplePrompt, parse_prompt_line
+from utils.sampling import TIMESTEPS, Denoising, Sample, advance, decode_latent, encode_samples, resolve_sample
+from wan.configs import TASKS
+from wan.errors import InputError
+from wan.loading import CheckpointHeader, check_fits_task, file_dtype, is_fp8, load_dit, read_checkpoint_header
+from wan.text_encoder import load_text_encoder
+from wan.vae import WanVAE, load_vae
+
+OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
+_LATENT_OUTPUTS = ("latent", "both", "latent_images")
+_FRAME_OUTPUTS = ("images", "latent_images")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What to make (prompts, typed prompts or saved latents), with which files, where to."""
+
+    task: str
+    save_path: Path
+    output_type: str
+    fps: int
+    write_metadata: bool
+    prompts: tuple[SamplePrompt, ...]
+    typed_defaults: SamplePrompt | None  # set: prompts are typed, one a line
+    latent_paths: tuple[Path, ...]
+    dit: Path | None
+    dit_high_noise: Path | None
+    vae: Path | None
+    t5: Path | None
+    tokenizer: Path | None
+    solver: str
+    boundary: float | None  # share of the timesteps above which dit_high_noise works
+    guidance_scale_high: float | None
+    blocks_to_swap: int
+    device: torch.device
+    dit_dtype: torch.dtype | None  # None: the file's
+    vae_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """A DiT and the timesteps that it samples: those >= t_end that no expert before it took."""
+
+    path: Path
+    dtype: torch.dtype
+    guidance_scale: float | None  # None: the sample's
+    t_end: float
+
+
+def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
+    """Makes and saves what `config` asks for; the paths of the files and folders come back.
+
+    InputError, before anything is encoded or written, if a file does not fit.
+    """
+    if config.latent_paths:
+        return _decode_latent_files(config, say)
+    experts = _read_experts(config, say)
+    vae = _load_vae(config)
+    if config.typed_defaults is None:
+        return _sample_all(config, config.prompts, experts, vae, say)
+    return _sample_typed(config, experts, vae, say)
+
+
+def _read_experts(config: GenerateConfig, say: Callable[[str], None]) -> list[_Expert]:
+    experts = [_read_expert(config, config.dit, None, 0.0, say)]
+    if config.dit_high_noise is not None:
+        t_end = config.boundary * TIMESTEPS
+        experts.insert(0, _read_expert(config, config.dit_high_noise, config.guidance_scale_high, t_end, say))
+    elif TASKS[config.task].boundary is not None:
+        say(f"{config.task} has two experts; without --dit_high_noise {config.dit.name} takes every step")
+    return experts
+
+
+def _read_expert(
+    config: GenerateConfig, path: Path, guidance_scale: float | None, t_end: float, say: Callable[[str], None]
+) -> _Expert:
+    header = read_checkpoint_header(path)
+    check_fits_task(header, config.task)
+    dtype = config.dit_dtype or _compute_dtype(header)
+    say(f"{path}: computes in {_dtype_name(dtype)}")
+    return _Expert(path, dtype, guidance_scale, t_end)
+
+
+def _compute_dtype(header: CheckpointHeader) -> torch.dtype:
+    return torch.bfloat16 if is_fp8(header) else file_dtype(header)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _load_vae(config: GenerateConfig) -> WanVAE | None:
+    """The VAE on the CPU: loaded first since it is small, and a wrong file should not cost a sampling run."""
+    return None if config.output_type == "latent" else load_vae(config.vae, config.vae_dtype, "cpu")
+
+
+def _sample_typed(
+    config: GenerateConfig, experts: Sequence[_Expert], vae: WanVAE | None, say: Callable[[str], None]
+) -> list[Path]:
+    paths = []
+    say("type a prompt, with options as in a prompt file; an empty line ends")
+    for number, line in enumerate(iter(sys.stdin.readline, ""), 1):
+        if not line.strip():
+            break
+        try:
+            prompt = parse_prompt_line(line, config.typed_defaults, f"line {number}")
+        except InputError as error:
+            say(f"error: {error}")  # the next line may be right
+            continue
+        paths += _sample_all(config, [prompt], experts, vae, say)
+    return paths
+
+
+def _sample_all(
+    config: GenerateConfig,
+    prompts: Sequence[SamplePrompt],
+    experts: Sequence[_Expert],
+    vae: WanVAE | None,
+    say: Callable[[str], None],
+) -> list[Path]:
+    samples = [_resolve(prompt, config) for prompt in prompts]
+    for sample in samples:
+        say(_describe(sample))
+    texts = _encode(config, samples)
+    denoisings = [Denoising(sample) for sample in samples]
+    with tqdm(total=sum(sample.steps for sample in samples), desc="steps", unit="step") as bar:
+        for expert in experts:
+            _run_expert(config, expert, denoisings, texts, bar.update)
+    return _save_all(config, denoisings, vae, say)
+
+
+def _resolve(prompt: SamplePrompt, config: GenerateConfig) -> Sample:
+    return resolve_sample(prompt, TASKS[config.task], seed=random.SystemRandom().randrange(2**32), solver=config.solver)
+
+
+def _describe(sample: Sample) -> str:
+    return (
+        f"{sample.prompt!r}: {sample.width}x{sample.height}, {sample.frames} frames, seed {sample.seed}, "
+        f"{sample.steps} steps of {sample.solver}, flow shift {sample.flow_shift:g}, guidance {sample.guidance_scale:g}"
+    )
+
+
+def _encode(config: GenerateConfig, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    text_encoder = load_text_encoder(config.t5, config.tokenizer, dtype=torch.bfloat16, device=config.device)
+    return encode_samples(text_encoder, samples)
+
+
+def _run_expert(
+    config: GenerateConfig,
+    expert: _Expert,
+    denoisings: Sequence[Denoising],
+    texts: Mapping[str, Tensor],
+    on_step: Callable[[], object],
+) -> None:
+    if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
+        return
+    model = load_dit(expert.path, dtype=expert.dtype, device="cpu")
+    place_model(model, config.device, config.blocks_to_swap)
+    for denoising in denoisings:
+        guidance_scale = expert.guidance_scale
+        if guidance_scale is None:
+            guidance_scale = denoising.sample.guidance_scale
+        advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step)
+    del model
+    gc.collect()  # blocks whose forward was wrapped refer to themselves, and the next model needs their memory
+
+
+def _save_all(
+    config: GenerateConfig, denoisings: Sequence[Denoising], vae: WanVAE | None, say: Callable[[str], None]
+) -> list[Path]:
+    stems = _free_stems(config.save_path, [denoising.sample.seed for denoising in denoisings])
+    paths = []
+    if config.output_type in _LATENT_OUTPUTS:
+        # All of them before the first is decoded: what took the time is safe if the decoder runs out of memory.
+        for stem, denoising in zip(stems, denoisings, strict=True):
+            metadata = _latent_metadata(denoising.sample) if config.write_metadata else {}
+            path = config.save_path / f"{stem}_latent.safetensors"
+            paths.append(outputs.save_latent(path, denoising.latent_CFHW, metadata))
+    if vae is not None:
+        vae.to(config.device)
+        paths += [
+            _save_decoded(config, vae, denoising.latent_CFHW, stem)
+            for stem, denoising in zip(stems, denoisings, strict=True)
+        ]
+    for path in paths:
+        say(f"saved {path}")
+    return paths
+
+
+def _free_stems(folder: Path, seeds: Sequence[int | str]) -> list[str]:
+    """One file name stem (time, seed) a seed, in order of time; none is in use in `folder` or given twice."""
+    stems = []
+    moment = datetime.now()
+    for seed in seeds:
+        while any(folder.glob(f"{_time_flag(moment)}_{seed}*")):
+            moment += timedelta(milliseconds=1)
+        stems.append(f"{_time_flag(moment)}_{seed}")
+        moment += timedelta(milliseconds=1)
+    return stems
+
+
+def _time_flag(moment: datetime) -> str:
+    return f"{moment:%Y%m%d-%H%M%S}-{moment.microsecond // 1000:03d}"
+
+
+def _latent_metadata(sample: Sample) -> dict[str, str]:
+    values = {
+        "seeds": sample.seed,
+        "prompt": sample.prompt,
+        "height": sample.height,
+        "width": sample.width,
+        "video_length": sample.frames,
+        "infer_steps": sample.steps,
+        "guidance_scale": sample.guidance_scale,
+        "negative_prompt": sample.negative_prompt,
+    }
+    return {key: str(value) for key, value in values.items()}
+
+
+def _save_decoded(config: GenerateConfig, vae: WanVAE, latent_CFHW: Tensor, stem: str) -> Path:
+    video_3THW = decode_latent(vae, latent_CFHW)
+    if config.output_type in _FRAME_OUTPUTS:
+        return outputs.save_frames(config.save_path, stem, video_3THW)
+    return outputs.save_sample(config.save_path, stem, video_3THW, config.fps)
+
+
+def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
+    loaded = [outputs.load_latent(path) for path in config.latent_paths]
+    vae = load_vae(config.vae, config.vae_dtype, config.device)
+    stems = _free_stems(config.save_path, [metadata.get("seeds", "0") for _, metadata in loaded])
+    paths = []
+    for source, stem, (latent_CFHW, _) in zip(config.latent_paths, stems, loaded, strict=True):
+        paths.append(_save_decoded(config, vae, latent_CFHW, f"{stem}_{source.stem}"))
+        say(f"saved {paths[-1]}")
+    return paths

@@ -1,0 +1,155 @@
+"""Pictures and videos from disk, brought to a size."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from wan.errors import InputError
+
+try:
+    import pillow_jxl  # noqa: F401  (importing it teaches Pillow the format)
+
+    _JXL = (".jxl",)
+except ImportError:
+    _JXL = ()
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", *_JXL)
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".gif")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture as its header tells; InputError names a file that is none."""
+    with _readable(path), Image.open(path) as image:
+        return image.size
+
+
+def video_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a video, or of the first picture of a folder of them."""
+    if path.is_dir():
+        return image_size(_pictures(path)[0])
+    with _readable(path), av.open(path) as container:
+        stream = _video_stream(container, path)
+        return stream.codec_context.width, stream.codec_context.height
+
+
+def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A picture as uint8 [height, width, 3], resized and cropped to `size` (width, height); alpha is dropped."""
+    with _readable(path), Image.open(path) as image:
+        pixels = np.asarray(image if image.mode in ("RGB", "RGBA") else image.convert("RGB"))
+    return resize_and_crop(pixels, size)[..., :3]
+
+
+def read_video(
+    path: Path,
+    size: tuple[int, int],
+    source_fps: float | None = None,
+    target_fps: float = 16.0,
+    limit: int | None = None,
+) -> np.ndarray:
+    """The frames of a video, or of a folder of pictures, as uint8 [frames, height, width, 3] at `size`.
+
+    With `source_fps`, only the frames that remain at `target_fps`; at most `limit` frames.
+    """
+    with _readable(path):
+        frames = [resize_and_crop(pixels, size) for pixels in _frames(path, size, source_fps, target_fps, limit)]
+    width, height = size
+    return np.stack(frames) if frames else np.zeros((0, height, width, 3), np.uint8)
+
+
+def count_frames(
+    path: Path, source_fps: float | None = None, target_fps: float = 16.0, limit: int | None = None
+) -> int:
+    """How many frames read_video would return."""
+    with _readable(path):
+        kept = _keep(_undecoded(path), source_fps, target_fps)
+        return sum(1 for _ in islice(kept, limit))
+
+
+def resize_and_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [height, width, channels] scaled to cover `size` (width, height), the middle of it cut out.
+
+    Lanczos (Pillow) upwards; downwards the mean of the covered area, weighted by coverage as OpenCV's INTER_AREA.
+    """
+    width, height = size
+    old_height, old_width = pixels.shape[:2]
+    if (old_width, old_height) == size:
+        return pixels
+    scale = max(width / old_width, height / old_height)
+    new_width, new_height = int(old_width * scale + 0.5), int(old_height * scale + 0.5)
+    if scale > 1:
+        resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.LANCZOS))
+    else:
+        resized = _area_mean(pixels, new_width, new_height)
+    left, top = (new_width - width) // 2, (new_height - height) // 2
+    return np.ascontiguousarray(resized[top : top + height, left : left + width])
+
+
+def _area_mean(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    rows = _mean_along(pixels, height, axis=0)
+    return np.rint(_mean_along(rows, width, axis=1)).clip(0, 255).astype(np.uint8)
+
+
+def _mean_along(pixels: np.ndarray, length: int, axis: int) -> np.ndarray:
+    """Each output covers the same share of the axis: a difference of the running sum at its two edges."""
+    old_length = pixels.shape[axis]
+    exact = np.uint32 if pixels.dtype == np.uint8 else np.float64
+    total = np.insert(np.cumsum(pixels, axis, dtype=exact), 0, 0, axis)
+    edges = np.arange(length + 1) * old_length / length
+    below = np.minimum(edges.astype(int), old_length - 1)
+    part = np.expand_dims(edges - below, [a for a in range(pixels.ndim) if a != axis])
+    low, high = total.take(below, axis).astype(np.float64), total.take(below + 1, axis).astype(np.float64)
+    return np.diff(low + part * (high - low), axis=axis) * (length / old_length)
+
+
+def _frames(path: Path, size: tuple[int, int], source_fps, target_fps, limit) -> Iterator[np.ndarray]:
+    kept = islice(_keep(_undecoded(path), source_fps, target_fps), limit)
+    if path.is_dir():
+        return (read_image(picture, size) for picture in kept)
+    return (frame.to_ndarray(format="rgb24") for frame in kept)
+
+
+def _undecoded(path: Path) -> Iterator:
+    """A folder's pictures as paths, a video's frames before their conversion to RGB."""
+    if path.is_dir():
+        yield from _pictures(path)
+        return
+    with av.open(path) as container:
+        stream = _video_stream(container, path)
+        stream.thread_type = "AUTO"
+        yield from container.decode(stream)
+
+
+def _keep(frames: Iterator, source_fps: float | None, target_fps: float) -> Iterator:
+    """Drops frames of a faster source: one stays where floor(i * target / source) moves on."""
+    ratio = 1.0 if source_fps is None else target_fps / source_fps
+    last = -1
+    for index, frame in enumerate(frames):
+        if source_fps is None or int(index * ratio) != last:
+            last = int(index * ratio)
+            yield frame
+
+
+def _pictures(folder: Path) -> list[Path]:
+    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not pictures:
+        raise InputError(f"{folder} holds no pictures; looked for {' '.join(IMAGE_SUFFIXES)}")
+    return pictures
+
+
+def _video_stream(container, path: Path):
+    if not container.streams.video:
+        raise InputError(f"{path} has no video in it")
+    return container.streams.video[0]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, Image.DecompressionBombError, av.FFmpegError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,153 @@
+"""Optimizers by name or dotted path, for slices: flat lists of differences that start at zero."""
+
+import ast
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wan.errors import InputError
+
+# What these read from a parameter, a slice does not have: its parameters are flat, and start at zero.
+_NEED_MATRICES = "needs whole weight matrices, and a slice trains as a flat list of values"
+_NEED_SCALE = "scales its steps by the size of the weights, and a slice trains the difference from them, which starts at 0"
+_UNFIT = {
+    **dict.fromkeys(("muon", "shampoo", "soap", "galore", "apollo", "kron", "lomo"), _NEED_MATRICES),
+    **dict.fromkeys(("lamb", "lars", "torch.optim.adafactor"), _NEED_SCALE),
+    "sparseadam": "takes sparse gradients, and a slice's are dense",
+    "lbfgs": "evaluates the loss several times a step, and a training step does it once",
+    "schedulefree": "keeps two sets of weights, and a checkpoint would hold the wrong one",
+}
+_INSTEAD = "use AdamW, AdamW8bit, Lion8bit, Adafactor, another of torch.optim, or a dotted path"
+_ADAFACTOR_SETTINGS = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimizer, with which arguments; `name` may be empty for AdamW."""
+
+    name: str = ""
+    learning_rate: float = 2e-6
+    args: tuple[str, ...] = ()  # key=value, the value a Python literal
+    max_grad_norm: float = 1.0  # 0: gradients are not clipped
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer over `parameters`; InputError if it is unknown, unfit for slices, or its arguments are wrong."""
+    optimizer_class = _find_class(config.name or "AdamW")
+    arguments = parse_arguments("--optimizer_args", config.args)
+    if _is_adafactor(optimizer_class):
+        arguments = _adafactor_arguments(arguments)
+    try:
+        return optimizer_class(parameters, lr=config.learning_rate, **arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--optimizer_type {config.name} with {dict(arguments)}: {error}") from None
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises what build_optimizer would, from a parameter of one value."""
+    build_optimizer(config, [nn.Parameter(torch.zeros(1))])
+
+
+def parse_arguments(flag: str, pairs: Sequence[str]) -> dict:
+    """`key=value` pairs as a dict; InputError names the flag."""
+    arguments = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        try:
+            arguments[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            equals = ""
+        if not equals:
+            raise InputError(f"{flag} {pair}: write key=value, where value is a number, True, False, None or 'text'")
+    return arguments
+
+
+def find_attribute(path: str, flag: str):
+    """What a dotted path `package.module.Name` names; InputError if there is no such module or name."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{flag} {path} cannot be imported: {error}") from None
+
+
+def step_statistics(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
+    """Each group's learning rate; times `d` too where the optimizer (Prodigy, D-Adaptation) estimates that."""
+    groups = optimizer.param_groups
+    names = ["lr/slice"] if len(groups) == 1 else [f"lr/group{i}" for i in range(len(groups))]
+    rates = {name: float(group["lr"]) for name, group in zip(names, groups, strict=True)}
+    estimated = {
+        name.replace("lr/", "lr/d*lr/"): float(group["d"]) * float(group["lr"])
+        for name, group in zip(names, groups, strict=True)
+        if "d" in group
+    }
+    return {**rates, **estimated}
+
+
+def move_state(optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer's state dict with its tensors on the CPU."""
+    return _on_cpu(optimizer.state_dict())
+
+
+def _on_cpu(value):
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(entry) for entry in value)
+    return value
+
+
+def _find_class(name: str) -> type[torch.optim.Optimizer]:
+    _refuse_unfit(name)
+    if name.lower() == "adafactor":
+        # Here, because the import takes seconds.
+        from transformers.optimization import Adafactor
+
+        return Adafactor
+    if "." in name:
+        found = find_attribute(name, "--optimizer_type")
+    elif name.lower().endswith("8bit"):
+        found = _classes_by_name(_bitsandbytes()).get(name.lower())
+    else:
+        found = _classes_by_name(torch.optim).get(name.lower())
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise InputError(f"--optimizer_type {name} is no optimizer that is known here: {_INSTEAD}")
+    return found
+
+
+def _refuse_unfit(name: str) -> None:
+    lowered = name.lower()
+    for unfit, reason in _UNFIT.items():
+        if unfit in lowered:
+            raise InputError(f"--optimizer_type {name} {reason}: {_INSTEAD}")
+
+
+def _classes_by_name(module) -> dict[str, type]:
+    return {name.lower(): value for name, value in vars(module).items() if isinstance(value, type)}
+
+
+def _bitsandbytes():
+    try:
+        return importlib.import_module("bitsandbytes.optim")
+    except ImportError as error:
+        raise InputError(f"8-bit optimizers need bitsandbytes ({error}): pip install bitsandbytes") from None
+
+
+def _is_adafactor(optimizer_class: type) -> bool:
+    return optimizer_class.__name__ == "Adafactor"
+
+
+def _adafactor_arguments(arguments: Mapping) -> dict:
+    """relative_step takes its rate from scale_parameter's scale of the weights, and a slice has neither."""
+    for key in _ADAFACTOR_SETTINGS:
+        if arguments.get(key):
+            raise InputError(
+                f"--optimizer_args {key}={arguments[key]}: Adafactor with {key} {_NEED_SCALE}; leave it out (it is "
+                "False here) and set --learning_rate"
+            )
+    return {**arguments, **_ADAFACTOR_SETTINGS}

@@ -1,0 +1,94 @@
+"""Writing samples: PNG, mp4 and latent files, each complete or not there at all.
+
+Shapes: T frames, H W height and width in pixels, C latent channels, F h w latent frames, height, width.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wan.errors import InputError
+from wan.state_dict_files import read_state_dict
+
+LATENT_KEY = "latent"
+
+
+def to_frames(video_3THW: Tensor) -> np.ndarray:
+    """uint8 [T, H, W, 3] of a video [3, T, H, W] in [-1, 1]; what lies outside is clamped."""
+    levels = ((video_3THW.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def save_sample(folder: Path, stem: str, video_3THW: Tensor, fps: int) -> Path:
+    """Saves {stem}_000.png for one frame, else {stem}.mp4; the path comes back."""
+    if video_3THW.shape[1] == 1:
+        return save_image(folder / f"{stem}_000.png", video_3THW[:, 0])
+    return save_video(folder / f"{stem}.mp4", video_3THW, fps)
+
+
+def save_frames(folder: Path, stem: str, video_3THW: Tensor) -> Path:
+    """Saves every frame: {stem}_000.png if there is one, else {stem}/{stem}_000.png, {stem}/{stem}_001.png, ..."""
+    if video_3THW.shape[1] == 1:
+        return save_image(folder / f"{stem}_000.png", video_3THW[:, 0])
+    for number, frame_3HW in enumerate(video_3THW.unbind(1)):
+        save_image(folder / stem / f"{stem}_{number:03d}.png", frame_3HW)
+    return folder / stem
+
+
+def save_image(path: Path, frame_3HW: Tensor) -> Path:
+    """Saves one frame [3, H, W] in [-1, 1] as PNG."""
+    picture = Image.fromarray(to_frames(frame_3HW[:, None])[0])
+    with _completed(path) as partial:
+        picture.save(partial, format="PNG")
+    return path
+
+
+def save_video(path: Path, video_3THW: Tensor, fps: int) -> Path:
+    """Saves a video [3, T, H, W] in [-1, 1] as H.264 mp4; H and W are even."""
+    frames = to_frames(video_3THW)
+    with _completed(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        # crf 10 is what Wan's own `quality=8` becomes for libx264.
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def save_latent(path: Path, latent_CFhw: Tensor, metadata: Mapping[str, str]) -> Path:
+    """Saves a normalised latent as float32 under the key `latent`, as musubi-tuner's generation does."""
+    with _completed(path) as partial:
+        save_file({LATENT_KEY: latent_CFhw.float().cpu().contiguous()}, partial, metadata=dict(metadata))
+    return path
+
+
+def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """The latent [16, F, h, w] (float32) and the metadata of a latent file; InputError if it is not one."""
+    tensors, metadata = read_state_dict(path, "latent file")
+    shape = list(tensors[LATENT_KEY].shape) if LATENT_KEY in tensors else None
+    # Older files have a batch axis.
+    if shape is None or len(shape) not in (4, 5) or shape[:-3] not in ([16], [1, 16]):
+        found = "none" if shape is None else f"the shape {shape}"
+        raise InputError(f"latent file {path}: `{LATENT_KEY}` of [16, frames, height, width] expected, found {found}")
+    return tensors[LATENT_KEY].float().reshape(shape[-4:]), metadata
+
+
+@contextmanager
+def _completed(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` once written; a failure leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,271 @@
+"""Wan transformers from safetensors files: what a file holds, which task it fits, the model itself."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from wan.configs import TASKS, WanConfig
+from wan.errors import InputError
+from wan.fp8 import FP8, check_quantisation, dequantised, is_companion, scale_of
+from wan.model import WanModel
+from wan.safetensors_header import DTYPES, TensorEntry, read_file_header, read_tensor
+
+_PREFIX = re.compile(r"(?:model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)*")
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+# What else users have, told by a part of its tensors' names.
+_OTHER_FILES = {
+    "condition_embedder.": "has diffusers' names; use the file with Wan's own names (of the repository without -Diffusers)",
+    "lora_": "is a LoRA; use the checkpoint itself",
+    "decoder.": "is a VAE; use the transformer's file",
+    "token_embedding.": "is a text encoder; use the transformer's file",
+    "shared.weight": "is a text encoder; use the transformer's file",
+}
+_OTHER_MODELS = {
+    "img_emb.": "is a Wan 2.1 image-to-video model with a CLIP branch",
+    "vace_": "is a VACE model",
+    "control_adapter.": "is a camera control model",
+    "ref_conv.": "is a Fun control model",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointHeader:
+    """The headers of a checkpoint's files: where each tensor lies by its original name, and all metadata.
+
+    Stored names have `prefix` in front of the original ones.
+    """
+
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    prefix: str
+
+
+def read_checkpoint_header(path: str | Path) -> CheckpointHeader:
+    """What a checkpoint holds; `path` is a .safetensors file, a shard, their index.json, or a folder with one checkpoint.
+
+    InputError if a file is missing or damaged, is not a Wan transformer, or is quantised in an unknown way.
+    """
+    path = Path(path)
+    files = _checkpoint_files(path)
+    stored, metadata = {}, {}
+    for file in files:
+        entries, file_metadata = read_file_header(file)
+        if twice := stored.keys() & entries.keys():
+            raise InputError(f"{path}: {min(twice)} is in two of its files; get them again")
+        stored.update(entries)
+        metadata.update(file_metadata)
+    prefix = _find_prefix(path, stored)
+    tensors = {_WRAPPERS.sub("", key).removeprefix(prefix): entry for key, entry in stored.items()}
+    if len(tensors) < len(stored):
+        raise InputError(f"{path}: some tensors are there with and without a prefix; use a file with one model")
+    check_quantisation(path, tensors, metadata)
+    return CheckpointHeader(tuple(files), tensors, metadata, prefix)
+
+
+def config_from_header(header: CheckpointHeader) -> WanConfig:
+    """The model's widths, from its tensors' shapes; heads and text length from the metadata where it has them.
+
+    InputError if the tensors are not exactly those of a model that this project knows.
+    """
+    source, tensors = header.files[0], header.tensors
+    for part, what in _OTHER_MODELS.items():
+        if any(part in name for name in tensors):
+            raise InputError(f"{source} {what}, which is not supported; supported are {', '.join(TASKS)}")
+    dim = _length(header, "head.modulation", 3, 2)
+    in_dim = _length(header, "patch_embedding.weight", 5, 1)
+    out_dim = _length(header, "head.head.weight", 2, 0) // 4
+    config = WanConfig(
+        model_type=_model_type(source, in_dim, out_dim),
+        dim=dim,
+        ffn_dim=_length(header, "blocks.0.ffn.0.weight", 2, 0),
+        num_heads=_num_heads(header, dim),
+        num_layers=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        in_dim=in_dim,
+        out_dim=out_dim,
+        text_dim=_length(header, "text_embedding.0.weight", 2, 1),
+        freq_dim=_length(header, "time_embedding.0.weight", 2, 1),
+        text_len=_metadata_number(header, "text_len", 512),
+    )
+    _check_tensors(header, config)
+    return config
+
+
+def check_fits_task(header: CheckpointHeader, task_name: str) -> None:
+    """InputError, naming the tasks that fit, if the file's model is another task's.
+
+    A file with `num_heads` in its metadata is no released model; it goes with any task of its kind.
+    """
+    if task_name not in TASKS:
+        raise InputError(f"--task {task_name} is unknown; allowed are {', '.join(TASKS)}")
+    config = config_from_header(header)
+    kinds = {name: task.config for name, task in TASKS.items() if task.config.model_type == config.model_type}
+    fits = [name for name, known in kinds.items() if replace(config, text_len=known.text_len) == known]
+    if "num_heads" in header.metadata:
+        fits = list(kinds)
+    if task_name in fits:
+        return
+    widths = f"width {config.dim}, {config.num_layers} blocks, {config.in_dim} input channels"
+    advice = f"use --task {' or '.join(fits)}" if fits else "no task has these widths"
+    raise InputError(f"{header.files[0]} ({widths}) does not fit --task {task_name}: {advice}")
+
+
+def file_dtype(header: CheckpointHeader) -> torch.dtype:
+    """The dtype in which the file stores (most of) its block matrices."""
+    values = Counter()
+    for name, entry in header.tensors.items():
+        if name.startswith("blocks.") and len(entry.shape) == 2:
+            values[entry.dtype] += entry.numel
+    return DTYPES[values.most_common(1)[0][0]]
+
+
+def is_fp8(header: CheckpointHeader) -> bool:
+    """Whether any weight of the file is stored in fp8."""
+    return any(entry.dtype in FP8 for entry in header.tensors.values())
+
+
+def load_dit(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> WanModel:
+    """The frozen model of a checkpoint, all in `dtype`: the file's own by default, bfloat16 for fp8 files.
+
+    On the CPU, tensors that are in `dtype` already stay mapped from the file. Errors: as read_checkpoint_header's and
+    config_from_header's.
+    """
+    header = read_checkpoint_header(path)
+    config = config_from_header(header)
+    if dtype is None:
+        dtype = torch.bfloat16 if is_fp8(header) else file_dtype(header)
+    with torch.device("meta"):
+        model = WanModel(config)
+    model.load_state_dict(dict(_load_tensors(header, dtype, torch.device(device))), strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _checkpoint_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return _checkpoint_files(_only_checkpoint(path))
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    if path.name.endswith(".index.json"):
+        return _indexed_files(path)
+    if path.suffix.lower() != ".safetensors":
+        raise InputError(f"{path} is no .safetensors file, the one format that transformers are loaded from")
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None:
+        return [path]
+    stem, count = shard["stem"], int(shard["count"])
+    return [path.with_name(f"{stem}-{number:05}-of-{count:05}.safetensors") for number in range(1, count + 1)]
+
+
+def _only_checkpoint(folder: Path) -> Path:
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".safetensors")
+    indices = sorted(file.name for file in folder.glob("*.safetensors.index.json"))
+    stems = {shard["stem"] if (shard := _SHARD.fullmatch(name)) else name for name in names}
+    if len(indices) == 1:
+        return folder / indices[0]
+    if len(stems) == 1:
+        return folder / names[0]
+    found = ", ".join([*indices, *names][:4]) or "none"
+    experts = [name for name in ("high_noise_model", "low_noise_model") if (folder / name).is_dir()]
+    hint = f"; give {' or '.join(experts)} inside it" if experts else "; give the file itself"
+    raise InputError(f"{folder} does not hold exactly one checkpoint (found: {found}){hint}")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        plain = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        plain = False
+    if not plain or not names:
+        raise InputError(f"{index} is no index of a sharded checkpoint (a weight_map with file names)")
+    return [index.with_name(name) for name in sorted(names)]
+
+
+def _find_prefix(path: Path, stored: Mapping[str, TensorEntry]) -> str:
+    names = [_WRAPPERS.sub("", key) for key in stored]
+    prefixes = {name.removesuffix("head.modulation") for name in names if name.endswith("head.modulation")}
+    known = [prefix for prefix in prefixes if _PREFIX.fullmatch(prefix)]
+    if len(known) == 1:
+        return known[0]
+    if known:
+        raise InputError(f"{path} holds {len(known)} transformers; use a file with one model")
+    for part, what in _OTHER_FILES.items():
+        if any(part in name for name in names):
+            raise InputError(f"{path} {what}")
+    raise InputError(f"{path} is no Wan transformer: it has no head.modulation, under no prefix that is known")
+
+
+def _length(header: CheckpointHeader, name: str, dimensions: int, axis: int) -> int:
+    entry = header.tensors.get(name)
+    if entry is None or len(entry.shape) != dimensions:
+        found = "is missing" if entry is None else f"is {list(entry.shape)}"
+        raise InputError(f"{header.files[0]} is no whole Wan transformer: {name} {found}")
+    return entry.shape[axis]
+
+
+def _model_type(source: Path, in_dim: int, out_dim: int) -> str:
+    if in_dim == out_dim:
+        return "ti2v" if out_dim == 48 else "t2v"
+    if in_dim == 2 * out_dim + 4:  # the latents, 4 channels of mask, the latents of the given frames
+        return "i2v"
+    raise InputError(
+        f"{source} has {in_dim} input and {out_dim} output channels (a control or inpainting model?), "
+        f"which is not supported; supported are {', '.join(TASKS)}"
+    )
+
+
+def _num_heads(header: CheckpointHeader, dim: int) -> int:
+    num_heads = _metadata_number(header, "num_heads", dim // 128)
+    # RoPE turns pairs of channels, at least one pair for each of three axes.
+    if num_heads < 1 or dim % num_heads or dim // num_heads % 2 or dim // num_heads < 6:
+        raise InputError(f"{header.files[0]}: width {dim} cannot be split into {num_heads} heads")
+    if "num_heads" not in header.metadata and dim % 128:
+        raise InputError(f"{header.files[0]}: width {dim} is no multiple of 128, and its metadata has no num_heads")
+    return num_heads
+
+
+def _metadata_number(header: CheckpointHeader, key: str, default: int) -> int:
+    text = header.metadata.get(key, str(default))
+    if not re.fullmatch(r"[0-9]{1,6}", text) or (key in header.metadata and int(text) == 0):
+        raise InputError(f"{header.files[0]}: {key} in its metadata is {text[:20]!r}, not a number from 1 on")
+    return int(text)
+
+
+def _check_tensors(header: CheckpointHeader, config: WanConfig) -> None:
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
+    found = {name: entry.shape for name, entry in header.tensors.items() if not is_companion(name)}
+    problems = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
+    }
+    told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in problems.items() if names]
+    if told:
+        raise InputError(f"{header.files[0]} is not exactly one Wan transformer; tensors: {'; '.join(told)}")
+
+
+def _load_tensors(header: CheckpointHeader, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    for file in header.files:
+        inside = {name: entry for name, entry in header.tensors.items() if entry.file == file}
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for name, entry in inside.items():
+                if not is_companion(name):
+                    yield (
+                        name,
+                        _load_tensor(opened.get_tensor(entry.key), scale_of(name, header.tensors), dtype, device),
+                    )
+
+
+def _load_tensor(stored: Tensor, scale: TensorEntry | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if scale is None:
+        return stored.to(device, dtype)
+    return dequantised(stored.to(device), read_tensor(scale).to(device), dtype)

@@ -1,0 +1,86 @@
+"""State dicts of the VAE and the text encoder from .safetensors and .pth files, memory-mapped and free of code."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from wan.errors import InputError
+
+_PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of the file under its stored name, and the file's metadata (empty for .pth).
+
+    The tensors stay memory-mapped until something copies them. `what` says in an InputError which file was wanted; it
+    is raised for a file that is missing, truncated, of another format, or that holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise InputError(f"{what} {path} {found}")
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors(path, what)
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        return _read_pickle(path, what), {}
+    allowed = ", ".join((".safetensors", *_PICKLE_SUFFIXES))
+    raise InputError(f"{what} {path} has an unknown file type; allowed are {allowed}")
+
+
+def strip_prefix(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors that are under the first of `prefixes` that the file has, without it; all of them if it has none."""
+    for prefix in prefixes:
+        inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if inside:
+            return inside
+    return dict(tensors)
+
+
+def fill_model(
+    model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device, source: str
+) -> None:
+    """Gives a model built on meta its weights, in `dtype` on `device`; what needs no change stays memory-mapped.
+
+    InputError, starting with `source`, if names or shapes are not exactly the model's.
+    """
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    for problem, names in (
+        ("misses", sorted(wanted.keys() - found.keys())),
+        ("has unknown", sorted(found.keys() - wanted.keys())),
+        ("has misshapen", sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])),
+    ):
+        if names:
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            raise InputError(f"{source}: it {problem} tensors: {', '.join(names[:2])}{more}")
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+
+
+def _read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{what} {path} is truncated or no safetensors file ({error}); get it again") from None
+
+
+def _read_pickle(path: Path, what: str) -> dict[str, Tensor]:
+    # torch's zip files end with their directory, so a truncated one is no zip file.
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{what} {path} is truncated or no file that torch.save wrote; get it again")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{what} {path} holds code or objects besides tensors, so it is not opened") from None
+    except RuntimeError as error:
+        raise InputError(f"{what} {path} is damaged ({str(error).splitlines()[0]}); get it again") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{what} {path} is not a plain dictionary of tensors")
+    return content

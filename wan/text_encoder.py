@@ -1,0 +1,188 @@
+"""The UMT5 text encoder of Wan: prompts to embeddings.
+
+B batch, L tokens of a padded batch, n tokens of one prompt, D width.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from wan.errors import InputError
+from wan.state_dict_files import fill_model, read_state_dict, strip_prefix
+from wan.tokenizer import clean_prompt, open_tokenizer, read_tokenizer, tokenizer_file
+
+TEXT_LEN = 512
+
+_COMFY_PREFIX = "text_encoders.umt5xxl.transformer."
+_BLOCK = "encoder.block.0.layer."
+
+_RENAMES = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (
+        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    ),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+
+# Older and newer ComfyUI files name the same things differently; the input scales only serve fp8 matrix products.
+_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+_UNUSED_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+
+
+class TextEncoder:
+    """A loaded UMT5 encoder with its tokenizer, which is only looked for when text is first encoded."""
+
+    def __init__(
+        self, model: UMT5EncoderModel, path: Path, tokenizer: Path | None, embedded: bytes | None, text_len: int
+    ):
+        self.model = model.requires_grad_(False).eval()
+        self.text_len = text_len
+        self._path, self._tokenizer, self._embedded = path, tokenizer, embedded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def to(self, device: str | torch.device) -> "TextEncoder":
+        """Itself, moved to `device`."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode_ids(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Embeddings [B, L, D] of token ids; rows where the mask is 0 are padding and mean nothing."""
+        return self.model(ids_BL.to(self.device), attention_mask=mask_BL.to(self.device)).last_hidden_state
+
+    def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
+        """One embedding [n, D] a prompt, cut to its own tokens, </s> included; at most text_len of them."""
+        if not prompts:
+            return []
+        rows = [self.tokenize(prompt) for prompt in prompts]
+        longest = max(map(len, rows))
+        # UMT5 pads with 0.
+        ids_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask_BL = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        embeddings_BLD = self.encode_ids(ids_BL, mask_BL)
+        return [embedding_LD[: len(row)].clone() for row, embedding_LD in zip(rows, embeddings_BLD, strict=True)]
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """The token ids of one prompt, cleaned as Wan does it, ending with </s>; at most text_len of them.
+
+        InputError if no tokenizer can be found.
+        """
+        *ids, end = self._text_to_ids(clean_prompt(prompt))
+        return [*ids[: self.text_len - 1], end]
+
+    @cached_property
+    def _text_to_ids(self):
+        vocab_size = self.model.config.vocab_size
+        if self._tokenizer is not None:
+            return read_tokenizer(self._tokenizer, vocab_size)
+        return open_tokenizer(self._path, self._embedded, vocab_size)
+
+
+def load_text_encoder(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    text_len: int | None = None,
+) -> TextEncoder:
+    """The UMT5 encoder of a file with Wan's names (.pth, .safetensors) or ComfyUI's, also its scaled fp8.
+
+    `tokenizer`: a tokenizer.json, a spiece.model or a folder with one; None looks beside the file, in it, on the hub.
+    `text_len`: the most tokens of a prompt; None takes the file's metadata, else 512. InputError, in one line, for a
+    file that is missing, truncated, holds code, or is not UMT5, and for float16.
+    """
+    if dtype == torch.float16:
+        raise InputError("UMT5 overflows in float16; use bfloat16 or float32 (a float16 file may be loaded so)")
+    chosen = None if tokenizer is None else tokenizer_file(tokenizer)
+    stored, metadata = read_state_dict(path, "text encoder")
+    embedded = next((value for name, value in stored.items() if name.split(".")[-1] == "spiece_model"), None)
+    source = f"{path} is not a UMT5 encoder"
+    tensors = _dequantised(_transformers_names(stored, source), dtype, device, path)
+    with torch.device("meta"):
+        model = UMT5EncoderModel(_config(tensors, source))
+    fill_model(model, tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, dtype, device, source)
+    model.tie_weights()
+    assert model.encoder.embed_tokens.weight.data_ptr() == model.shared.weight.data_ptr()
+    return TextEncoder(
+        model,
+        path=Path(path),
+        tokenizer=chosen,
+        embedded=None if embedded is None else embedded.numpy().tobytes(),
+        text_len=int(metadata.get("text_len", TEXT_LEN)) if text_len is None else text_len,
+    )
+
+
+def transformers_name(name: str) -> str:
+    """The name in transformers' UMT5EncoderModel of a parameter of Wan's own encoder; plain renames, one to one."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _transformers_names(stored: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    tensors = strip_prefix(stored, (_COMFY_PREFIX,))
+    if "encoder.token_embedding.weight" in tensors:  # Wan's names out of a whole T5
+        tensors = strip_prefix(tensors, ("encoder.",))
+    dropped = ("spiece_model", "encoder.embed_tokens.weight")
+    renamed = {transformers_name(name): tensor for name, tensor in tensors.items() if name not in dropped}
+    if "shared.weight" not in renamed:
+        raise InputError(f"{source}: neither token_embedding.weight nor shared.weight is in it")
+    return renamed
+
+
+def _dequantised(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device, path: str | Path
+) -> dict[str, Tensor]:
+    """The weights alone, scaled ones multiplied by their scale, in `dtype` and on `device` where scaled."""
+    scales = {}
+    for suffix in _SCALE_SUFFIXES:
+        scales |= {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}
+    unused = (*_SCALE_SUFFIXES, *_UNUSED_SUFFIXES)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(unused)}
+    for name, tensor in weights.items():
+        scale = scales.get(name.removesuffix(".weight"))
+        if not tensor.is_floating_point() or (scale is not None and scale.numel() != 1):
+            raise InputError(f"{path}: {name} is quantised in a way that is not supported; use a bf16 or fp8 file")
+        if scale is not None:
+            weights[name] = (tensor.to(device).float() * scale.to(device).float()).to(dtype)
+    return weights
+
+
+def _config(tensors: Mapping[str, Tensor], source: str) -> UMT5Config:
+    """The encoder's sizes, all read from its shapes; the number of heads is the width of the relative bias."""
+    bias, query = (_BLOCK + f"0.SelfAttention.{name}.weight" for name in ("relative_attention_bias", "q"))
+    gate = _BLOCK + "1.DenseReluDense.wi_0.weight"
+    for name in (bias, query, gate):
+        if name not in tensors:
+            raise InputError(f"{source}: {name} is not in it")
+    vocab_size, d_model = tensors["shared.weight"].shape
+    buckets, heads = tensors[bias].shape
+    return UMT5Config(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        d_kv=tensors[query].shape[0] // heads,
+        d_ff=tensors[gate].shape[0],
+        num_heads=heads,
+        num_layers=sum(name.endswith(".SelfAttention.q.weight") for name in tensors),
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
