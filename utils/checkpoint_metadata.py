@@ -21,15 +21,16 @@ class MetadataConfig:
 
 
 def checkpoint_metadata(
-    config: MetadataConfig, name: str, settings: Mapping[str, str], progress: Mapping[str, object], timestep_range: str
+    config: MetadataConfig, name: str, settings: Mapping[str, object], timestep_range: str
 ) -> dict[str, str]:
-    """All lines as text; `settings` are the run's (their names without ss_), `progress` what differs between saves."""
+    """All lines as text; `settings` are the run's, their names without ss_."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     values = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": config.architecture or "wan2.1",
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
         "modelspec.title": config.title or name,
-        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "modelspec.date": now,
         "modelspec.resolution": config.resolution or "1280x720",
         "modelspec.timestep_range": timestep_range,
         "modelspec.author": config.author,
@@ -39,6 +40,6 @@ def checkpoint_metadata(
         "ss_base_model_version": "wan",
     }
     if config.settings:
-        values |= {f"ss_{key}": value for key, value in {**settings, **progress}.items()}
-        values |= {"ss_output_name": name, "ss_training_comment": config.comment}
+        values |= {f"ss_{key}": value for key, value in settings.items()}
+        values |= {"ss_output_name": name, "ss_training_comment": config.comment, "ss_training_finished_at": now}
     return {key: str(value) for key, value in values.items() if value is not None}

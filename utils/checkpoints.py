@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import writable_folder
+from utils.files import writable_folder
 from wan.errors import InputError
 
 
@@ -117,8 +117,8 @@ def check_saves(saves: Sequence[Save], config: SaveConfig, inputs: Sequence[Path
     free = shutil.disk_usage(config.folder).free
     if free < checkpoint_bytes:
         raise InputError(
-            f"--output_dir {config.folder} has {gigabytes(free)} free, and one checkpoint needs "
-            f"{gigabytes(checkpoint_bytes)}"
+            f"--output_dir {config.folder} has {readable(free)} free, and one checkpoint needs "
+            f"{readable(checkpoint_bytes)}"
         )
 
 
@@ -131,11 +131,10 @@ def remove_expired(save: Save) -> None:
             path.unlink(missing_ok=True)
 
 
-def gigabytes(count: int) -> str:
-    """Bytes for a person to read: GB = 10^9, and MB or TB where they say more."""
-    if count >= 10**12:
-        return f"{count / 10**12:.1f} TB"
-    return f"{count / 10**9:.1f} GB" if count >= 10**9 else f"{count / 10**6:.1f} MB"
+def readable(count: int) -> str:
+    """Bytes for a person to read, in decimal units: 28.6 GB."""
+    unit, size = next(((u, s) for u, s in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)) if count >= s), ("kB", 1000))
+    return f"{count / size:.1f} {unit}"
 
 
 def _epoch_checkpoint(config: SaveConfig, epoch: int) -> Path:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from utils.caching import CacheLatentsConfig, CacheTextConfig
-from utils.cli import Parser, existing_file, refuse_flags
+from utils.cli import Parser, refuse_flags
 from utils.dataset_config import read_dataset_config
+from utils.files import existing_file
 from wan.errors import InputError
 
 _DTYPES = {

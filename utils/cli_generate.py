@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import Parser, existing_file, refuse_flags
+from utils.cli import Parser, refuse_flags
+from utils.files import existing_file
 from utils.generation import OUTPUT_TYPES, GenerateConfig
 from utils.prompts import SamplePrompt, check_prompt, read_prompt_file
 from utils.sampling import SOLVERS

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from utils.buckets import STEP, nearest_multiples
-from utils.cli import existing_file, read_toml
+from utils.files import existing_file, read_toml
 from utils.sources import FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
 from wan.errors import InputError
 

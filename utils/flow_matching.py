@@ -101,7 +101,9 @@ def draw_uniforms(config: TimestepConfig, count: int, seed: int, first_item: int
     """
     u_B = torch.rand(count, generator=generator, dtype=torch.float64)
     if config.buckets:
-        u_B = (torch.tensor([_bucket(config.buckets, seed, first_item + i) for i in range(count)]) + u_B) / config.buckets
+        u_B = (
+            torch.tensor([_bucket(config.buckets, seed, first_item + i) for i in range(count)]) + u_B
+        ) / config.buckets
     return u_B.clamp(2.0**-53, 1 - 2.0**-53)  # the quantiles of 0 and 1 would be infinite
 
 

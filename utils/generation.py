@@ -21,7 +21,7 @@ from utils.prompts import SamplePrompt, parse_prompt_line
 from utils.sampling import TIMESTEPS, Denoising, Sample, advance, decode_latent, encode_samples, resolve_sample
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.loading import CheckpointHeader, check_fits_task, file_dtype, is_fp8, load_dit, read_checkpoint_header
+from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, load_dit, read_checkpoint_header
 from wan.text_encoder import load_text_encoder
 from wan.vae import WanVAE, load_vae
 
@@ -62,6 +62,7 @@ class _Expert:
 
     path: Path
     dtype: torch.dtype
+    text_len: int
     guidance_scale: float | None  # None: the sample's
     t_end: float
 
@@ -95,17 +96,12 @@ def _read_expert(
 ) -> _Expert:
     header = read_checkpoint_header(path)
     check_fits_task(header, config.task)
-    dtype = config.dit_dtype or _compute_dtype(header)
-    say(f"{path}: computes in {_dtype_name(dtype)}")
-    return _Expert(path, dtype, guidance_scale, t_end)
-
-
-def _compute_dtype(header: CheckpointHeader) -> torch.dtype:
-    return torch.bfloat16 if is_fp8(header) else file_dtype(header)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    widths = config_from_header(header)
+    if config.blocks_to_swap > widths.num_layers:
+        raise InputError(f"--blocks_to_swap {config.blocks_to_swap}: {path} has {widths.num_layers} blocks")
+    dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
+    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}")
+    return _Expert(path, dtype, widths.text_len, guidance_scale, t_end)
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -140,7 +136,7 @@ def _sample_all(
     samples = [_resolve(prompt, config) for prompt in prompts]
     for sample in samples:
         say(_describe(sample))
-    texts = _encode(config, samples)
+    texts = _encode(config, experts, samples)
     denoisings = [Denoising(sample) for sample in samples]
     with tqdm(total=sum(sample.steps for sample in samples), desc="steps", unit="step") as bar:
         for expert in experts:
@@ -159,8 +155,9 @@ def _describe(sample: Sample) -> str:
     )
 
 
-def _encode(config: GenerateConfig, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    text_encoder = load_text_encoder(config.t5, config.tokenizer, dtype=torch.bfloat16, device=config.device)
+def _encode(config: GenerateConfig, experts: Sequence[_Expert], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    text_len = min(expert.text_len for expert in experts)
+    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=config.device, text_len=text_len)
     return encode_samples(text_encoder, samples)
 
 

@@ -40,7 +40,7 @@ _STEPS_AND_SHARES = "a number of steps, a share of them below 1 (0.05), or a per
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Which schedule and its settings; a setting that the schedule does not read is refused unless it is the default."""
+    """Which schedule, with its settings; one that the schedule does not read stays at its default."""
 
     name: str = "constant"
     warmup: str = "0"  # _STEPS_AND_SHARES, as `decay`

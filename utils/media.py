@@ -33,8 +33,10 @@ def video_size(path: Path) -> tuple[int, int]:
     if path.is_dir():
         return image_size(_pictures(path)[0])
     with _readable(path), av.open(path) as container:
-        stream = _video_stream(container, path)
-        return stream.codec_context.width, stream.codec_context.height
+        codec = _video_stream(container, path).codec_context
+        if not codec.width or not codec.height:
+            raise InputError(f"{path} cannot be read: it tells no size")
+        return codec.width, codec.height
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wan.errors import InputError
 
 # What these read from a parameter, a slice does not have: its parameters are flat, and start at zero.
 _NEED_MATRICES = "needs whole weight matrices, and a slice trains as a flat list of values"
-_NEED_SCALE = "scales its steps by the size of the weights, and a slice trains the difference from them, which starts at 0"
+_NEED_SCALE = (
+    "scales its steps by the size of the weights, and a slice trains the difference from them, which starts at 0"
+)
 _UNFIT = {
     **dict.fromkeys(("muon", "shampoo", "soap", "galore", "apollo", "kron", "lomo"), _NEED_MATRICES),
     **dict.fromkeys(("lamb", "lars", "torch.optim.adafactor"), _NEED_SCALE),
@@ -74,7 +76,7 @@ def find_attribute(path: str, flag: str):
         raise InputError(f"{flag} {path} cannot be imported: {error}") from None
 
 
-def step_statistics(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
+def learning_rates(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
     """Each group's learning rate; times `d` too where the optimizer (Prodigy, D-Adaptation) estimates that."""
     groups = optimizer.param_groups
     names = ["lr/slice"] if len(groups) == 1 else [f"lr/group{i}" for i in range(len(groups))]
@@ -85,21 +87,6 @@ def step_statistics(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
         if "d" in group
     }
     return {**rates, **estimated}
-
-
-def move_state(optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer's state dict with its tensors on the CPU."""
-    return _on_cpu(optimizer.state_dict())
-
-
-def _on_cpu(value):
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_on_cpu(entry) for entry in value)
-    return value
 
 
 def _find_class(name: str) -> type[torch.optim.Optimizer]:

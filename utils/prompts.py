@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.cli import existing_file, read_toml
+from utils.files import existing_file, read_toml
 from wan.errors import InputError
 
 PIXEL_MULTIPLE = 16  # 8 pixels a latent value, 2x2 latent values a token
@@ -114,7 +114,7 @@ def _target(shown: str, known: Mapping[str, tuple[str, type]], where: str) -> tu
 def _add(values: dict, name: str, value: object, target: tuple[str, type], where: str) -> None:
     field, kind = target
     converted = _convert(value, kind, name, where)
-    if field == "guidance_scale" and values.get(field, converted) != converted:
+    if field == "guidance_scale" and field in values and values[field] != converted:
         raise InputError(f"{where}: {name} {converted} against {values[field]}: both set the guidance scale, keep one")
     values[field] = converted
 
@@ -147,6 +147,8 @@ def _read_tables(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
         raise InputError(f"{path} must hold one table [prompt] (with [[prompt.subset]] for more than one sample)")
     shared = {key: value for key, value in common.items() if key != "subset"}
     subsets = common.get("subset", [{}])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise InputError(f"{path}: subset must be tables, [[prompt.subset]]")
     return _read_entries(path, [shared | subset for subset in subsets], defaults)
 
 

@@ -121,10 +121,8 @@ def advance(
 
     A high-noise expert has t_end = 1000 * boundary; the low-noise one then takes the rest.
     """
-    # Wan cuts longer texts at text_len too. A tiny model's is shorter than the default negative prompt.
-    context_SD, negative_SD = (
-        texts[text][: model.text_len].to(device) for text in (denoising.sample.prompt, denoising.sample.negative_prompt)
-    )
+    sample = denoising.sample
+    context_SD, negative_SD = (texts[text].to(device) for text in (sample.prompt, sample.negative_prompt))
     for t in denoising.steps_down_to(t_end):
         latents_BCFHW = denoising.latent_CFHW[None].to(device)
         velocity_CFHW = _velocity(model, latents_BCFHW, t, guidance_scale, context_SD, negative_SD)[0].cpu()

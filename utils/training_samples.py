@@ -54,11 +54,16 @@ class SavedSample:
     video_3THW: Tensor
 
 
-def prepare_samples(config: SampleConfig, task: WanTask, seed: int, device: torch.device) -> PreparedSamples:
-    """Encodes the prompts on `device` and frees the text encoder; a prompt without a seed gets the run's."""
+def prepare_samples(
+    config: SampleConfig, task: WanTask, text_len: int, seed: int, device: torch.device
+) -> PreparedSamples:
+    """Encodes the prompts, up to text_len tokens, on `device` and frees the text encoder.
+
+    A prompt without a seed gets the run's.
+    """
     samples = tuple(resolve_sample(prompt, task, seed) for prompt in config.prompts)
     vae = load_vae(config.vae, config.vae_dtype, "cpu")
-    text_encoder = load_text_encoder(config.t5, config.tokenizer, dtype=torch.bfloat16, device=device)
+    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=device, text_len=text_len)
     texts = encode_samples(text_encoder, samples)
     del text_encoder
     gc.collect()  # its memory is needed for the transformer

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from wan.errors import InputError
 
@@ -23,7 +24,7 @@ def save_state(folder: Path, settings: Mapping[str, str], state: Mapping) -> Non
     text = json.dumps({"format": _FORMAT, **settings}, indent=1, ensure_ascii=False)
     (unfinished / _SETTINGS).write_text(text, encoding="utf-8")
     with (unfinished / _TENSORS).open("wb") as file:
-        torch.save(dict(state), file)
+        torch.save(_on_cpu(dict(state)), file)
         file.flush()
         os.fsync(file.fileno())
     # A folder cannot be replaced in one move: the old one steps aside, and is deleted once the new one has its name.
@@ -53,6 +54,17 @@ def load_state(folder: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"--resume {folder}: {_TENSORS} cannot be read ({error}); use an older state") from None
+
+
+def _on_cpu(value):
+    """A copy of nested dicts and lists with every tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(entry) for entry in value)
+    return value
 
 
 def _read_settings(folder: Path) -> dict:

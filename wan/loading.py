@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 # What else users have, told by a part of its tensors' names.
 _OTHER_FILES = {
-    "condition_embedder.": "has diffusers' names; use the file with Wan's own names (of the repository without -Diffusers)",
+    "condition_embedder.": "has diffusers' names; use the file with Wan's own (its repository has no -Diffusers)",
     "lora_": "is a LoRA; use the checkpoint itself",
     "decoder.": "is a VAE; use the transformer's file",
     "token_embedding.": "is a text encoder; use the transformer's file",
@@ -50,7 +51,7 @@ class CheckpointHeader:
 
 
 def read_checkpoint_header(path: str | Path) -> CheckpointHeader:
-    """What a checkpoint holds; `path` is a .safetensors file, a shard, their index.json, or a folder with one checkpoint.
+    """What the checkpoint at `path` holds: a .safetensors file, a shard, an index.json, or a folder with one of these.
 
     InputError if a file is missing or damaged, is not a Wan transformer, or is quantised in an unknown way.
     """
@@ -240,8 +241,7 @@ def _metadata_number(header: CheckpointHeader, key: str, default: int) -> int:
 
 
 def _check_tensors(header: CheckpointHeader, config: WanConfig) -> None:
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
+    wanted = _shapes(config)
     found = {name: entry.shape for name, entry in header.tensors.items() if not is_companion(name)}
     problems = {
         "missing": wanted.keys() - found.keys(),
@@ -251,6 +251,12 @@ def _check_tensors(header: CheckpointHeader, config: WanConfig) -> None:
     told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in problems.items() if names]
     if told:
         raise InputError(f"{header.files[0]} is not exactly one Wan transformer; tensors: {'; '.join(told)}")
+
+
+@lru_cache(maxsize=2)  # asked when flags are checked, again when the model is loaded; two experts share it
+def _shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
 
 
 def _load_tensors(header: CheckpointHeader, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -72,7 +72,7 @@ def _read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[st
 def _read_pickle(path: Path, what: str) -> dict[str, Tensor]:
     # torch's zip files end with their directory, so a truncated one is no zip file.
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{what} {path} is truncated or no file that torch.save wrote; get it again")
+        raise InputError(f"{what} {path} is truncated or not in torch.save's zip format; get it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:

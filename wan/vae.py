@@ -85,7 +85,7 @@ class WanVAE:
             raise InputError(f"latents have the shape {shape}; the Wan 2.1 VAE decodes [B, {LATENT_CHANNELS}, F, h, w]")
         mean, std = _normalisation(self.device)
         latents = latents_BCFHW.to(self.device, torch.float32) * std + mean
-        return self.model.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
+        return self.model.decode(latents.to(self.dtype)).sample.float()  # diffusers clamps
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> WanVAE:

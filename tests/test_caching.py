@@ -1,0 +1,264 @@
+"""The caching jobs, with the oracle's tiny VAE and a stand-in for the text encoder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import utils.caching as caching
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
+from utils.cli_cache import parse_cache_latents, parse_cache_text
+from utils.media import read_image
+from wan.errors import InputError
+from wan.vae import load_vae
+
+ORACLE = Path(__file__).parent / "oracle" / "vae_wan21.safetensors"
+
+
+class FakeEncoder:
+    """Tokens that tell their caption: as many as it has letters, filled with that number."""
+
+    def __call__(self, prompts):
+        return [torch.full((len(prompt) + 1, 8), float(len(prompt))) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def vae_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    weights = {
+        name.removeprefix("weight."): value for name, value in load_file(ORACLE).items() if "weight." in name[:7]
+    }
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture
+def fake_encoder(monkeypatch, tmp_path):
+    monkeypatch.setattr(caching, "load_text_encoder", lambda *args, **settings: FakeEncoder())
+    (tmp_path / "t5.pth").touch()
+    return tmp_path / "t5.pth"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three captioned pictures and the file of their dataset."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "pics").mkdir()
+    for name, (width, height) in {"b": (40, 32), "a": (32, 32), "c": (70, 20)}.items():
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / "pics" / f"{name}.png")
+        (tmp_path / "pics" / f"{name}.txt").write_text(f" picture {name}\n", encoding="utf-8")
+    return _write_config(tmp_path, image_directory=str(tmp_path / "pics"), caption_extension=".txt")
+
+
+def _write_config(folder, **dataset):
+    table = {"cache_directory": str(folder / "cache"), "resolution": [32, 32], **dataset}
+    (folder / "data.json").write_text(json.dumps({"datasets": [table]}), encoding="utf-8")
+    return folder / "data.json"
+
+
+def _make_clip(folder, frames):
+    folder.mkdir()
+    rng = np.random.default_rng(2)
+    for number in range(frames):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number:03d}.png")
+
+
+def _videos(folder, lengths, **settings):
+    for name, frames in lengths.items():
+        _make_clip(folder / name, frames)
+    lines = [json.dumps({"video_path": str(folder / name), "caption": f"clip {name}"}) for name in lengths]
+    (folder / "clips.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return _write_config(folder, video_jsonl_file=str(folder / "clips.jsonl"), **settings)
+
+
+def _cache_latents(config, vae_file, *flags):
+    said = []
+    argv = ["--dataset_config", str(config), "--vae", str(vae_file), "--device", "cpu", "--num_workers", "2", *flags]
+    caching.cache_latents(parse_cache_latents(argv), said.append)
+    return said
+
+
+def _names(folder):
+    return sorted(path.name for path in (folder / "cache").iterdir())
+
+
+def test_latents_are_the_vaes_of_the_resized_picture(pictures, tmp_path, vae_file):
+    _cache_latents(pictures, vae_file, "--vae_dtype", "float32", "--batch_size", "2")
+    vae = load_vae(vae_file)
+    sizes = {"a": "0032x0032", "b": "0040x0032", "c": "0070x0020"}
+    assert _names(tmp_path) == [f"{name}_{size}_wan.safetensors" for name, size in sizes.items()]
+    for name, size in sizes.items():
+        pixels = torch.from_numpy(read_image(tmp_path / "pics" / f"{name}.png", (32, 32)).copy()).permute(2, 0, 1)
+        expected = vae.encode((pixels / 127.5 - 1)[None, :, None])[0]
+        found = load_file(tmp_path / "cache" / f"{name}_{size}_wan.safetensors")["latents_1x4x4_float32"]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_latents_are_bfloat16_by_default_and_buckets_shape_them(pictures, tmp_path, vae_file):
+    _write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], enable_bucket=True)
+    _cache_latents(pictures, vae_file)
+    wide = load_file(tmp_path / "cache" / "c_0070x0020_wan.safetensors")
+    assert {key: value.dtype for key, value in wide.items()} == {"latents_1x2x8_bfloat16": torch.bfloat16}
+
+
+def test_clips_of_a_video_have_their_frames_latents(tmp_path, vae_file):
+    config = _videos(tmp_path, {"v": 7}, target_frames=[1, 5], frame_extraction="slide", frame_stride=2)
+    _cache_latents(config, vae_file, "--vae_dtype", "fp32")
+    windows = [(0, 1), (2, 1), (4, 1), (6, 1), (0, 5), (2, 5)]
+    assert _names(tmp_path) == sorted(f"v_{s:05d}-{n:03d}_0032x0032_wan.safetensors" for s, n in windows)
+    frames = np.stack([read_image(tmp_path / "v" / f"{number:03d}.png", (32, 32)) for number in range(2, 7)])
+    expected = load_vae(vae_file).encode(torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1)[0]
+    path = tmp_path / "cache" / "v_00002-005_0032x0032_wan.safetensors"
+    torch.testing.assert_close(load_file(path)["latents_2x4x4_float32"], expected, rtol=1e-5, atol=1e-5)
+    with safe_open(path, "pt") as file:
+        assert (file.metadata()["frame_count"], file.metadata()["width"]) == ("5", "32")
+
+
+def test_a_video_that_is_too_short_is_told_and_left_out(tmp_path, vae_file):
+    said = _cache_latents(_videos(tmp_path, {"long": 5, "short": 4}, target_frames=[5]), vae_file)
+    assert len(said) == 1
+    assert "short is shorter than the smallest of its target_frames" in said[0]
+    assert _names(tmp_path) == ["long_00000-005_0032x0032_wan.safetensors"]
+
+
+def test_skip_existing_makes_only_what_is_not_current(pictures, tmp_path, vae_file, monkeypatch):
+    _cache_latents(pictures, vae_file)
+    encoded = []
+    monkeypatch.setattr(caching, "read_image", lambda path, size: encoded.append(path.name) or read_image(path, size))
+    _cache_latents(pictures, vae_file, "--skip_existing")
+    assert encoded == []
+    Image.new("RGB", (32, 32)).save(tmp_path / "pics" / "a.png")
+    (tmp_path / "cache" / "c_0070x0020_wan.safetensors").unlink()
+    _cache_latents(pictures, vae_file, "--skip_existing")
+    assert encoded == ["a.png", "c.png"]
+    _cache_latents(pictures, vae_file)
+    assert encoded[2:] == ["a.png", "b.png", "c.png"]
+
+
+def test_other_latents_are_deleted_unless_kept(pictures, tmp_path, vae_file):
+    (tmp_path / "cache").mkdir()
+    others = ["gone_0032x0032_wan.safetensors", "gone_wan_te.safetensors", "my_wan.safetensors", "a_wan_te.safetensors"]
+    for name in others:
+        (tmp_path / "cache" / name).touch()
+    _cache_latents(pictures, vae_file, "--keep_cache")
+    assert set(others) <= set(_names(tmp_path))
+    said = _cache_latents(pictures, vae_file)
+    assert set(others) - set(_names(tmp_path)) == {others[0]}
+    assert said == ["deleted 1 cache files that are not of this dataset (--keep_cache keeps them)"]
+
+
+def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path, vae_file):
+    weights = load_file(vae_file)
+    weights["conv1.bias"] = torch.full_like(weights["conv1.bias"], float("nan"))
+    save_file(weights, tmp_path / "nan.safetensors")
+    with pytest.raises(
+        InputError, match=r"the latents for a_0032x0032_wan\.safetensors hold values that are not finite"
+    ):
+        _cache_latents(pictures, tmp_path / "nan.safetensors")
+    assert _names(tmp_path) == []
+
+
+def _cache_text(config, t5, *flags):
+    argv = ["--dataset_config", str(config), "--t5", str(t5), "--device", "cpu", "--batch_size", "2", *flags]
+    caching.cache_text(parse_cache_text(argv), lambda line: None)
+
+
+def test_captions_are_stripped_encoded_and_told(pictures, tmp_path, fake_encoder):
+    _cache_text(pictures, fake_encoder)
+    assert _names(tmp_path) == [f"{name}_wan_te.safetensors" for name in "abc"]
+    path = tmp_path / "cache" / "b_wan_te.safetensors"
+    tokens = load_file(path)["varlen_t5_bfloat16"]
+    assert torch.equal(tokens, torch.full((10, 8), 9.0).bfloat16())
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["caption1"] == "picture b"
+
+
+def test_skip_existing_encodes_only_changed_captions(pictures, tmp_path, fake_encoder, monkeypatch):
+    _cache_text(pictures, fake_encoder)
+    written = []
+    write = caching.write_text
+    monkeypatch.setattr(caching, "write_text", lambda path, *rest: written.append(path.name) or write(path, *rest))
+    (tmp_path / "pics" / "a.txt").write_text("other", encoding="utf-8")
+    _cache_text(pictures, fake_encoder, "--skip_existing")
+    assert written == ["a_wan_te.safetensors"]
+
+
+def test_text_of_other_sources_is_deleted_unless_kept(pictures, tmp_path, fake_encoder):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "gone_wan_te.safetensors").touch()
+    _cache_text(pictures, fake_encoder, "--keep_cache")
+    assert "gone_wan_te.safetensors" in _names(tmp_path)
+    _cache_text(pictures, fake_encoder)
+    assert "gone_wan_te.safetensors" not in _names(tmp_path)
+
+
+def test_pictures_without_a_caption_are_told_and_left_out(pictures, tmp_path, vae_file):
+    (tmp_path / "pics" / "b.txt").unlink()
+    assert _cache_latents(pictures, vae_file) == ["1 pictures without a caption are left out: b.png"]
+    assert len(_names(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--i2v"], "--i2v is not supported"),
+        (["--debug_mode", "image"], "--debug_mode is not supported"),
+        (["--vae_cache_cpu"], "--vae_cache_cpu is not supported"),
+        (["--vae_dtype", "int8"], "--vae_dtype int8 is not known; allowed: bfloat16"),
+        (["--batch_size", "0"], "--batch_size must be 1 or more"),
+        (["--device", "cuda:99"], "--device cuda:99 is not here"),
+        (["--vae", "nowhere.pth"], "--vae nowhere.pth does not exist"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_wrong_flags_are_named_before_anything_is_written(pictures, tmp_path, vae_file, flags, named):
+    with pytest.raises(InputError) as error:
+        wan_cache_latents.main(["--dataset_config", str(pictures), "--vae", str(vae_file), *flags])
+    assert named in str(error.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_text_script_refuses_fp8_and_a_missing_encoder(pictures, fake_encoder):
+    argv = ["--dataset_config", str(pictures), "--t5", str(fake_encoder)]
+    with pytest.raises(InputError, match="--fp8_t5 is not supported"):
+        wan_cache_text_encoder_outputs.main([*argv, "--fp8_t5"])
+    with pytest.raises(InputError, match=r"--t5 nowhere\.pth does not exist"):
+        wan_cache_text_encoder_outputs.main([*argv, "--t5", "nowhere.pth"])
+
+
+def _damage(pictures, how):
+    folder = pictures.parent / "pics"
+    if how == "broken":
+        (folder / "a.png").write_bytes(b"nothing")
+    elif how == "collision":
+        Image.new("RGB", (32, 32)).save(folder / "a.jpg")
+        (folder / "a.txt").write_text("a", encoding="utf-8")
+    elif how == "uncaptioned":
+        for path in folder.glob("*.txt"):
+            path.unlink()
+    else:
+        for path in folder.iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("broken", "a.png cannot be read"),
+        ("collision", "would share one cache file"),
+        ("uncaptioned", "have no caption: a.png needs a.txt"),
+        ("empty", "holds no files to train on"),
+    ],
+)
+def test_wrong_sources_are_named_before_anything_is_written(pictures, tmp_path, vae_file, how, named):
+    _damage(pictures, how)
+    with pytest.raises(InputError) as error:
+        _cache_latents(pictures, vae_file)
+    assert named in str(error.value)
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,199 @@
+"""The training script's flags: the users' command, the file of defaults, each mistake told in one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import wan_train_network
+from tiny_run import write_dataset
+from utils.cli import run
+from utils.cli_train import parse_train
+from utils.train_flags import REFUSED
+from wan.errors import InputError
+
+COMMAND = """--task t2v-A14B --dit wan22_t2v_14B_low_noise_bf16.safetensors --dataset_config data.toml --sdpa
+--mixed_precision bf16 --optimizer_type adamW --learning_rate 1e-4 --gradient_checkpointing --max_data_loader_n_workers 2
+--persistent_data_loader_workers --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 1000
+--save_every_n_epochs 10 --save_state --seed 1234 --output_dir saves --output_name character1_512 --vae vae.safetensors
+--t5 models_t5.pth --sample_prompts random_prompt.txt --sample_every_n_epochs 5 --logging_dir logs
+--lr_warmup_steps 50 --lr_scheduler linear --preserve_distribution_shape --min_timestep 0 --max_timestep 1000
+--preserve_distribution_shape --ff 0.001 --ffid 1 --blocks_to_swap 24""".split()
+SHORT = "--dit base.safetensors --dataset_config data.toml --output_dir out --output_name one --ff 0.1 --ffid 2".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    write_dataset(folder)
+    for name in ("vae.safetensors", "models_t5.pth"):
+        (folder / name).touch()
+    (folder / "random_prompt.txt").write_text("a cat --w 512 --h 512 --f 1\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
+def refusal(*flags):
+    with pytest.raises(InputError) as error:
+        parse_train(flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_users_command_is_understood():
+    config = parse_train(COMMAND)
+    assert (config.ff, config.ffid, config.task, config.seed, config.blocks_to_swap) == (
+        "0.001",
+        1,
+        "t2v-A14B",
+        1234,
+        24,
+    )
+    assert (config.max_train_epochs, config.save.every_n_epochs, config.save.save_state) == (1000, 10, True)
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamW", 1e-4)
+    assert (config.schedule.name, config.schedule.warmup) == ("linear", "50")
+    assert (config.timesteps.sampling, config.timesteps.shift, config.timesteps.preserve_shape) == ("shift", 3.0, True)
+    assert (config.samples.prompts[0].prompt, config.samples.every_n_epochs) == ("a cat", 5)
+    assert config.samples.vae_dtype == torch.bfloat16 and config.log.trackers == ("tensorboard",)
+    assert config.gradient_checkpointing and config.persistent_workers and 1 <= config.workers <= 2
+
+
+def test_what_is_left_out_has_musubi_tuners_defaults():
+    config = parse_train(SHORT)
+    assert (config.task, config.max_train_steps, config.optimizer.learning_rate) == ("t2v-14B", 1600, 2e-6)
+    assert (config.timesteps.sampling, config.schedule.name, config.mixed_precision) == ("sigma", "constant", "no")
+    assert config.samples is None and config.log.trackers == ()
+
+
+def test_the_launchers_precision_is_taken_where_the_flag_is_missing(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parse_train(SHORT).mixed_precision == "bf16"
+    assert parse_train([*SHORT, "--mixed_precision", "no"]).mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "allowed are no, bf16, fp16" in refusal(*SHORT)
+
+
+def test_a_file_gives_defaults_and_the_command_line_wins(folder):
+    text = (
+        'ff = "0.1"\n[model]\ndit = "C:/train/base.safetensors"\n[train]\nlearning_rate = 1e-3\nseed = 7\nsdpa = true\n'
+    )
+    text += 'save_state = false\nlogit_mean = -1.5\ntimestep_sampling = "logsnr"\noptimizer_args = ["eps=1e-6", "foreach=True"]'
+    (folder / "run.toml").write_text(text, encoding="utf-8")
+    rest = [
+        "--dataset_config",
+        "data.toml",
+        "--output_dir",
+        "out",
+        "--output_name",
+        "one",
+        "--ffid",
+        "2",
+        "--seed",
+        "8",
+    ]
+    for name in ("run.toml", "run"):
+        config = parse_train(["--config_file", name, *rest])
+        assert (config.ff, config.seed, config.optimizer.learning_rate) == ("0.1", 8, 1e-3)
+        assert (config.timesteps.logit_mean, config.optimizer.args) == (-1.5, ("eps=1e-6", "foreach=True"))
+        assert config.dit == Path("C:/train/base.safetensors") and not config.save.save_state
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("learning_rat = 1", "unknown key learning_rat"),
+        ('seed = "x"', "invalid int"),
+        ("fp8_base = true", "--fp8_base is not supported"),
+        ('config_file = "b.toml"', "unknown key config_file"),
+    ],
+)
+def test_mistakes_in_the_file_are_told(folder, line, told):
+    (folder / "wrong.toml").write_text(line, encoding="utf-8")
+    assert told in refusal(*SHORT, "--config_file", "wrong.toml")
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_flags_that_are_not_supported_say_so_and_what_to_do(flag):
+    told = refusal(*SHORT, flag, "1")
+    assert told.startswith(f"{flag} is not supported: ") and len(told) > len(flag) + 40
+
+
+MISTAKES = {
+    "--ff 0": "above 0",
+    "--ff 2": "up to 1",
+    "--ff x": "a decimal",
+    "--ffid 11": "it runs from 1 to 10",
+    "--ffid 0": "it runs from 1 to 10",
+    "--task i2v-A14B": "t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B",
+    "--output_name a/b": "--output_dir",
+    "--dataset_config none.toml": "does not exist",
+    "--max_train_epochs 0": "1 or more",
+    "--blocks_to_swap -1": "0 or more",
+    "--learning_rate 0": "above 0",
+    "--learning_rate nan": "above 0",
+    "--max_grad_norm -1": "0 (off) or more",
+    "--min_timestep 500 --max_timestep 400": "in order",
+    "--max_timestep 1001": "0 to 1000",
+    "--num_timestep_buckets 1": "2 or more",
+    "--timestep_sampling uniform --discrete_flow_shift 3": "no effect with --timestep_sampling uniform",
+    "--timestep_sampling logsnr --sigmoid_scale 2": "no effect",
+    "--timestep_sampling shift --weighting_scheme mode": "no effect",
+    "--logit_mean 1": "no effect",
+    "--mode_scale 1": "no effect",
+    "--weighting_scheme mode --mode_scale 3": "from -1 to 1.75",
+    "--preserve_distribution_shape --max_timestep 500": "no effect",
+    "--save_last_n_epochs 2": "no effect without --save_every_n_epochs",
+    "--save_every_n_steps 2 --save_last_n_steps_state 2": "no effect without --save_state",
+    "--persistent_data_loader_workers --max_data_loader_n_workers 0": "no effect",
+    "--sample_at_first": "needs --sample_prompts",
+    "--sample_prompts random_prompt.txt": "needs one of",
+    "--sample_prompts random_prompt.txt --sample_at_first": "needs --vae and --t5",
+    "--sample_prompts random_prompt.txt --sample_at_first --vae no.pth --t5 models_t5.pth": "--vae no.pth does not exist",
+    "--log_with tensorboard": "needs --logging_dir",
+    "--log_prefix x": "no effect without logging",
+    "--logging_dir logs --wandb_run_name x": "--log_with wandb",
+    "--show_timesteps image": "use console",
+    "--mixed_precision fp8": "invalid choice",
+    "--vae_dtype int8": "not one of",
+    "--timestep_sampling ideogram4_shift": "invalid choice",
+    "--learning-rate 1": "unrecognized",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_mistakes_are_told_in_one_line(flags):
+    assert MISTAKES[flags] in refusal(*SHORT, *flags.split())
+
+
+@pytest.mark.parametrize("name", ["dit", "dataset_config", "output_dir", "output_name"])
+def test_a_missing_file_flag_is_told(name):
+    at = SHORT.index(f"--{name}")
+    assert f"--{name} is missing" in refusal(*SHORT[:at], *SHORT[at + 2 :])
+
+
+def test_without_a_slice_the_script_shows_the_two_flags():
+    assert "--ff 0.001 --ffid 1" in refusal(*SHORT[:-4])
+    assert "from 1 to 10" in refusal(*SHORT[:-2])
+
+
+def test_the_settings_of_trackers_come_from_a_file(folder):
+    (folder / "trackers.toml").write_text("[tensorboard]\nmax_queue = 3\n", encoding="utf-8")
+    config = parse_train([*SHORT, "--logging_dir", "logs", "--log_tracker_config", "trackers.toml"])
+    assert config.log.tracker_settings == {"tensorboard": {"max_queue": 3}}
+    (folder / "trackers.toml").write_text("[wandb]\nname = 'x'\n", encoding="utf-8")
+    assert "wandb is no table" in refusal(*SHORT, "--logging_dir", "logs", "--log_tracker_config", "trackers.toml")
+
+
+def test_the_script_ends_with_one_line_and_a_code(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["wan_train_network.py", *SHORT, "--dit", "missing.safetensors"])
+    with pytest.raises(SystemExit) as ended:
+        run(wan_train_network.main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: missing.safetensors does not exist")
+    assert not Path("out").exists()

@@ -1,0 +1,151 @@
+"""Optimizers by name, and schedules against their formulas."""
+
+import math
+
+import pytest
+import torch
+
+from utils.lr_schedules import SCHEDULES, ScheduleConfig, build_scheduler, check_schedule, steps_of
+from utils.optimizers import OptimizerConfig, build_optimizer, check_optimizer, learning_rates
+from wan.errors import InputError
+
+CLASSES = {
+    "": "AdamW",
+    "adamW": "AdamW",
+    "AdamW8bit": "AdamW8bit",
+    "PagedAdamW8bit": "PagedAdamW8bit",
+    "lion8bit": "Lion8bit",
+    "adafactor": "Adafactor",
+    "SGD": "SGD",
+    "radam": "RAdam",
+    "torch.optim.NAdam": "NAdam",
+    "bitsandbytes.optim.AdEMAMix8bit": "AdEMAMix8bit",
+}
+REFUSED = {
+    "Muon": "whole weight matrices",
+    "torch.optim.Adafactor": "starts at 0",
+    "bitsandbytes.optim.LAMB8bit": "starts at 0",
+    "schedulefree.AdamWScheduleFree": "wrong one",
+    "LBFGS": "several times",
+    "NoSuch": "no optimizer that is known",
+    "no.such.Optimizer": "cannot be imported",
+    "torch.nn.Linear": "no optimizer that is known",
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_every_name_gives_an_optimizer_that_steps(name):
+    parameter = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = build_optimizer(OptimizerConfig(name, 0.1), [parameter])
+    parameter.grad = torch.ones(5000)
+    optimizer.step()
+    assert type(optimizer).__name__ == CLASSES[name]
+    assert (parameter < 0).all()
+
+
+def test_arguments_reach_the_optimizer():
+    config = OptimizerConfig("AdamW", 0.1, ("weight_decay=0.5", "betas=(0.8, 0.9)"))
+    group = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.1, 0.5, (0.8, 0.9))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unknown_and_unfit_optimizers_are_refused_with_a_reason(name):
+    with pytest.raises(InputError, match=REFUSED[name]):
+        check_optimizer(OptimizerConfig(name))
+
+
+@pytest.mark.parametrize(
+    "args", [("decay=1",), ("weight_decay",), ("weight_decay=much",), ("lr=1",), ("betas=(5, 5)",)]
+)
+def test_wrong_arguments_are_refused(args):
+    with pytest.raises(InputError, match="optimizer_"):
+        check_optimizer(OptimizerConfig("AdamW", 0.1, args))
+
+
+@pytest.mark.parametrize("setting", ["scale_parameter", "relative_step"])
+def test_adafactor_runs_without_the_settings_that_need_the_weights(setting):
+    check_optimizer(OptimizerConfig("adafactor", 0.1, (f"{setting}=False",)))
+    with pytest.raises(InputError, match="learning_rate"):
+        check_optimizer(OptimizerConfig("adafactor", 0.1, (f"{setting}=True",)))
+
+
+def rates(config, steps=20):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(config, optimizer, steps)
+    found = []
+    for _ in range(steps):
+        found.append(learning_rates(optimizer)["lr/slice"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+WARMUP, STEPS = 4, 20
+PROGRESS = [max(step - WARMUP, 0) / (STEPS - WARMUP) for step in range(STEPS)]
+DECAYS = {
+    "constant_with_warmup": [1.0] * STEPS,
+    "linear": [1 - p for p in PROGRESS],
+    "cosine": [(1 + math.cos(math.pi * p)) / 2 for p in PROGRESS],
+    "inverse_sqrt": [math.sqrt(WARMUP / max(step, WARMUP)) for step in range(STEPS)],
+    "rex": [(1 - p) / (0.5 + 0.5 * (1 - p)) for p in PROGRESS],
+}
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_schedules_follow_their_formulas_after_a_warmup(name):
+    expected = [min(step / WARMUP, 1) * factor for step, factor in enumerate(DECAYS[name])]
+    assert rates(ScheduleConfig(name, warmup="20%")) == pytest.approx(expected)
+
+
+def test_the_other_schedules_read_their_settings():
+    assert rates(ScheduleConfig("cosine_with_min_lr", min_lr_ratio=0.25))[-1] == pytest.approx(0.25, abs=0.01)
+    assert rates(ScheduleConfig("rex", min_lr_ratio=0.25))[-1] > 0.25
+    assert rates(ScheduleConfig("polynomial", power=2.0))[10] == pytest.approx(0.25, abs=1e-4)
+    assert rates(ScheduleConfig("cosine_with_restarts", cycles=2))[10] == 1
+    assert rates(ScheduleConfig("warmup_stable_decay", warmup="5", decay="5", min_lr_ratio=0.1))[5:15] == [1] * 10
+    assert rates(ScheduleConfig("inverse_sqrt", timescale=1))[3] == pytest.approx(0.5)
+    steps = ScheduleConfig("piecewise_constant", args=("step_rules='1:5,0.5:10,0.1'",))
+    assert rates(steps) == [1] * 5 + [0.5] * 5 + [0.1] * 10
+
+
+def test_a_scheduler_class_takes_the_place_of_a_name():
+    assert rates(ScheduleConfig(class_path="StepLR", args=("step_size=2", "gamma=0.5")), 5) == [1, 1, 0.5, 0.5, 0.25]
+    assert rates(ScheduleConfig(class_path="torch.optim.lr_scheduler.ConstantLR", args=("factor=0.5",)), 2) == [0.5] * 2
+
+
+@pytest.mark.parametrize(("text", "steps"), [("50", 50), ("0.05", 10), ("5%", 10), ("0", 0), ("100%", 200), (" 7 ", 7)])
+def test_warmup_is_steps_a_share_or_a_percentage(text, steps):
+    assert steps_of(text, 200, "--lr_warmup_steps") == steps
+
+
+@pytest.mark.parametrize("text", ["-1", "many", "1.5", "300", "101%", "nan", "inf"])
+def test_wrong_warmups_are_refused(text):
+    with pytest.raises(InputError, match="--lr_warmup_steps"):
+        steps_of(text, 200, "--lr_warmup_steps")
+
+
+MISTAKES = {
+    "nosuch": (ScheduleConfig("nosuch"), "allowed: constant"),
+    "adafactor": (ScheduleConfig("adafactor"), "constant_with_warmup"),
+    "warmup of constant": (ScheduleConfig("constant", warmup="50"), "use --lr_scheduler constant_with_warmup"),
+    "unread power": (ScheduleConfig("linear", power=2.0), "does not read --lr_scheduler_power"),
+    "unread argument": (ScheduleConfig("linear", args=("speed=3",)), "speed"),
+    "no rules": (ScheduleConfig("piecewise_constant"), "step_rules"),
+    "plateau": (ScheduleConfig(class_path="ReduceLROnPlateau"), "not a schedule over steps"),
+    "no class": (ScheduleConfig(class_path="NoLR"), "cannot be imported"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_settings_that_do_not_fit_the_schedule_are_refused(mistake):
+    config, told = MISTAKES[mistake]
+    with pytest.raises(InputError, match=told):
+        check_schedule(config, 100)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_warmup_of_zero_fits_every_schedule(name):
+    args = ("step_rules='1:5,0.5'",) if name == "piecewise_constant" else ()
+    check_schedule(ScheduleConfig(name, warmup="0%", args=args), 100)

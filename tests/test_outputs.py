@@ -1,0 +1,92 @@
+"""Saved samples: what is read back, and that nothing half-written stays."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from utils.outputs import load_latent, save_frames, save_latent, save_sample, to_frames
+from wan.errors import InputError
+
+
+def smooth_video(frames: int, height: int, width: int) -> torch.Tensor:
+    """A gradient that moves, so that a codec keeps it."""
+    rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None]
+    moving = [
+        torch.stack([rows + 0 * columns, 0 * rows + columns, (rows + columns) / 2 - t / 20]) for t in range(frames)
+    ]
+    return torch.stack(moving, dim=1).clamp(-1, 1)
+
+
+def test_all_256_levels_come_back_and_the_rest_is_clamped():
+    levels = torch.arange(256)
+    video_3THW = (levels.float() / 127.5 - 1).reshape(1, 1, 16, 16).expand(3, 1, 16, 16)
+    assert np.array_equal(to_frames(video_3THW)[0, :, :, 0].ravel(), levels.numpy())
+    assert (
+        to_frames(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2).expand(3, 1, 1, 2)).ravel().tolist()
+        == [0] * 3 + [255] * 3
+    )
+
+
+def test_one_frame_is_saved_as_png(tmp_path):
+    video_3THW = smooth_video(1, 32, 48)
+    path = save_sample(tmp_path / "new", "a", video_3THW, fps=16)
+    assert path == tmp_path / "new" / "a_000.png"
+    assert np.array_equal(np.asarray(Image.open(path)), to_frames(video_3THW)[0])
+
+
+def test_several_frames_are_saved_as_mp4(tmp_path):
+    video_3THW = smooth_video(9, 32, 48)
+    path = save_sample(tmp_path, "a", video_3THW, fps=16)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 16)
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert frames.shape == (9, 32, 48, 3)
+    assert np.abs(frames.astype(int) - to_frames(video_3THW)).mean() < 3
+
+
+def test_frames_are_numbered_in_a_folder_of_their_own(tmp_path):
+    video_3THW = smooth_video(5, 16, 16)
+    assert save_frames(tmp_path, "a", video_3THW) == tmp_path / "a"
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [f"a_{i:03d}.png" for i in range(5)]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / "a_003.png")), to_frames(video_3THW)[3])
+    assert save_frames(tmp_path, "b", video_3THW[:, :1]) == tmp_path / "b_000.png"
+
+
+def test_a_latent_comes_back_with_its_metadata(tmp_path):
+    latent = torch.randn(16, 2, 4, 6).bfloat16()
+    path = save_latent(tmp_path / "a_latent.safetensors", latent, {"seeds": "7"})
+    assert load_file(path)["latent"].dtype == torch.float32
+    loaded, metadata = load_latent(path)
+    assert torch.equal(loaded, latent.float()) and metadata["seeds"] == "7"
+
+
+def test_a_latent_with_a_batch_axis_is_read(tmp_path):
+    latent = torch.randn(1, 16, 1, 4, 6)
+    save_file({"latent": latent}, tmp_path / "a.safetensors")
+    assert torch.equal(load_latent(tmp_path / "a.safetensors")[0], latent[0])
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"other": torch.zeros(16, 1, 2, 2)},
+        {"latent": torch.zeros(48, 1, 2, 2)},
+        {"latent": torch.zeros(2, 16, 1, 2, 2)},
+    ],
+)
+def test_what_is_no_latent_is_refused(tmp_path, tensors):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"a.safetensors: `latent` of \[16, frames, height, width\] expected"):
+        load_latent(tmp_path / "a.safetensors")
+
+
+def test_a_failed_save_leaves_nothing_and_keeps_the_old_file(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"old")
+    with pytest.raises(av.error.FFmpegError):
+        save_sample(tmp_path, "a", smooth_video(5, 33, 47), fps=16)  # odd sizes do not go into yuv420p
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == b"old"

@@ -1,0 +1,93 @@
+"""The pictures and clips that a dataset names, with their captions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from utils.sources import ImageDataset, Source, VideoDataset, list_sources
+from wan.errors import InputError
+
+
+def _folder(path, **texts):
+    path.mkdir()
+    for name, text in texts.items():
+        (path / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return path
+
+
+def _images(folder):
+    return ImageDataset(folder, image_directory=folder, caption_extension=".txt")
+
+
+def _jsonl(path, *lines):
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return ImageDataset(path.parent, image_jsonl_file=path)
+
+
+def test_files_come_in_order_with_stripped_captions_whatever_their_case(tmp_path):
+    folder = _folder(tmp_path / "p", b__PNG="", b__txt=" b \n", a__jpeg="", a__txt="ünï", c__md="", c__txt="c")
+    assert list_sources(_images(folder)).found == (Source(folder / "a.jpeg", "ünï"), Source(folder / "b.PNG", "b"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    folder = _folder(tmp_path / "p", a__png="", a__txt="\ufeffcat")
+    assert list_sources(_images(folder)).found[0].caption == "cat"
+
+
+def test_pictures_without_captions_are_left_out_but_videos_are_refused(tmp_path):
+    folder = _folder(tmp_path / "p", a__png="", b__png="", b__txt="b", a__mp4="", b__mp4="")
+    sources = list_sources(_images(folder))
+    assert ([source.stem for source in sources.found], sources.left_out) == (["b"], (folder / "a.png",))
+    with pytest.raises(InputError, match=r"1 of 2 files in .* have no caption: a\.mp4 needs a\.txt"):
+        list_sources(VideoDataset(folder, video_directory=folder, caption_extension=".txt"))
+
+
+def test_lines_of_a_list_come_in_order_of_their_paths(tmp_path):
+    paths = [tmp_path / "b.png", tmp_path / "a.png"]
+    for path in paths:
+        path.touch()
+    lines = [json.dumps({"image_path": str(path), "caption": f" {path.stem} "}) for path in paths]
+    found = list_sources(_jsonl(tmp_path / "l.jsonl", lines[0], "", lines[1])).found
+    assert found == (Source(paths[1], "a"), Source(paths[0], "b"))
+
+
+@pytest.mark.parametrize("names", [("a.png", "a.jpg"), ("a.png", "A.webp")])
+def test_files_that_would_share_a_cache_are_refused(tmp_path, names):
+    folder = _folder(tmp_path / "p", a__txt="a", A__txt="a", **dict.fromkeys(names, ""))
+    with pytest.raises(InputError, match="would share one cache file"):
+        list_sources(_images(folder))
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("", "is empty"),
+        ("{", "line 1 is not valid JSON"),
+        ('{"image_path": "a.png"}', 'must be {"image_path": ..., "caption": ...}; it has image_path'),
+        (
+            '{"image_path": "a.png", "caption": "a", "control_path": "b.png"}',
+            "it has image_path, caption, control_path",
+        ),
+        ('{"image_path": "a.png", "caption": 3}', "image_path and caption must be text"),
+        ('{"image_path": "nowhere.png", "caption": "a"}', "nowhere.png does not exist"),
+    ],
+)
+def test_mistakes_in_a_list_are_named(tmp_path, line, named):
+    with pytest.raises(InputError) as error:
+        list_sources(_jsonl(tmp_path / "l.jsonl", line))
+    assert named in str(error.value)
+
+
+def test_a_caption_that_is_not_utf8_is_named(tmp_path):
+    folder = _folder(tmp_path / "p", a__png="")
+    (folder / "a.txt").write_bytes("ä".encode("latin-1"))
+    with pytest.raises(InputError, match=r"a\.txt is not UTF-8"):
+        list_sources(_images(folder))
+
+
+def test_a_missing_folder_and_a_missing_list_are_named():
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        list_sources(_images(Path("nowhere")))
+    with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
+        list_sources(ImageDataset(Path(), image_jsonl_file=Path("nowhere.jsonl")))

@@ -1,0 +1,102 @@
+"""What must fit together before a training run loads its model."""
+
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from utils.checkpoints import check_saves, disk_use, planned_saves
+from utils.dataset import TrainingDataset
+from utils.flow_matching import check_timesteps
+from utils.lr_schedules import check_schedule
+from utils.optimizers import check_optimizer
+from utils.selective_finetune import check_slice
+from utils.training_config import COMPUTE_DTYPES, TrainConfig
+from utils.training_plan import TrainingPlan
+from utils.training_report import expert_line, saving_lines
+from wan.configs import TASKS, WanConfig
+from wan.errors import InputError
+from wan.loading import (
+    CheckpointHeader,
+    check_fits_task,
+    config_from_header,
+    file_dtype,
+    is_fp8,
+    read_checkpoint_header,
+)
+
+_STATE_BYTES = 12  # a value: the difference, two of AdamW
+
+
+def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeader, WanConfig]:
+    """The header of --dit, its model's widths; InputError if it is not a file that this run can train."""
+    check_slice(config.ff, config.ffid)
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
+    header = read_checkpoint_header(config.dit)
+    check_fits_task(header, config.task)
+    if is_fp8(header):
+        raise InputError(f"{config.dit} is stored in fp8, which cannot be trained: use the bf16, fp16 or fp32 file")
+    if config.save_precision not in (None, dtype_name(file_dtype(header))):
+        raise InputError(
+            f"--save_precision {config.save_precision}: a checkpoint keeps the dtypes of --dit, here "
+            f"{dtype_name(file_dtype(header))}, since only the slice is written anew; leave it out"
+        )
+    model_config = config_from_header(header)
+    if config.blocks_to_swap > model_config.num_layers:
+        raise InputError(f"--blocks_to_swap {config.blocks_to_swap}: this model has {model_config.num_layers} blocks")
+    return header, model_config
+
+
+def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
+    """InputError if the caches were made for another kind of model, or hold texts that are too long for this one."""
+    path = config.dataset.path
+    if dataset.text_width != model.text_dim:
+        raise InputError(
+            f"the text caches of {path} are {dataset.text_width} wide, {config.dit} reads {model.text_dim}: make them "
+            "again with this model's text encoder (wan_cache_text_encoder_outputs.py)"
+        )
+    if dataset.longest_text > model.text_len:
+        raise InputError(
+            f"a caption of {path} has {dataset.longest_text} tokens, {config.dit} reads at most {model.text_len}: "
+            "shorten it, then run wan_cache_text_encoder_outputs.py again"
+        )
+    check_timesteps(config.timesteps, latent_sizes(dataset))
+
+
+def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:
+    """Every (height, width) that latents of the dataset have."""
+    return sorted({(item.bucket[1] // 8, item.bucket[0] // 8) for item in dataset.items})
+
+
+def check_plan(config: TrainConfig, header: CheckpointHeader, plan: TrainingPlan) -> list[str]:
+    """InputError if the optimizer, the schedule or a planned file cannot be; else lines on what the run will write."""
+    check_optimizer(config.optimizer)
+    check_schedule(config.schedule, plan.steps)
+    checkpoint_bytes = sum(file.stat().st_size for file in header.files)
+    saves = list(planned_saves(config.save, plan.steps, plan.steps_per_epoch, plan.epochs))
+    check_saves(saves, config.save, header.files, checkpoint_bytes)
+    free = shutil.disk_usage(config.save.folder).free
+    slice_values = float(config.ff) * sum(
+        entry.numel for name, entry in header.tensors.items() if name.startswith("blocks.") and len(entry.shape) == 2
+    )
+    use = disk_use(saves, checkpoint_bytes, round(slice_values * _STATE_BYTES))
+    return saving_lines(use, checkpoint_bytes, config.save.folder, free)
+
+
+def say_what_is_read(
+    config: TrainConfig, header: CheckpointHeader, dataset: TrainingDataset, say: Callable[[str], None]
+) -> None:
+    """The model's file, how it is computed, the dataset."""
+    stored, used = file_dtype(header), COMPUTE_DTYPES[config.mixed_precision]
+    cast = "" if stored == used else f", cast to {dtype_name(used)} at load, saved in {dtype_name(stored)}"
+    say(f"{config.dit}: {dtype_name(stored)}{cast}")
+    for line in dataset.describe():
+        say(line)
+    if line := expert_line(TASKS[config.task], config.dit, config.timesteps):
+        say(line)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bf16`, `fp16` or `fp32`."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

@@ -1,0 +1,64 @@
+"""The configuration of one training run, composed of what each part of it reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from utils.checkpoint_metadata import MetadataConfig
+from utils.checkpoints import SaveConfig
+from utils.flow_matching import TimestepConfig
+from utils.lr_schedules import ScheduleConfig
+from utils.optimizers import OptimizerConfig
+from utils.sources import DatasetConfig
+from utils.training_samples import SampleConfig
+
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where scalars and sample pictures are logged: one folder of its own per run."""
+
+    folder: Path | None = None
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb; none: nothing is logged
+    prefix: str = ""
+    tracker_name: str = "network_train"
+    tracker_settings: Mapping[str, dict] = field(default_factory=dict)  # tracker -> arguments of its own
+    with_settings: bool = False  # log the run's settings too
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    task: str
+    dit: Path
+    ff: str  # the decimal as it was typed
+    ffid: int
+    dataset: DatasetConfig
+    save: SaveConfig
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    metadata: MetadataConfig = field(default_factory=MetadataConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    samples: SampleConfig | None = None
+    vae: Path | None = None  # named in the metadata
+    mixed_precision: str = "no"
+    save_precision: str | None = None  # None: the file's
+    max_train_steps: int = 1600
+    max_train_epochs: int | None = None
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    blocks_to_swap: int = 0
+    workers: int = 0
+    persistent_workers: bool = False
+    seed: int | None = None  # None: random
+    resume: Path | None = None
+    show_timesteps: bool = False  # and end
+    allow_tf32: bool = False
+    cudnn_benchmark: bool = False
+    process_timeout: timedelta | None = None

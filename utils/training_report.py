@@ -1,0 +1,133 @@
+"""The lines that a training run begins with: what trains, on what, for how long, what it will write."""
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.checkpoints import DiskUse, readable
+from utils.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
+from utils.selective_finetune import TrainedSlice, exact_fraction, ids_available
+from utils.training_plan import TrainingPlan
+from wan.configs import WanTask
+from wan.model import WanModel
+
+
+def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Mapping]) -> list[str]:
+    """How much trains and where, which ids are left, which earlier slices would be trained over."""
+    blocks = {name.split(".")[1] for name in trained.matrices}
+    lines = [
+        f"slice ff {trained.ff} ffid {trained.ffid}: {trained.count:,} of {trained.total:,} values train "
+        f"({100 * trained.count / trained.total:.4f} %), in {len(trained.matrices)} matrices of {len(blocks)} of "
+        f"{len(model.blocks)} blocks"
+    ]
+    lines += [
+        f"WARNING: {entry['name'] or 'an earlier concept'} (ff {entry['ff']} ffid {entry['ffid']}) is in the same "
+        "values of this checkpoint: the run trains over it"
+        for entry in ledger
+        if _overlap(_interval(entry), _interval({"ff": trained.ff, "ffid": trained.ffid}))
+    ]
+    return [*lines, _ids_line(trained, ledger)]
+
+
+def memory_line(model: WanModel, trained: TrainedSlice, blocks_to_swap: int, device: torch.device) -> str:
+    """Where the weights lie, and what the slice needs; activations are not in it."""
+    first_swapped = len(model.blocks) - blocks_to_swap
+    swapped = sum(_weight_bytes(block) for block in model.blocks[first_swapped:])
+    # difference, gradient, the start values; then two fp32 values of state in Adam's family.
+    slice_bytes = trained.count * (8 + model.dtype.itemsize)
+    return (
+        f"memory: {readable(_all_bytes(model) - swapped)} of weights on {device}, {readable(swapped)} swapped from "
+        f"the host ({blocks_to_swap} blocks); the slice takes {readable(slice_bytes)} there, AdamW "
+        f"{readable(8 * trained.count)} more; activations come on top"
+    )
+
+
+def plan_line(plan: TrainingPlan, processes: int) -> str:
+    """Epochs, steps, batches."""
+    where = f" on {processes} processes" if processes > 1 else ""
+    return (
+        f"{plan.steps} steps: {plan.epochs} epochs of {plan.steps_per_epoch} steps, {plan.items_per_epoch} items in "
+        f"{plan.batches_per_epoch * processes} batches, {plan.accumulation} to a step{where}"
+    )
+
+
+def saving_lines(use: DiskUse, checkpoint_bytes: int, folder: Path, free: int) -> list[str]:
+    """What will be written in all, with a warning where the disk has no room for it."""
+    states = f" and {use.states} states" if use.states else ""
+    lines = [
+        f"saves in {folder}: {use.checkpoints} checkpoints of {readable(checkpoint_bytes)}{states}, "
+        f"{readable(use.written)} in all, {readable(use.kept)} of it kept; {readable(free)} free"
+    ]
+    if use.kept > free:
+        lines.append(
+            f"WARNING: {readable(use.kept)} will not fit into {readable(free)}: save less often "
+            "(--save_every_n_epochs) or keep fewer (--save_last_n_epochs counts checkpoints)"
+        )
+    return lines
+
+
+def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | None:
+    """Advice where one of two experts would train on timesteps at which the other one samples."""
+    if task.boundary is None:
+        return None
+    boundary = 1000 * task.boundary
+    low_only, high_only = timesteps.max_timestep <= boundary, timesteps.min_timestep >= boundary
+    low, high = f"--min_timestep 0 --max_timestep {boundary:g}", f"--min_timestep {boundary:g} --max_timestep 1000"
+    is_high = "high" in dit.name.lower() and "low" not in dit.name.lower()
+    is_low = "low" in dit.name.lower() and "high" not in dit.name.lower()
+    if (low_only and not is_high) or (high_only and not is_low):
+        return None
+    named = {(True, False): f"the high-noise one ({high})", (False, True): f"the low-noise one ({low})"}
+    asked = named.get((is_high, is_low), f"one of them ({low}, or {high})")
+    return (
+        f"note: {task.name} has two experts that share the timesteps at {boundary:g}; this run trains on "
+        f"{timesteps.min_timestep:g} to {timesteps.max_timestep:g}, and {dit.name} is {asked}"
+    )
+
+
+def timestep_lines(config: TimestepConfig, latent_size: tuple[int, int], seed: int) -> list[str]:
+    """A histogram of the timesteps that training would draw, as text."""
+    u_B = draw_uniforms(config, 100_000, seed, 0, draw_generator(seed, "show timesteps"))
+    counts = torch.histc(sigmas_of(config, u_B, latent_size), bins=20, min=0, max=1).tolist()
+    height, width = latent_size
+    lines = [f"timesteps of 100,000 samples, {config.sampling}, latents of {height}x{width}:"]
+    for number, count in enumerate(counts):
+        lines.append(f"{50 * number:4d}-{50 * number + 50:4d} {'#' * round(60 * count / max(counts))} {count:.0f}")
+    return lines
+
+
+def _interval(entry: Mapping) -> tuple[Fraction, Fraction]:
+    ff = exact_fraction(entry["ff"])
+    return (entry["ffid"] - 1) * ff, entry["ffid"] * ff
+
+
+def _overlap(a: tuple[Fraction, Fraction], b: tuple[Fraction, Fraction]) -> bool:
+    return max(a[0], b[0]) < min(a[1], b[1])
+
+
+def _ids_line(trained: TrainedSlice, ledger: Sequence[Mapping]) -> str:
+    """Counted over intervals, since there may be more ids than memory has room for."""
+    ff, last = exact_fraction(trained.ff), ids_available(trained.ff)
+    intervals = [_interval(entry) for entry in [*ledger, {"ff": trained.ff, "ffid": trained.ffid}]]
+    used = sorted((math.floor(low / ff) + 1, min(math.ceil(high / ff), last)) for low, high in intervals)
+    taken, end, first_free = 0, 0, 1
+    for first, final in used:
+        taken += max(final - max(first, end + 1) + 1, 0)
+        end = max(end, final)
+        if first <= first_free <= final:
+            first_free = final + 1
+    following = f", the next is --ffid {first_free}" if first_free <= last else ""
+    return f"after this run {last - taken} of {last} ids at ff {trained.ff} are free{following}"
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    """Of its matrices, the part of a block that is swapped."""
+    return sum(linear.weight.nbytes for linear in module.modules() if isinstance(linear, nn.Linear))
+
+
+def _all_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,0 +1,85 @@
+"""The settings of a run as text: what --resume compares, what a checkpoint's metadata tells.
+
+The names are musubi-tuner's, without its ss_.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+
+from utils.dataset import TrainingDataset
+from utils.selective_finetune import TrainedSlice
+from utils.training_config import TrainConfig
+from utils.training_plan import TrainingPlan
+
+
+def deciding_settings(
+    config: TrainConfig, seed: int, dataset: TrainingDataset, batches: Sequence[Sequence[int]], processes: int
+) -> dict[str, str]:
+    """All that decides the run's numbers; `batches` are those of epoch 0."""
+    timesteps, schedule, optimizer = config.timesteps, config.schedule, config.optimizer
+    values = {
+        "ff": config.ff,
+        "ffid": config.ffid,
+        "seed": seed,
+        "mixed_precision": config.mixed_precision,
+        "learning_rate": optimizer.learning_rate,
+        "optimizer": optimizer.name or "AdamW",
+        "optimizer_args": " ".join(optimizer.args),
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_scheduler": schedule.class_path or schedule.name,
+        "lr_warmup_steps": schedule.warmup,
+        "lr_decay_steps": schedule.decay,
+        "lr_scheduler_num_cycles": schedule.cycles,
+        "lr_scheduler_power": schedule.power,
+        "lr_scheduler_timescale": schedule.timescale,
+        "lr_scheduler_min_lr_ratio": schedule.min_lr_ratio,
+        "lr_scheduler_args": " ".join(schedule.args),
+        "gradient_accumulation_steps": config.accumulation,
+        "processes": processes,
+        "timestep_sampling": timesteps.sampling,
+        "discrete_flow_shift": timesteps.shift,
+        "sigmoid_scale": timesteps.sigmoid_scale,
+        "weighting_scheme": timesteps.weighting,
+        "logit_mean": timesteps.logit_mean,
+        "logit_std": timesteps.logit_std,
+        "mode_scale": timesteps.mode_scale,
+        "min_timestep": timesteps.min_timestep,
+        "max_timestep": timesteps.max_timestep,
+        "preserve_distribution_shape": timesteps.preserve_shape,
+        "num_timestep_buckets": timesteps.buckets,
+        "num_train_items": len(dataset.items),
+        "dataset_sha256": _dataset_hash(dataset, batches),
+    }
+    return {key: str(value) for key, value in values.items()}
+
+
+def other_settings(config: TrainConfig, plan: TrainingPlan, dataset: TrainingDataset, started: str) -> dict[str, str]:
+    """What else the metadata tells, and a resumed run may change."""
+    values = {
+        "training_started_at": started,
+        "num_batches_per_epoch": plan.batches_per_epoch,
+        "num_epochs": plan.epochs,
+        "max_train_steps": plan.steps,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "datasets": json.dumps(dataset.describe(), ensure_ascii=False),
+        "sd_model_name": config.dit.name,
+        "vae_name": config.vae.name if config.vae else "",
+    }
+    return {key: str(value) for key, value in values.items()}
+
+
+def start_hash(trained: TrainedSlice) -> dict[str, str]:
+    """The SHA-256 of the base's values in the slice: another base has another one."""
+    digest = hashlib.sha256()
+    for name, matrix in trained.matrices.items():
+        digest.update(name.encode())
+        digest.update(matrix.cut(matrix.start_UL).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {"slice_start_sha256": digest.hexdigest()}
+
+
+def _dataset_hash(dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> str:
+    items = [(item.name, item.bucket, item.frames, item.text_shape) for item in dataset.items]
+    return hashlib.sha256(json.dumps([items, batches]).encode()).hexdigest()
