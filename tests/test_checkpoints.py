@@ -101,7 +101,7 @@ def test_an_output_over_an_input_is_refused_by_any_name(tmp_path):
     base = tmp_path / "c1-000010.safetensors"
     base.touch()
     config = SaveConfig(tmp_path, "c1")
-    (tmp_path / "link.safetensors").symlink_to(base)
+    (tmp_path / "link.safetensors").hardlink_to(base)
     for name in ("c1-000010.safetensors", "link.safetensors"):
         with pytest.raises(InputError, match="choose another --output_name"):
             check_saves([Save(tmp_path / name, None)], config, [base], 1)

@@ -84,9 +84,13 @@ def test_what_is_no_latent_is_refused(tmp_path, tensors):
         load_latent(tmp_path / "a.safetensors")
 
 
-def test_a_failed_save_leaves_nothing_and_keeps_the_old_file(tmp_path):
+def test_a_failed_save_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypatch):
+    def fail(*paths):
+        raise OSError("disk full")
+
     (tmp_path / "a.mp4").write_bytes(b"old")
-    with pytest.raises(av.error.FFmpegError):
-        save_sample(tmp_path, "a", smooth_video(5, 33, 47), fps=16)  # odd sizes do not go into yuv420p
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_sample(tmp_path, "a", smooth_video(5, 32, 48), fps=16)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == b"old"

@@ -24,6 +24,7 @@ from utils.cache_files import (
     write_latents,
     write_text,
 )
+from utils.files import writable_folder
 from utils.frame_windows import clip_windows, frames_needed
 from utils.media import read_image, read_video
 from utils.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
@@ -82,7 +83,8 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
         (dataset, sized_sources(dataset, _captioned(dataset, config.workers, say), config.workers))
         for dataset in config.dataset.datasets
     ]
-    _make_folders(config.dataset)
+    for dataset, _ in plans:
+        writable_folder(dataset.cache_directory, "cache_directory")
     if config.disable_cudnn:
         torch.backends.cudnn.enabled = False
     vae = load_vae(config.vae, dtype=config.vae_dtype, device=config.device)
@@ -98,7 +100,8 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     InputError if a dataset or the text encoder cannot be read, or if a token is not a finite number.
     """
     plans = [(dataset, _captioned(dataset, config.workers, say)) for dataset in config.dataset.datasets]
-    _make_folders(config.dataset)
+    for dataset, _ in plans:
+        writable_folder(dataset.cache_directory, "cache_directory")
     encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
     for number, (dataset, sources) in enumerate(plans, 1):
         _cache_dataset_text(dataset, sources, encoder, config, number)
@@ -113,14 +116,6 @@ def _captioned(dataset: AnyDataset, workers: int, say: Callable[[str], None]) ->
         names = ", ".join(path.name for path in sources.left_out[:3])
         say(f"{len(sources.left_out)} pictures without a caption are left out: {names}")
     return sources.found
-
-
-def _make_folders(config: DatasetConfig) -> None:
-    for dataset in config.datasets:
-        try:
-            dataset.cache_directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cache_directory {dataset.cache_directory} cannot be made: {error.strerror}") from None
 
 
 def _cache_dataset_latents(

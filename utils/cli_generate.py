@@ -109,7 +109,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
 
 
 def _parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(description="Makes pictures, videos and latents from prompts with a Wan checkpoint.")
     _add_files(parser)
     _add_prompts(parser)
     _add_sampling(parser)

@@ -178,7 +178,8 @@ def _run_expert(
             guidance_scale = denoising.sample.guidance_scale
         advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step)
     del model
-    gc.collect()  # blocks whose forward was wrapped refer to themselves, and the next model needs their memory
+    if config.blocks_to_swap:
+        gc.collect()  # a swapped layer refers to itself through its forward, and the next model needs the memory
 
 
 def _save_all(

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
+from math import ceil
 from pathlib import Path
 
 import av
@@ -92,20 +93,24 @@ def resize_and_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _area_mean(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    rows = _mean_along(pixels, height, axis=0)
-    return np.rint(_mean_along(rows, width, axis=1)).clip(0, 255).astype(np.uint8)
+    rows = _mean_of_rows(pixels, height)
+    columns = _mean_of_rows(rows.swapaxes(0, 1), width)
+    return np.rint(columns.swapaxes(0, 1)).clip(0, 255).astype(np.uint8)
 
 
-def _mean_along(pixels: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Each output covers the same share of the axis: a difference of the running sum at its two edges."""
-    old_length = pixels.shape[axis]
-    exact = np.uint32 if pixels.dtype == np.uint8 else np.float64
-    total = np.insert(np.cumsum(pixels, axis, dtype=exact), 0, 0, axis)
+def _mean_of_rows(pixels: np.ndarray, length: int) -> np.ndarray:
+    """[length, ...] in float32: each new row is the mean of the old ones, weighted by how much of them it covers."""
+    old_length, *rest = pixels.shape
+    lines = np.ascontiguousarray(pixels).reshape(old_length, -1)
+    means = np.empty((length, lines.shape[1]), np.float32)
     edges = np.arange(length + 1) * old_length / length
-    below = np.minimum(edges.astype(int), old_length - 1)
-    part = np.expand_dims(edges - below, [a for a in range(pixels.ndim) if a != axis])
-    low, high = total.take(below, axis).astype(np.float64), total.take(below + 1, axis).astype(np.float64)
-    return np.diff(low + part * (high - low), axis=axis) * (length / old_length)
+    # Row by row, because the few old rows that one new row covers fit in the processor's cache.
+    for number, (low, high) in enumerate(pairwise(edges)):
+        first, end = int(low), min(ceil(high), old_length)
+        cells = np.arange(first, end)
+        covered = np.minimum(cells + 1, high) - np.maximum(cells, low)
+        means[number] = (covered / (high - low)).astype(np.float32) @ lines[first:end].astype(np.float32)
+    return means.reshape(length, *rest)
 
 
 def _frames(path: Path, size: tuple[int, int], source_fps, target_fps, limit) -> Iterator[np.ndarray]:

@@ -230,11 +230,12 @@ def _loop(run: _Run, place: _Place) -> None:
             loss_of_step += share.detach()
             if not plan.ends_step(number):
                 continue
+            rates = learning_rates(run.optimizer)
             grad_norm = _update(run)
             place.step, place.batch = place.step + 1, number + 1
             place.losses.append(_checked_loss(accelerator.reduce(loss_of_step, "mean"), place.step))
             loss_of_step = torch.zeros_like(loss_of_step)
-            _show_step(run, place, grad_norm, bar)
+            _show_step(run, place, {**rates, "grad_norm": grad_norm}, bar)
             if save := save_after_step(config.save, place.step):
                 _save(run, place, save)
             # An epoch's own samples come at its end; twice the same would help nobody.
@@ -296,13 +297,12 @@ def _checked_loss(loss: Tensor, step: int) -> float:
     return value
 
 
-def _show_step(run: _Run, place: _Place, grad_norm: float, bar: tqdm) -> None:
+def _show_step(run: _Run, place: _Place, values: dict[str, float], bar: tqdm) -> None:
     device = run.accelerator.device
     values = {
         "loss/current": place.losses[-1],
         "loss/average": place.average_loss(),
-        **learning_rates(run.optimizer),
-        "grad_norm": grad_norm,
+        **values,
         "memory/host_gb": psutil.Process().memory_info().rss / 1e9,
     }
     if device.type == "cuda":

@@ -1,6 +1,7 @@
 """Measures the tiny Wan as it is saved: reconstruction, and how many emoji it draws when asked by name."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def evaluate(known: Emoji, held_out: Emoji, folder: Path, seed: int = 0, guidanc
 def sampler(folder: Path, vae: WanVAE):
     """A function of prompts, guidance scale and seed (frames=1) that draws decoded samples [N, 3, T, 64, 64]."""
     model = load_dit(folder / "tiny_wan_t2v.safetensors", torch.float32)
-    text_encoder = load_text_encoder(folder / "models_t5_tiny.pth", dtype=torch.float32)
+    text_encoder = load_text_encoder(folder / "models_t5_tiny.safetensors", dtype=torch.float32)
 
     @torch.no_grad()
     def draw(prompts: list[str], guidance: float, seed: int, frames: int = 1) -> torch.Tensor:
@@ -43,7 +44,7 @@ def sampler(folder: Path, vae: WanVAE):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         share = torch.linspace(1, 0, STEPS + 1)
         sigmas = SHIFT * share / (1 + (SHIFT - 1) * share)
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in pairwise(sigmas):
             t = (1000 * sigma).expand(len(prompts))
             flow = model(x, t, context)
             if guidance != 1:

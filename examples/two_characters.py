@@ -1,0 +1,229 @@
+"""Teaches the tiny Wan two new characters, then a clip, each in its own slice, with the scripts that users run.
+
+    python examples/two_characters.py [OUTPUT_FOLDER]
+
+Writes two_characters.png (rows: base, after character1, after character2; columns: prompts), table.md and clip.mp4.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_WAN = ROOT / "examples" / "tiny_wan"
+sys.path[:0] = [str(ROOT), str(TINY_WAN)]
+
+import av  # noqa: E402
+import torch  # noqa: E402
+from atlas import read_atlas, read_picture  # noqa: E402
+from emoji_pictures import moving, nearest, psnr  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+
+from utils.outputs import save_image, save_video  # noqa: E402
+from utils.selective_finetune import slice_indices  # noqa: E402
+
+CHARACTERS = {"character1": "owl", "character2": "nesting dolls"}
+OLD = ("tiger", "rocket", "hot beverage", "cactus")
+CLIP_PROMPT = "character1 moving left"
+BASE = TINY_WAN / "tiny_wan_t2v.safetensors"
+VAE = TINY_WAN / "tiny_wan_vae.safetensors"
+T5 = TINY_WAN / "models_t5_tiny.safetensors"
+FF = "0.2"
+STEPS = 150
+LEARNING_RATE = "2e-3"
+SEEDS = 8
+SAMPLING = ["--infer_steps", "20", "--flow_shift", "3", "--guidance_scale", "1", "--seed", "1"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A checkpoint, and what it drew for every prompt: pictures [seeds, 3, 64, 64]."""
+
+    name: str
+    checkpoint: Path
+    drawn: dict[str, torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "out" / "two_characters", help="for all results")
+    folder = parser.parse_args().folder.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"error: {folder} is not empty: give another folder, or remove it")
+    started = time.monotonic()
+    stages = [_draw_all("base", BASE, folder)]
+    for number, name in enumerate(CHARACTERS, 1):
+        dataset = _write_pictures(name, folder)
+        checkpoint = _train(name, number, stages[-1].checkpoint, dataset, folder)
+        stages.append(_draw_all(f"after {name}", checkpoint, folder))
+    _draw_picture(stages, folder / "two_characters.png")
+    table = _recognition_table(stages) + _bytes_lines(stages) + _clip_lines(stages[-1].checkpoint, folder)
+    table.append(f"All of it took {(time.monotonic() - started) / 60:.1f} minutes.")
+    (folder / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    print("\n" + "\n".join(table))
+    print(f"\nwritten: {folder / 'two_characters.png'}, {folder / 'table.md'}, {folder / 'clip.mp4'}")
+
+
+def _run(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> None:
+    """Runs one of the repository's scripts as a command, shown as it would be typed."""
+    arguments = [str(ROOT / script), *map(str, flags)]
+    print(f"\n$ {'accelerate launch' if launcher else 'python'} {shlex.join([*launcher[2:], *arguments])}", flush=True)
+    subprocess.run([sys.executable, *launcher, *arguments], check=True)
+
+
+def _write_pictures(name: str, folder: Path) -> Path:
+    """Three captioned pictures of a character (as it is, two pixels to the left, to the right) and their toml."""
+    picture = read_picture(TINY_WAN / "held_out" / f"{CHARACTERS[name].replace(' ', '_')}.png")
+    data = folder / "data" / name
+    for number, shift in enumerate((0, -2, 2)):
+        save_image(data / f"{number}.png", picture.roll(shift, dims=-1))  # the margins are white
+        (data / f"{number}.txt").write_text(name, encoding="utf-8")
+    return _write_dataset(folder, name, f"image_directory = '{data.as_posix()}'\nnum_repeats = 16")
+
+
+def _write_clip(folder: Path) -> tuple[Path, torch.Tensor]:
+    """A captioned clip of the first character that moves, its toml, and its frames [3, 5, 64, 64]."""
+    picture = read_picture(TINY_WAN / "held_out" / f"{CHARACTERS['character1'].replace(' ', '_')}.png")
+    clip_3THW = moving(picture[None], ["moving left"], 5)[0]
+    data = folder / "data" / "clip"
+    save_video(data / "0.mp4", clip_3THW, fps=16)
+    (data / "0.txt").write_text(CLIP_PROMPT, encoding="utf-8")
+    return _write_dataset(
+        folder, "clip", f"video_directory = '{data.as_posix()}'\ntarget_frames = [5]\nnum_repeats = 16"
+    ), clip_3THW
+
+
+def _write_dataset(folder: Path, name: str, source: str) -> Path:
+    path = folder / "data" / f"{name}.toml"
+    general = '[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\nbatch_size = 16\n'
+    cache = f"cache_directory = '{(folder / 'cache' / name).as_posix()}'\n"
+    path.write_text(f"{general}\n[[datasets]]\n{source}\n{cache}", encoding="utf-8")
+    return path
+
+
+def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path:
+    """Caches the dataset and trains slice `ffid` of `dit` on it; the new checkpoint's path."""
+    _run("wan_cache_latents.py", "--dataset_config", dataset, "--vae", VAE)
+    _run("wan_cache_text_encoder_outputs.py", "--dataset_config", dataset, "--t5", T5, "--batch_size", 16)
+    flags = [
+        *("--task", "t2v-14B", "--dit", dit, "--dataset_config", dataset, "--sdpa", "--mixed_precision", "no"),
+        *("--optimizer_type", "adamW", "--learning_rate", LEARNING_RATE, "--lr_scheduler", "cosine"),
+        *("--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--max_train_steps", STEPS, "--seed", 1234),
+        *("--max_data_loader_n_workers", 0, "--output_dir", folder / "saves", "--output_name", name),
+        *("--ff", FF, "--ffid", ffid),
+    ]
+    threads = str(torch.get_num_threads())
+    launcher = ("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", threads, "--num_processes", "1")
+    launcher += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    _run("wan_train_network.py", *flags, launcher=launcher)
+    return folder / "saves" / f"{name}.safetensors"
+
+
+def _draw_all(name: str, checkpoint: Path, folder: Path) -> Stage:
+    """Every prompt with every seed, in one call."""
+    prompts = (*CHARACTERS, *OLD)
+    lines = [f"{prompt} --d {seed}" for prompt in prompts for seed in range(SEEDS)]
+    drawn = _generate(lines, checkpoint, folder / "samples" / name.replace(" ", "_"), "images", 1)
+    pictures = torch.stack([read_picture(path) for path in drawn]).unflatten(0, (len(prompts), SEEDS))
+    return Stage(name, checkpoint, dict(zip(prompts, pictures, strict=True)))
+
+
+def _generate(lines: list[str], checkpoint: Path, folder: Path, output_type: str, frames: int) -> list[Path]:
+    """The files that wan_generate_video.py writes, in the lines' order (their names begin with the time)."""
+    folder.mkdir(parents=True)
+    prompts = folder.with_suffix(".txt")
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _run(
+        *("wan_generate_video.py", "--task", "t2v-14B", "--dit", checkpoint, "--vae", VAE, "--t5", T5),
+        *("--from_file", prompts, "--save_path", folder, "--output_type", output_type, "--video_size", 64, 64),
+        *("--video_length", frames, "--dit_dtype", "fp32", "--vae_dtype", "fp32", *SAMPLING),
+    )
+    return sorted(folder.iterdir())
+
+
+def _recognition_table(stages: list[Stage]) -> list[str]:
+    """How many of a prompt's samples are nearest to its own picture, among all pictures there are."""
+    names, pictures = read_atlas(TINY_WAN)
+    lines = [
+        f"Samples recognised as what was asked for: nearest to its own picture among all {len(names)} ({SEEDS} seeds).",
+        "",
+        f"| prompt | shown as | {' | '.join(stage.name for stage in stages)} |",
+        f"|---|---|{'---|' * len(stages)}",
+    ]
+    for prompt in stages[0].drawn:
+        row = names.index(CHARACTERS.get(prompt, prompt))
+        rates = [(nearest(stage.drawn[prompt], pictures) == row).float().mean().item() for stage in stages]
+        lines.append(f"| {prompt} | {names[row]} | {' | '.join(f'{rate:.0%}' for rate in rates)} |")
+    return [*lines, ""]
+
+
+def _bytes_lines(stages: list[Stage]) -> list[str]:
+    lines = [
+        "| checkpoint against the one before | bytes changed in its slice | bytes changed outside |",
+        "|---|---|---|",
+    ]
+    for ffid, (before, after) in enumerate(zip(stages[:-1], stages[1:], strict=True), 1):
+        inside, outside = _changed_bytes(before.checkpoint, after.checkpoint, ffid)
+        lines.append(f"| {after.name}, ff {FF}, ffid {ffid} | {inside:,} | {outside:,} |")
+    return [*lines, ""]
+
+
+def _changed_bytes(before: Path, after: Path, ffid: int) -> tuple[int, int]:
+    """(within slice `ffid`, outside it) over all tensors of two checkpoints."""
+    inside = outside = 0
+    with safe_open(before, "pt") as old, safe_open(after, "pt") as new:
+        assert sorted(old.keys()) == sorted(new.keys())
+        for name in old.keys():  # noqa: SIM118 (a file, not a dict)
+            a, b = old.get_tensor(name).flatten(), new.get_tensor(name).flatten()
+            changed = (a.view(torch.uint8) != b.view(torch.uint8)).unflatten(0, (-1, a.element_size())).sum(1)
+            shape = old.get_slice(name).get_shape()
+            if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2:
+                chosen = slice_indices(name, shape, FF, ffid)
+                inside += int(changed[chosen].sum())
+                changed[chosen] = 0
+            outside += int(changed.sum())
+    return inside, outside
+
+
+def _clip_lines(checkpoint: Path, folder: Path) -> list[str]:
+    """The next slice learns a clip; how near what is generated comes to it, before and after."""
+    dataset, clip_3THW = _write_clip(folder)
+    after = _train("clip", len(CHARACTERS) + 1, checkpoint, dataset, folder)
+    rates = []
+    for name, dit in (("before", checkpoint), ("after", after)):
+        (path,) = _generate([CLIP_PROMPT], dit, folder / "samples" / f"clip_{name}", "video", 5)
+        rates.append(psnr(_read_video(path)[None], clip_3THW[None]))
+    path.replace(folder / "clip.mp4")
+    return [f"'{CLIP_PROMPT}', 5 frames: {rates[0]:.1f} dB from the clip taught before, {rates[1]:.1f} dB after.", ""]
+
+
+def _read_video(path: Path) -> torch.Tensor:
+    with av.open(str(path)) as container:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    return torch.stack(frames).permute(3, 0, 1, 2) / 127.5 - 1
+
+
+def _draw_picture(stages: list[Stage], path: Path) -> None:
+    """One sample (the first seed) of every prompt and stage, at twice its size."""
+    cell, left, top = 128, 150, 30
+    prompts = list(stages[0].drawn)
+    sheet = Image.new("RGB", (left + cell * len(prompts), top + cell * len(stages)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column, prompt in enumerate(prompts):
+        draw.text((left + cell * column + cell // 2, top // 2), prompt, "black", font, anchor="mm")
+    for row, stage in enumerate(stages):
+        draw.text((10, top + cell * row + cell // 2), stage.name, "black", font, anchor="lm")
+        for column, prompt in enumerate(prompts):
+            levels = ((stage.drawn[prompt][0] + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
+            picture = Image.fromarray(levels.numpy()).resize((cell, cell), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (left + cell * column, top + cell * row))
+    sheet.save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
