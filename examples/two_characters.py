@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +168,7 @@ def _bytes_lines(stages: list[Stage]) -> list[str]:
         "| checkpoint against the one before | bytes changed in its slice | bytes changed outside |",
         "|---|---|---|",
     ]
-    for ffid, (before, after) in enumerate(zip(stages[:-1], stages[1:], strict=True), 1):
+    for ffid, (before, after) in enumerate(pairwise(stages), 1):
         inside, outside = _changed_bytes(before.checkpoint, after.checkpoint, ffid)
         lines.append(f"| {after.name}, ff {FF}, ffid {ffid} | {inside:,} | {outside:,} |")
     return [*lines, ""]

@@ -15,13 +15,16 @@ from utils.selective_finetune import SliceError
 from utils.train_flags import REFUSED
 from wan.errors import InputError
 
-COMMAND = shlex.split("""--task t2v-A14B --dit wan22_t2v_14B_low_noise_bf16.safetensors --dataset_config data.toml
---sdpa --mixed_precision bf16 --optimizer_type adamW --learning_rate 1e-4 --gradient_checkpointing 
---max_data_loader_n_workers 2 --persistent_data_loader_workers --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 1000
---save_every_n_epochs 10 --save_state --seed 1234 --output_dir saves --output_name character1_512 --vae vae.safetensors
---t5 models_t5.pth --sample_prompts random_prompt.txt --sample_every_n_epochs 5 --logging_dir logs
---lr_warmup_steps 50 --lr_scheduler linear --preserve_distribution_shape --min_timestep 0 --max_timestep 1000
---preserve_distribution_shape --ff 0.001 --ffid 1 --blocks_to_swap 24""")
+COMMAND = shlex.split("""
+    --task t2v-A14B --dit wan22_t2v_14B_low_noise_bf16.safetensors --dataset_config data.toml --sdpa
+    --mixed_precision bf16 --optimizer_type adamW --learning_rate 1e-4 --gradient_checkpointing
+    --max_data_loader_n_workers 2 --persistent_data_loader_workers --timestep_sampling shift --discrete_flow_shift 3.0
+    --max_train_epochs 1000 --save_every_n_epochs 10 --save_state --seed 1234 --output_dir saves
+    --output_name character1_512 --vae vae.safetensors --t5 models_t5.pth --sample_prompts random_prompt.txt
+    --sample_every_n_epochs 5 --logging_dir logs --lr_warmup_steps "50" --lr_scheduler "linear"
+    --preserve_distribution_shape --min_timestep "0" --max_timestep "1000" --preserve_distribution_shape
+    --ff 0.001 --ffid 1 --blocks_to_swap 24
+""")
 SHORT = shlex.split(
     "--dit base.safetensors --dataset_config data.toml --output_dir out --output_name one --ff 0.1 --ffid 2"
 )

@@ -10,6 +10,7 @@ from tiny_run import flags, run, write_dataset, write_dit, write_sample_models
 from torch.nn import functional as F
 
 from utils import training
+from utils.checkpoints import readable
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
@@ -231,13 +232,9 @@ def test_the_start_tells_what_will_happen(folder):
     lines = "\n".join(run(folder, *BF16, *saves, "--blocks_to_swap", "1"))
     told = ("16x32x1: 5, 32x16x1: 3", "4,908 of 79,632 values train (6.1634 %), in 20 matrices of 2 of 2 blocks")
     told += ("20 steps: 4 epochs of 5 steps, 8 items in 5 batches", "9 of 10 ids at ff 0.1 are free")
-    told += (
-        "4 checkpoints of 0.2 MB",
-        "0.7 MB in all",
-        "share the timesteps at 875",
-        "(1 blocks)",
-        "base.safetensors: bf16\n",
-    )
+    size = (folder / "base.safetensors").stat().st_size
+    told += (f"4 checkpoints of {readable(size)}", f"{readable(4 * size)} in all", "share the timesteps at 875")
+    told += ("(1 blocks)", "base.safetensors: bf16\n")
     assert [part for part in told if part not in lines] == []
 
 

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from emoji_pictures import MOTIONS, Emoji, moving, on_white
 from original_names import original_text_names
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.configs import WanConfig
 from wan.model import WanModel
+from wan.text_encoder import transformers_name
 from wan.vae import WanVAE, load_vae
 
 CONFIG = WanConfig(
@@ -42,18 +43,26 @@ CLIPS = 320
 PIECES = 1400
 
 
-def train_model(known: Emoji, folder: Path, minutes: float, seed: int = 0) -> None:
-    """Trains for about `minutes` and writes the transformer, the text encoder (both bf16) and the tokenizer."""
+def train_model(known: Emoji, folder: Path, minutes: float, go_on: bool, seed: int = 0) -> None:
+    """Trains for about `minutes` and writes the transformer, the text encoder (both bf16) and the tokenizer.
+
+    `go_on` starts from the files that are there, with a new optimizer and schedule.
+    """
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
-    tokenizer = _train_tokenizer(known, folder / "google" / "umt5-xxl" / "spiece.model")
+    pieces = folder / "google" / "umt5-xxl" / "spiece.model"
+    if not go_on:
+        _train_tokenizer(known, pieces)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(pieces), add_eos=True)
     vae = load_vae(folder / "tiny_wan_vae.safetensors", torch.float32, "cpu")
     pictures = _encode_pictures(vae, known)
     clips, clip_names = _encode_clips(vae, known, draw)
     model, text_encoder = _new_model(), _new_text_encoder(tokenizer.vocab_size())
+    if go_on:
+        _load(model, text_encoder, folder)
     ids = {text: tokenizer.encode(text) for text in [*known.names, *clip_names, ""]}
     parameters = [*model.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     start, step, progress, recent = time.monotonic(), 0, 0.0, 0.0
     while progress < 1:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / 200) * _cosine(progress)
@@ -75,7 +84,7 @@ def train_model(known: Emoji, folder: Path, minutes: float, seed: int = 0) -> No
     _save(model, text_encoder, folder)
 
 
-def _train_tokenizer(known: Emoji, path: Path) -> sentencepiece.SentencePieceProcessor:
+def _train_tokenizer(known: Emoji, path: Path) -> None:
     """A SentencePiece model with UMT5's special ids; digits and letters are pieces of their own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     captions = [*known.names, *(f"{name} {motion}" for name in known.names[:200] for motion in MOTIONS)]
@@ -97,7 +106,6 @@ def _train_tokenizer(known: Emoji, path: Path) -> sentencepiece.SentencePiecePro
         minloglevel=2,
     )
     path.with_suffix(".vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(model_file=str(path), add_eos=True)
 
 
 @torch.no_grad()
@@ -141,6 +149,13 @@ def _new_text_encoder(pieces: int) -> UMT5EncoderModel:
         dropout_rate=0.0,
     )
     return UMT5EncoderModel(config).train()
+
+
+def _load(model: WanModel, text_encoder: UMT5EncoderModel, folder: Path) -> None:
+    model.load_state_dict(load_file(folder / "tiny_wan_t2v.safetensors"))
+    stored = load_file(folder / "models_t5_tiny.safetensors")
+    text_encoder.load_state_dict({transformers_name(name): tensor for name, tensor in stored.items()}, strict=False)
+    text_encoder.tie_weights()
 
 
 def _cosine(progress: float) -> float:
