@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_run import flags, run, write_dataset, write_dit, write_sample_models
+from tiny_run import ITEMS, flags, run, write_dataset, write_dit, write_sample_models
 from torch.nn import functional as F
 
 from utils import training
@@ -199,6 +199,18 @@ def test_training_draws_nothing_from_the_global_generators(folder):
     before = torch.random.get_rng_state()
     run(folder, *BF16, "--max_data_loader_n_workers", "1", "--persistent_data_loader_workers")
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_every_item_of_the_run_has_its_own_number(folder, monkeypatch):
+    numbers = []
+
+    def record(timesteps, count, seed, first_item, generator):
+        numbers.extend(range(first_item, first_item + count))
+        return draw_uniforms(timesteps, count, seed, first_item, generator)
+
+    monkeypatch.setattr(training, "draw_uniforms", record)
+    run(folder, "--gradient_accumulation_steps", "2")
+    assert numbers == list(range(2 * len(ITEMS)))
 
 
 def test_a_sample_shows_the_weights_that_are_saved(folder, sample_flags):

@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["pictures", "vae", "model", "evaluate"])
     parser.add_argument("--minutes", type=float, default=35, help="how long vae or model trains, on the wall clock")
     parser.add_argument("--compile", action="store_true", help="vae: 3 times as fast after 3 minutes of C++")
+    parser.add_argument("--go_on", action="store_true", help="model: start from the files that are there")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files are read and written")
     args = parser.parse_args()
     known, held_out = split(read_emoji())
@@ -28,7 +29,7 @@ def main() -> None:
     elif args.stage == "vae":
         train_vae(known, held_out, args.folder / "tiny_wan_vae.safetensors", args.minutes, args.compile)
     elif args.stage == "model":
-        train_model(known, args.folder, args.minutes)
+        train_model(known, args.folder, args.minutes, args.go_on)
     else:
         evaluate(known, held_out, args.folder)
 
