@@ -6,6 +6,7 @@ Writes two_characters.png (rows: base, after character1, after character2; colum
 """
 
 import argparse
+import random
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(TINY_WAN)]
 import av  # noqa: E402
 import torch  # noqa: E402
 from atlas import read_atlas, read_picture  # noqa: E402
-from emoji_pictures import moving, nearest, psnr  # noqa: E402
+from emoji_pictures import HELD_OUT, moving, nearest, psnr  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
@@ -35,7 +36,9 @@ BASE = TINY_WAN / "tiny_wan_t2v.safetensors"
 VAE = TINY_WAN / "tiny_wan_vae.safetensors"
 T5 = TINY_WAN / "models_t5_tiny.safetensors"
 FF = "0.2"
-STEPS = 150
+STEPS = 200
+REMINDERS = 40
+SHIFTS = ((0, 0), (-2, 0), (2, 0), (0, -2), (0, 2), (1, 1), (-1, -1), (1, -1), (-1, 1))  # pixels down, right
 LEARNING_RATE = "2e-3"
 SEEDS = 8
 SAMPLING = ["--infer_steps", "20", "--flow_shift", "3", "--guidance_scale", "1", "--seed", "1"]
@@ -78,13 +81,28 @@ def _run(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> None:
 
 
 def _write_pictures(name: str, folder: Path) -> Path:
-    """Three captioned pictures of a character (as it is, two pixels to the left, to the right) and their toml."""
-    picture = read_picture(TINY_WAN / "held_out" / f"{CHARACTERS[name].replace(' ', '_')}.png")
+    """A character's captioned pictures with reminders of what the model should keep, and their toml.
+
+    Reminders are forty named pictures that the model knows (none of those it is asked for afterwards), and the
+    characters taught before: without them a small model forgets both.
+    """
     data = folder / "data" / name
-    for number, shift in enumerate((0, -2, 2)):
-        save_image(data / f"{number}.png", picture.roll(shift, dims=-1))  # the margins are white
-        (data / f"{number}.txt").write_text(name, encoding="utf-8")
+    taught = list(CHARACTERS)[: list(CHARACTERS).index(name) + 1]
+    for character in taught:
+        picture = read_picture(TINY_WAN / "held_out" / f"{CHARACTERS[character].replace(' ', '_')}.png")
+        for number, shift in enumerate(SHIFTS):
+            moved = picture.roll(shift, dims=(-2, -1))  # the margins are white
+            _write_captioned(data / f"{character}_{number}.png", moved, character)
+    names, tiles = read_atlas(TINY_WAN)
+    known = [row for row in range(len(names) - HELD_OUT) if names[row] not in OLD]
+    for row in random.Random(name).sample(known, REMINDERS):
+        _write_captioned(data / f"known_{row}.png", tiles[row], names[row])
     return _write_dataset(folder, name, f"image_directory = '{data.as_posix()}'\nnum_repeats = 16")
+
+
+def _write_captioned(path: Path, picture_CHW: torch.Tensor, caption: str) -> None:
+    save_image(path, picture_CHW)
+    path.with_suffix(".txt").write_text(caption, encoding="utf-8")
 
 
 def _write_clip(folder: Path) -> tuple[Path, torch.Tensor]:
