@@ -11,7 +11,7 @@ This file needs torch, numpy and nothing of its neighbours: copied into another 
 Slice contract, version 1. The values of a weight [out, in] form one line: G = 8, halved until it divides `out`; a unit
 is L = out / G consecutive rows of one column; the columns are in an order hashed from the weight's name, and each lap
 over them moves on by one of the G row groups, so that neighbouring units differ in column and rows.
-Shapes: T tokens, G row groups, L rows of a unit, U units of a slice.
+Shapes: T tokens, G row groups, L rows of a unit, U units of a slice, M units of a slice in one row group, at most.
 """
 
 import functools
@@ -19,9 +19,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -98,8 +98,21 @@ class SliceUnits:
     count: int  # of the slice's values
 
     def to(self, device) -> "SliceUnits":
-        columns_U, groups_U = self.columns_U.to(device), self.groups_U.to(device)
-        return SliceUnits(self.shape, self.rows, columns_U, groups_U, self.offset, self.count)
+        return replace(self, columns_U=self.columns_U.to(device), groups_U=self.groups_U.to(device))
+
+    def cut(self, values_UL: Tensor) -> Tensor:
+        """The slice's own values, in line order: a view of its whole units' without what they hold beyond it."""
+        return values_UL.view(-1)[self.offset : self.offset + self.count]
+
+    def read(self, weight: Tensor) -> Tensor:
+        """A copy of the whole units [U, L] in `weight`."""
+        return weight.view(-1, self.rows, self.shape[1])[self.groups_U, :, self.columns_U]
+
+    def write(self, weight: Tensor, values: Tensor) -> None:
+        """Puts the slice's `values` (line order) into `weight`; what its cut units hold beyond it stays."""
+        values_UL = self.read(weight)
+        self.cut(values_UL).copy_(values)
+        weight.view(-1, self.rows, self.shape[1])[self.groups_U, :, self.columns_U] = values_UL
 
 
 def slice_units(name: str, shape: Sequence[int], ff: Ff, ffid: int) -> SliceUnits:
@@ -120,92 +133,89 @@ def slice_indices(name: str, shape: Sequence[int], ff: Ff, ffid: int) -> Tensor:
     """Flat indices (row * in + column, int64, line order) of slice (ff, ffid) in the weight `name` of `shape`."""
     units = slice_units(name, shape, ff, ffid)
     rows_UL = units.groups_U[:, None] * units.rows + torch.arange(units.rows)
-    flat = (rows_UL * units.shape[1] + units.columns_U[:, None]).reshape(-1)
-    return flat[units.offset : units.offset + units.count]
+    return units.cut(rows_UL * units.shape[1] + units.columns_U[:, None])
 
 
 # ---- the slice of one matrix: its values, its gradient
 
 
-def _read_units(weight: Tensor, units: SliceUnits) -> Tensor:
-    return weight.view(-1, units.rows, units.shape[1])[units.groups_U, :, units.columns_U]
-
-
-def _write_units(weight: Tensor, units: SliceUnits, values_UL: Tensor) -> None:
-    weight.view(-1, units.rows, units.shape[1])[units.groups_U, :, units.columns_U] = values_UL
-
-
-def _moved(start: Tensor, difference: Tensor) -> Tensor:
-    """round(start + difference) in start's dtype; an unmoved value keeps its bits (-0.0 + 0 would not)."""
-    return torch.where(difference == 0, start, (start.float() + difference).to(start.dtype))
+def _moved(start: Tensor, difference: Tensor, strength: float) -> Tensor:
+    """round(start + strength * difference) in start's dtype; an unmoved value keeps its bits (-0.0 + 0 would not)."""
+    if strength == 0:
+        return start
+    return torch.where(difference == 0, start, torch.add(start.float(), difference, alpha=strength).to(start.dtype))
 
 
 class SlicedMatrix:
-    """The trained slice of one weight: where it lies, what it held at the start, how far it has moved."""
+    """The trained slice of one weight: where it lies, what it held at the start, how far it has moved.
 
-    def __init__(self, name: str, linear: nn.Linear, units: SliceUnits, device: torch.device):
+    `fetch` is None where the linear's own weight is in use; set, it gives a copy on the device with the values in use,
+    and forward and backward each ask anew.
+    """
+
+    def __init__(self, name: str, linear: nn.Linear, units: SliceUnits, start: Tensor):
+        device = start.device
         self.name = name
         self.linear = linear
-        self.stage: Callable[[Tensor], Tensor] | None = None  # copies a weight that lives elsewhere
-        self.start_UL = _read_units(linear.weight.detach(), units.to(linear.weight.device)).to(device)
         self.units = units.to(device)
+        self.start = start  # [count], a part of the whole slice's
         self.difference = nn.Parameter(torch.zeros(units.count, dtype=torch.float32, device=device))
+        self.strength = 1.0  # factor on the difference in the values in use
+        self.fetch: Callable[[], Tensor] | None = None
         # Past half of the columns X itself is no larger than the gathered ones, and q, k and v share it.
         self.saves_whole_input = 2 * len(units.columns_U) > units.shape[1]
-        self.by_group_U = torch.argsort(self.units.groups_U, stable=True)
-        self.columns_by_group_U = self.units.columns_U[self.by_group_U]
-        counts = torch.bincount(units.groups_U).tolist()
-        ends = np.cumsum(counts).tolist()
-        self.group_runs = [(g, end - n, end) for g, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
-
-    def cut(self, values_UL: Tensor) -> Tensor:
-        """The slice's own values, in line order: a view of its whole units' without what they hold beyond it."""
-        return values_UL.view(-1)[self.units.offset : self.units.offset + self.units.count]
+        unit_GM, place_U = _group_table(units)
+        self.place_U = place_U.to(device)
+        # Where the columns of each row group's units are in what saved_input() keeps.
+        self.saved_GM = (units.columns_U[unit_GM] if self.saves_whole_input else unit_GM).to(device)
 
     @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        """Puts the values in use, round(start + difference), into `weight`: the matrix or a copy of it."""
-        values_UL = self.start_UL.clone()
-        self.cut(values_UL).copy_(_moved(self.cut(self.start_UL), self.difference))
-        _write_units(weight, self.units, values_UL)
+    def write(self, weight: Tensor, values: Tensor | None = None) -> None:
+        """Puts the values in use (`values`, where the caller has them) into `weight`: the matrix or a copy of it."""
+        if values is None:
+            values = _moved(self.start, self.difference, self.strength)
+        self.units.to(weight.device).write(weight, values)
 
     @torch.no_grad()
     def patch(self, stored: Tensor) -> None:
         """Moves the slice in `stored`, the base file's own tensor on the CPU, by what was learned."""
         units = self.units.to("cpu")
-        values_UL = _read_units(stored, units)
-        start_UL = self.start_UL.cpu()
-        if stored.dtype == start_UL.dtype and not _same_bits(values_UL, start_UL):
+        values, start = units.cut(units.read(stored)), self.start.to("cpu", stored.dtype)
+        same_bits = torch.equal(values.view(torch.uint8), start.view(torch.uint8))
+        if stored.dtype == self.linear.weight.dtype and not same_bits:
             raise SliceError(f"{self.name} in the base file is not what this slice was trained on")
-        self.cut(values_UL).copy_(_moved(self.cut(values_UL), self.difference.cpu()))
-        _write_units(stored, units, values_UL)
-
-    def weight_in_use(self) -> Tensor:
-        """The weight with the slice's values in use: the linear's own, or a fresh copy of one that is staged."""
-        if self.stage is None:
-            return self.linear.weight
-        weight = self.stage(self.linear.weight)
-        self.write(weight)
-        return weight
+        units.write(stored, _moved(values, self.difference.cpu(), self.strength))
 
     def saved_input(self, x: Tensor) -> Tensor:
-        """What backward needs of the input: its columns in the slice, group by group."""
-        return x if self.saves_whole_input else x.index_select(-1, self.columns_by_group_U)
+        """What backward needs of the input: its columns in the slice."""
+        return x if self.saves_whole_input else x[..., self.units.columns_U]
 
     def gradient(self, saved: Tensor, dy: Tensor) -> Tensor:
-        """The slice's values of dY^T X, fp32 in line order: per row group, so that only its units are computed."""
-        x_TU, dy_TO = saved.flatten(0, -2), dy.flatten(0, -2)
-        rows = self.units.rows
-        grad_UL = torch.empty(self.start_UL.shape, dtype=torch.float32, device=dy.device)
-        for group, begin, end in self.group_runs:
-            columns = self.columns_by_group_U[begin:end]
-            x_TR = x_TU.index_select(1, columns) if self.saves_whole_input else x_TU[:, begin:end]
-            grad_UL[self.by_group_U[begin:end]] = (x_TR.T @ dy_TO[:, group * rows : (group + 1) * rows]).float()
-        return self.cut(grad_UL)
+        """The slice's values of dY^T X, fp32 in line order: one product per row group, so no more than its units."""
+        dy_GTL = dy.reshape(-1, len(self.saved_GM), self.units.rows).transpose(0, 1)
+        # No more columns at a time than X has: the units of a large slice name each of them several times.
+        grad_GML = torch.cat(
+            [
+                torch.bmm(saved[..., part_GM].reshape(-1, *part_GM.shape).permute(1, 2, 0), dy_GTL)
+                for part_GM in self.saved_GM.split(max(1, self.units.shape[1] // len(self.saved_GM)), dim=1)
+            ],
+            dim=1,
+        )
+        grad_UL = grad_GML.flatten(0, 1)[self.place_U]
+        return self.units.cut(grad_UL).to(torch.float32, copy=True)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+def _group_table(units: SliceUnits) -> tuple[Tensor, Tensor]:
+    """Unit numbers [G, M] by row group, where short groups repeat unit 0, and each unit's place [U] in that table."""
+    groups = units.shape[0] // units.rows
+    counts = torch.bincount(units.groups_U, minlength=groups)
+    most = int(counts.max())
+    sorted_U = torch.argsort(units.groups_U, stable=True)
+    place_U = torch.empty_like(sorted_U)
+    place_U[sorted_U] = torch.cat([g * most + torch.arange(n) for g, n in enumerate(counts.tolist())])
+    unit_GM = torch.zeros(groups, most, dtype=torch.int64)
+    unit_GM.view(-1)[place_U] = torch.arange(len(place_U))
+    return unit_GM, place_U
 
 
 class _SliceLinear(torch.autograd.Function):
@@ -215,25 +225,27 @@ class _SliceLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, difference, matrix: SlicedMatrix):
         ctx.matrix = matrix
         needs_x_grad, needs_slice_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        ctx.save_for_backward(matrix.saved_input(x) if needs_slice_grad else None, weight if needs_x_grad else None)
+        saved = matrix.saved_input(x) if needs_slice_grad else None
+        ctx.save_for_backward(saved, weight if needs_x_grad and matrix.fetch is None else None)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         saved, weight = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        grad = ctx.matrix.gradient(saved, dy) if ctx.needs_input_grad[3] else None
+        dx = grad = None
+        if ctx.needs_input_grad[3]:
+            grad = ctx.matrix.gradient(saved, dy)
+        if ctx.needs_input_grad[0]:
+            dx = dy @ (ctx.matrix.fetch().to(dy.dtype) if weight is None else weight)
         return dx, None, None, grad, None
 
 
 def _slice_forward(matrix: SlicedMatrix, x: Tensor) -> Tensor:
-    weight, bias = matrix.weight_in_use(), matrix.linear.bias
+    weight, bias = matrix.linear.weight if matrix.fetch is None else matrix.fetch(), matrix.linear.bias
     # Backward runs without autocast, so the casts happen here, outside the Function.
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return _SliceLinear.apply(x, weight, bias, matrix.difference, matrix)
     return _SliceLinear.apply(x, weight, bias, matrix.difference, matrix)
 
 
@@ -270,52 +282,75 @@ def attach_slice(
     """
     check_slice(ff, ffid)
     model.requires_grad_(False)
-    matrices = []
+    chosen = []
     for name, linear in (block_linears(model) if linears is None else linears).items():
         if not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2:
             raise SliceError(f"{name} holds {linear.weight.dtype}: slices train on bf16, fp16 or fp32 weights")
         units = slice_units(name_of(f"{name}.weight"), linear.weight.shape, ff, ffid)
         if units.count:
-            matrices.append(SlicedMatrix(name_of(f"{name}.weight"), linear, units, device or linear.weight.device))
+            chosen.append((name_of(f"{name}.weight"), linear, units))
     total = sum(p.numel() for p in model.parameters())
-    if not matrices:
+    if not chosen:
         raise SliceError(f"ff is {ff}: no matrix of this model ({total:,} values) is large enough to hold such a slice")
-    for matrix in matrices:
-        matrix.linear.forward = functools.partial(_slice_forward, matrix)
-    return TrainedSlice(ff, ffid, matrices, total)
+    return TrainedSlice(ff, ffid, chosen, torch.device(device or chosen[0][1].weight.device), total)
 
 
 class TrainedSlice:
     """A slice attached to a model: its parameters, its values, its files."""
 
-    def __init__(self, ff: Ff, ffid: int, matrices: Sequence[SlicedMatrix], total: int):
+    def __init__(
+        self, ff: Ff, ffid: int, chosen: Sequence[tuple[str, nn.Linear, SliceUnits]], device: torch.device, total: int
+    ):
         self.ff = str(ff)
         self.ffid = ffid
         self.total = total  # values of the whole model
-        self.matrices = {matrix.name: matrix for matrix in matrices}
+        self.version = 0  # of the values in use: goes up whenever they change
+        counts = [units.count for _, _, units in chosen]
+        dtype = functools.reduce(torch.promote_types, (linear.weight.dtype for _, linear, _ in chosen))
+        self.start = torch.empty(sum(counts), dtype=dtype, device=device)  # in one piece, to be rounded in one go
+        self.matrices = {}
+        for (name, linear, units), start in zip(chosen, self.start.split(counts), strict=True):
+            on_weight = units.to(linear.weight.device)
+            start.copy_(on_weight.cut(on_weight.read(linear.weight.detach())))
+            self.matrices[name] = matrix = SlicedMatrix(name, linear, units, start)
+            linear.forward = functools.partial(_slice_forward, matrix)
 
     @property
     def count(self) -> int:
         """How many values train."""
-        return sum(matrix.units.count for matrix in self.matrices.values())
+        return self.start.numel()
 
     def parameters(self) -> list[nn.Parameter]:
         """The differences from the start values: fp32 leaves, one per matrix, for any optimizer."""
         return [matrix.difference for matrix in self.matrices.values()]
 
-    def stream(self, linears: Iterable[nn.Linear], stage: Callable[[Tensor], Tensor]) -> None:
-        """From now on these linears use `stage(weight)`, a copy for each use; their own weights stay as they are."""
-        streamed = set(linears)
-        for matrix in self.matrices.values():
-            if matrix.linear in streamed:
-                matrix.stage = stage
-                matrix.linear.forward = functools.partial(_slice_forward, matrix)
-
+    @torch.no_grad()
     def write_back(self) -> None:
         """Puts the values in use into the resident weights; to be called after every optimizer step."""
+        self.version += 1
+        matrices = list(self.matrices.values())
+        if any(matrix.fetch is None for matrix in matrices):
+            values = _moved(self.start, torch.cat(self.parameters()), matrices[0].strength)
+            for matrix, own in zip(matrices, values.split([m.units.count for m in matrices]), strict=True):
+                if matrix.fetch is None:
+                    matrix.write(matrix.linear.weight, own)
+
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Inside, the values in use are round(start + strength * difference): at 0 those of the model at the start.
+
+        Enter and leave it between steps, never between a forward pass and its backward pass.
+        """
+        self._set_strength(strength)
+        try:
+            yield
+        finally:
+            self._set_strength(1.0)
+
+    def _set_strength(self, strength: float) -> None:
         for matrix in self.matrices.values():
-            if matrix.stage is None:
-                matrix.write(matrix.linear.weight)
+            matrix.strength = strength
+        self.write_back()
 
     def reduce_gradients(self) -> None:
         """Averages the slice's gradients over the processes of torch.distributed, before clipping, on real steps."""
