@@ -22,7 +22,8 @@ from wan.loading import (
     read_checkpoint_header,
 )
 from wan.model import WanModel
-from wan.safetensors_header import DTYPES, TensorEntry, read_bytes, read_file_header, read_tensor
+from wan.safetensors_header import TensorEntry, read_bytes, read_file_header
+from wan.stored_tensors import DTYPES, read_tensor
 
 TINY = WanConfig(
     "t2v", dim=128, ffn_dim=64, num_heads=1, num_layers=2, in_dim=4, out_dim=4, text_dim=8, freq_dim=8, text_len=6

@@ -16,7 +16,8 @@ from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.fp8 import FP8, check_quantisation, dequantised, is_companion, scale_of
 from wan.model import WanModel
-from wan.safetensors_header import DTYPES, TensorEntry, read_file_header, read_tensor
+from wan.safetensors_header import TensorEntry, read_file_header
+from wan.stored_tensors import DTYPES, read_tensor
 
 _PREFIX = re.compile(r"(?:model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)*")
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
