@@ -132,10 +132,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def our_run():
+def our_run(beside=False):
     """The same steps by the five lines of README; the losses, and the weights at the end."""
     model = tiny_model(torch.bfloat16)
-    trained = attach_slice(model, "0.05", 2)
+    trained = attach_slice(model, "0.05", 2, beside=beside)
     checkpoint_blocks(model)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
     losses = []
@@ -157,6 +157,10 @@ def test_written_weights_train_and_save_bit_for_bit_like_the_five_lines(folder, 
     assert fake_trainer(folder, base) == expected_losses
     saved = load_file(folder / "out.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_weight_that_is_a_copy_trains_bit_for_bit_like_one_with_the_difference_beside_it(folder):
+    assert fake_trainer(folder, "h2d") == our_run(beside=True)[0]
 
 
 @pytest.mark.parametrize("base", ["h2d", "fp8"])
