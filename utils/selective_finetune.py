@@ -15,6 +15,7 @@ Shapes: T tokens, G row groups, L rows of a unit, U units of a slice, M units of
 """
 
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ CONTRACT = 1
 ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")  # what slices are cut from, as far as a file tells
+BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")  # what slices are cut from, by its name in a file
 _CHUNK = 1 << 24
 _PREFIX = r"^(model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|model\.|dit\.)+"
 _WRAPPERS = re.compile(_PREFIX + r"(?=blocks\.)|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
@@ -158,21 +159,19 @@ class SlicedMatrix:
     and forward and backward each ask anew.
     """
 
-    def __init__(self, name: str, linear: nn.Linear, units: SliceUnits, start: Tensor):
-        device = start.device
+    def __init__(self, name: str, linear: nn.Linear, units: SliceUnits, device: str | torch.device):
         self.name = name
         self.linear = linear
         self.units = units.to(device)
-        self.start = start  # [count], a part of the whole slice's
+        on_weight = units.to(linear.weight.device)
+        self.start = on_weight.cut(on_weight.read(linear.weight.detach())).to(device, copy=True)  # [count]
         self.difference = nn.Parameter(torch.zeros(units.count, dtype=torch.float32, device=device))
         self.strength = 1.0  # factor on the difference in the values in use
         self.fetch: Callable[[], Tensor] | None = None
         # Past half of the columns X itself is no larger than the gathered ones, and q, k and v share it.
         self.saves_whole_input = 2 * len(units.columns_U) > units.shape[1]
-        unit_GM, place_U = _group_table(units)
-        self.place_U = place_U.to(device)
-        # Where the columns of each row group's units are in what saved_input() keeps.
-        self.saved_GM = (units.columns_U[unit_GM] if self.saves_whole_input else unit_GM).to(device)
+        self.unit_GM, self.place_U = (table.to(device) for table in _group_table(units))
+        self.columns_GM = self.units.columns_U[self.unit_GM]
 
     @torch.no_grad()
     def write(self, weight: Tensor, values: Tensor | None = None) -> None:
@@ -187,28 +186,30 @@ class SlicedMatrix:
 
     def gradient(self, saved: Tensor, dy: Tensor) -> Tensor:
         """The slice's values of dY^T X, fp32 in line order: one product per row group, so no more than its units."""
-        dy_GTL = dy.reshape(-1, len(self.saved_GM), self.units.rows).transpose(0, 1)
+        saved_GM = self.columns_GM if self.saves_whole_input else self.unit_GM
+        dy_GTL = dy.reshape(-1, len(saved_GM), self.units.rows).transpose(0, 1)
         # No more columns at a time than X has: the units of a large slice name each of them several times.
-        grad_GML = torch.cat(
-            [
-                torch.bmm(saved[..., part_GM].reshape(-1, *part_GM.shape).permute(1, 2, 0), dy_GTL)
-                for part_GM in self.saved_GM.split(max(1, self.units.shape[1] // len(self.saved_GM)), dim=1)
-            ],
-            dim=1,
-        )
-        grad_UL = grad_GML.flatten(0, 1)[self.place_U]
+        parts = saved_GM.split(max(1, self.units.shape[1] // len(saved_GM)), dim=1)
+        products = [torch.bmm(saved[..., part].reshape(-1, *part.shape).permute(1, 2, 0), dy_GTL) for part in parts]
+        grad_UL = torch.cat(products, dim=1).flatten(0, 1)[self.place_U]
         return self.units.cut(grad_UL).to(torch.float32, copy=True)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The difference times the input, [..., out], in x's dtype: what it adds to the frozen linear."""
+        units = self.units
+        around = (units.offset, len(units.columns_U) * units.rows - units.offset - units.count)
+        whole_UL = F.pad(self.strength * self.difference, around).view(-1, units.rows).to(x.dtype)
+        table_GML = whole_UL.new_zeros(*self.unit_GM.shape, units.rows)
+        table_GML = table_GML.view(-1, units.rows).index_copy(0, self.place_U, whole_UL).view_as(table_GML)
+        return torch.einsum("...gm,gml->...gl", x[..., self.columns_GM], table_GML).flatten(-2)
 
 
 def _group_table(units: SliceUnits) -> tuple[Tensor, Tensor]:
     """Unit numbers [G, M] by row group, where short groups repeat unit 0, and each unit's place [U] in that table."""
-    groups = units.shape[0] // units.rows
-    counts = torch.bincount(units.groups_U, minlength=groups)
-    most = int(counts.max())
-    sorted_U = torch.argsort(units.groups_U, stable=True)
-    place_U = torch.empty_like(sorted_U)
-    place_U[sorted_U] = torch.cat([g * most + torch.arange(n) for g, n in enumerate(counts.tolist())])
-    unit_GM = torch.zeros(groups, most, dtype=torch.int64)
+    in_group_UG = F.one_hot(units.groups_U, units.shape[0] // units.rows)
+    rank_U = (in_group_UG * in_group_UG.cumsum(0)).sum(1) - 1
+    unit_GM = torch.zeros(in_group_UG.shape[1], int(rank_U.max()) + 1, dtype=torch.int64)
+    place_U = units.groups_U * unit_GM.shape[1] + rank_U
     unit_GM.view(-1)[place_U] = torch.arange(len(place_U))
     return unit_GM, place_U
 
@@ -244,6 +245,11 @@ def _slice_forward(matrix: SlicedMatrix, x: Tensor) -> Tensor:
     return _SliceLinear.apply(x, weight, bias, matrix.difference, matrix)
 
 
+def _beside_forward(matrix: SlicedMatrix, frozen_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    y = frozen_forward(x)
+    return y + matrix.product(x.to(y.dtype))
+
+
 # ---- the slice of a model
 
 
@@ -269,66 +275,61 @@ def attach_slice(
     device: str | torch.device | None = None,
     linears: Mapping[str, nn.Linear] | None = None,
     name_of: Callable[[str], str] = contract_name,
+    beside: bool = False,
 ) -> "TrainedSlice":
     """Freezes the model, makes slice (ff, ffid) of its block matrices trainable, and returns it.
 
     `device` holds the differences (the weights' own by default). `linears` (module name -> module) are the matrices to
     slice, those of repeated blocks by default; `name_of` turns a weight's name in the model into its contract name.
+    With `beside` no weight is written: each frozen linear does what it did, and the difference's product is added.
     """
     check_slice(ff, ffid)
     model.requires_grad_(False)
-    chosen = []
+    matrices = []
     for name, linear in (block_linears(model) if linears is None else linears).items():
-        if not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2:
+        if not beside and (not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2):
             raise SliceError(f"{name} holds {linear.weight.dtype}: slices train on bf16, fp16 or fp32 weights")
         units = slice_units(name_of(f"{name}.weight"), linear.weight.shape, ff, ffid)
         if units.count:
-            chosen.append((name_of(f"{name}.weight"), linear, units))
+            matrices.append(SlicedMatrix(name_of(f"{name}.weight"), linear, units, device or linear.weight.device))
     total = sum(p.numel() for p in model.parameters())
-    if not chosen:
+    if not matrices:
         raise SliceError(f"ff is {ff}: no matrix of this model ({total:,} values) is large enough to hold such a slice")
-    return TrainedSlice(ff, ffid, chosen, torch.device(device or chosen[0][1].weight.device), total)
+    for matrix in matrices:
+        forward = (_beside_forward, matrix, matrix.linear.forward) if beside else (_slice_forward, matrix)
+        matrix.linear.forward = functools.partial(*forward)
+    return TrainedSlice(ff, ffid, total, matrices, beside)
 
 
-class TrainedSlice:
-    """A slice attached to a model: its parameters, its values, its files."""
+class TrainedSlice(nn.Module):
+    """A slice attached to a model: its parameters (fp32 differences from the start values), its values, its files."""
 
-    def __init__(
-        self, ff: Ff, ffid: int, chosen: Sequence[tuple[str, nn.Linear, SliceUnits]], device: torch.device, total: int
-    ):
-        self.ff = str(ff)
-        self.ffid = ffid
+    def __init__(self, ff: Ff, ffid: int, total: int, matrices: Sequence[SlicedMatrix], beside: bool = False):
+        super().__init__()
+        self.ff, self.ffid = str(ff), ffid
         self.total = total  # values of the whole model
+        self.beside = beside
         self.version = 0  # of the values in use: goes up whenever they change
-        counts = [units.count for _, _, units in chosen]
-        dtype = functools.reduce(torch.promote_types, (linear.weight.dtype for _, linear, _ in chosen))
-        self.start = torch.empty(sum(counts), dtype=dtype, device=device)  # in one piece, to be rounded in one go
-        self.matrices = {}
-        for (name, linear, units), start in zip(chosen, self.start.split(counts), strict=True):
-            on_weight = units.to(linear.weight.device)
-            start.copy_(on_weight.cut(on_weight.read(linear.weight.detach())))
-            self.matrices[name] = matrix = SlicedMatrix(name, linear, units, start)
-            linear.forward = functools.partial(_slice_forward, matrix)
+        self.matrices = {matrix.name: matrix for matrix in matrices}
+        for name, matrix in self.matrices.items():
+            self.register_parameter(name.replace(".", "/"), matrix.difference)
 
     @property
     def count(self) -> int:
         """How many values train."""
-        return self.start.numel()
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The differences from the start values: fp32 leaves, one per matrix, for any optimizer."""
-        return [matrix.difference for matrix in self.matrices.values()]
+        return sum(matrix.units.count for matrix in self.matrices.values())
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Puts the values in use into the resident weights; to be called after every optimizer step."""
         self.version += 1
-        matrices = list(self.matrices.values())
-        if any(matrix.fetch is None for matrix in matrices):
-            values = _moved(self.start, torch.cat(self.parameters()), matrices[0].strength)
-            for matrix, own in zip(matrices, values.split([m.units.count for m in matrices]), strict=True):
-                if matrix.fetch is None:
-                    matrix.write(matrix.linear.weight, own)
+        resident = [matrix for matrix in self.matrices.values() if matrix.fetch is None and not self.beside]
+        if resident:
+            # All of them in one go: a GPU would spend more time on starting small operations than on doing them.
+            starts, differences = torch.cat([m.start for m in resident]), torch.cat([m.difference for m in resident])
+            values = _moved(starts, differences, resident[0].strength)
+            for matrix, own in zip(resident, values.split([m.units.count for m in resident]), strict=True):
+                matrix.write(matrix.linear.weight, own)
 
     @contextmanager
     def at_strength(self, strength: float) -> Iterator[None]:
@@ -358,25 +359,14 @@ class TrainedSlice:
         for parameter, grad in zip(self.parameters(), flat.split([p.numel() for p in self.parameters()]), strict=True):
             parameter.grad.copy_(grad)
 
-    def state_dict(self) -> dict:
-        """The differences by contract name, with the slice they belong to."""
-        differences = {name: matrix.difference.detach() for name, matrix in self.matrices.items()}
-        return {"contract": CONTRACT, "ff": self.ff, "ffid": self.ffid, "differences": differences}
+    def get_extra_state(self) -> Tensor:
+        """Which slice state_dict() is of, as text in bytes, since some savers take tensors alone."""
+        return torch.tensor(list(f"ff {self.ff} ffid {self.ffid} contract {CONTRACT}".encode()), dtype=torch.uint8)
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping) -> None:
-        """Takes up the differences of state_dict() and puts them to use; SliceError where it is another slice's."""
-        theirs = (state["contract"], exact_fraction(state["ff"]), state["ffid"])
-        if theirs != (CONTRACT, exact_fraction(self.ff), self.ffid):
-            raise SliceError(
-                f"the state holds ff {state['ff']} ffid {state['ffid']}, not ff {self.ff} ffid {self.ffid}"
-            )
-        if {n: d.shape for n, d in state["differences"].items()} != {
-            n: m.difference.shape for n, m in self.matrices.items()
-        }:
-            raise SliceError("the state holds the slice of a model with other matrices")
-        for name, difference in state["differences"].items():
-            self.matrices[name].difference.copy_(difference)
+    def set_extra_state(self, state: Tensor) -> None:
+        """Puts loaded differences to use; SliceError where they are another slice's."""
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            raise SliceError(f"the state holds {bytes(state.tolist()).decode()}, not ff {self.ff} ffid {self.ffid}")
         self.write_back()
 
     def save_checkpoint(
@@ -389,13 +379,9 @@ class TrainedSlice:
         """
         tensors, known = read_header(base)
         start, final = self.stored_values(base)
-        ledger = [*read_ledger(known), self.ledger_entry(base, start, concept, steps)]
+        ledger = [*json.loads(known.pop(LEDGER_KEY, "[]")), self.ledger_entry(base, start, concept, steps)]
         told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
-        patches = {
-            name: functools.partial(_replace, name, m.units.to("cpu"), start[name], final[name])
-            for name, m in self.matrices.items()
-        }
-        write_safetensors(path, tensors, told, stream(tensors, patches))
+        write_safetensors(path, tensors, told, stream(tensors, self.patches(start, final)))
 
     def save_slice(
         self, base: Files, path: str | Path, metadata: Mapping | None = None, concept: str = "", steps: int = 0
@@ -408,21 +394,22 @@ class TrainedSlice:
     def stored_values(self, base: Files) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the base's files hold of the slice, and what a checkpoint will: by name, on the CPU."""
         dtypes = {contract_name(key): DTYPES.get(tensor.dtype) for key, tensor in read_header(base)[0].items()}
-        start = {name: m.start.to("cpu", m.linear.weight.dtype) for name, m in self.matrices.items()}
+        start = {name: matrix.start.cpu() for name, matrix in self.matrices.items()}
         if any(dtypes.get(name) != values.dtype for name, values in start.items()):  # it was cast to be trained
-            start = read_slice(base, {name: m.units.to("cpu") for name, m in self.matrices.items()})
+            start = read_slice(base, {name: matrix.units.to("cpu") for name, matrix in self.matrices.items()})
         return start, {n: _moved(start[n], m.difference.detach().cpu(), 1.0) for n, m in self.matrices.items()}
+
+    def patches(self, start: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> dict[str, Patch]:
+        """What puts `final` in the place of `start` into the base's matrices; SliceError where they hold otherwise."""
+        units = {name: matrix.units.to("cpu") for name, matrix in self.matrices.items()}
+        return {n: functools.partial(_replace, n, own, start[n], final[n]) for n, own in units.items()}
 
     def ledger_entry(self, base: Files, start: Mapping[str, Tensor], concept: str, steps: int) -> dict:
         """This slice's line in the ledger of a file; `start` is what the base's files hold of it."""
         own = {"contract": CONTRACT, "ff": self.ff, "ffid": self.ffid, "name": concept, "steps": steps}
         date = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        return {
-            **own,
-            "date": date,
-            "base": base_identity(base),
-            "start": slice_digest({n: value_digest(v) for n, v in start.items()}),
-        }
+        hashed = slice_digest({name: value_digest(values) for name, values in start.items()})
+        return {**own, "date": date, "base": base_identity(base), "start": hashed}
 
 
 # ---- files: read as they lie, written whole or not at all
@@ -565,3 +552,87 @@ def whole_file(path: Path, size: int = 0) -> Iterator:
         raise SliceError(f"{path} could not be written ({error}); older files are as they were") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+# ---- musubi-tuner: --network_module selective_finetune --network_args ff=0.001 ffid=1
+
+prepare_network = True  # a module with this name has the trainer hand its flags to network.prepare_network
+
+
+def create_arch_network(multiplier, network_dim, network_alpha, vae, text_encoders, unet, neuron_dropout=None, **args):
+    """The SliceNetwork that --network_args (`ff`, `ffid`, and `save`: checkpoint or slice) ask for."""
+    unknown = args.keys() - {"ff", "ffid", "save"}
+    if unknown or not {"ff", "ffid"} <= args.keys() or args.get("save", "checkpoint") not in ("checkpoint", "slice"):
+        given = " ".join(f"{key}={value}" for key, value in args.items())
+        raise SliceError(f"--network_args {given}: it takes ff=0.001 ffid=1 and, to save slice files, save=slice")
+    if network_dim is not None or neuron_dropout is not None:
+        raise SliceError("a slice has no rank and no dropout: leave out --network_dim and --network_dropout")
+    if not args["ffid"].isdecimal():
+        raise SliceError(f"--network_args ffid={args['ffid']}: it is a number, from 1 to {ids_available(args['ff'])}")
+    check_slice(args["ff"], int(args["ffid"]))
+    return SliceNetwork(args["ff"], int(args["ffid"]), args.get("save", "checkpoint"))
+
+
+class SliceNetwork(nn.Module):
+    """A slice that musubi-tuner's trainer drives by the calls that it makes to a LoRA network.
+
+    Each weight is written when it is used, because a block that is swapped may be on the move at any other time. Where
+    the trainer uses copies (H2D-only swap) or fp8, the difference is multiplied beside the frozen linears.
+    """
+
+    def __init__(self, ff: str, ffid: int, save: str):
+        super().__init__()
+        self.ff, self.ffid, self.save = ff, ffid, save
+        self.written: set[str] = set()  # weights that hold this step's values
+
+    def prepare_network(self, args) -> None:
+        flags = vars(args)
+        refused = {
+            "dit_high_noise": "train each expert in a run of its own",
+            "base_weights": "a slice is trained on the values of the --dit file, so merge the LoRA into a file first",
+            "network_weights": "go on with --resume, or give the checkpoint as --dit",
+            "scale_weight_norms": "a slice has no norm to scale",
+        }
+        for flag, reason in refused.items():
+            if flags.get(flag):
+                raise SliceError(f"--{flag} does not go with a slice: {reason}")
+        path = Path(args.dit)
+        shards = re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", path.name)
+        self.base = sorted(path.parent.glob(glob.escape(path.name) if shards == path.name else shards))
+        self.beside = bool(flags.get("block_swap_h2d_only") or flags.get("fp8_base"))
+
+    def apply_to(self, text_encoders, unet: nn.Module, apply_text_encoder=False, apply_unet=True) -> None:
+        # With block swap some blocks are still on the CPU; what lies around them is on the training device.
+        device = next((p.device for p in unet.parameters() if p.device.type != "cpu"), torch.device("cpu"))
+        self.trained = attach_slice(unet, self.ff, self.ffid, device, beside=self.beside)
+        for matrix in () if self.beside else self.trained.matrices.values():
+            matrix.linear.forward = functools.partial(self._write_and_forward, matrix)
+
+    def _write_and_forward(self, matrix: SlicedMatrix, x: Tensor) -> Tensor:
+        # No call tells that an optimizer stepped before samples are drawn, so passes without gradients always write.
+        if matrix.name not in self.written or not torch.is_grad_enabled():
+            matrix.write(matrix.linear.weight)
+            self.written.add(matrix.name)
+        return _slice_forward(matrix, x)
+
+    def on_step_start(self) -> None:
+        self.written.clear()
+
+    def prepare_optimizer_params(self, unet_lr: float | None = None, **others) -> tuple[list[dict], list[str]]:
+        return [{"params": list(self.parameters()), "lr": unet_lr}], ["slice"]
+
+    get_trainable_params = nn.Module.parameters
+
+    def _has_nothing_to_do(self, *_) -> None:
+        pass
+
+    enable_gradient_checkpointing = prepare_grad_etc = on_epoch_start = _has_nothing_to_do
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        """A checkpoint (or slice file) in the base's dtypes: the trainer's `dtype` is that of LoRA files."""
+        metadata = dict(metadata or {})
+        name, steps = metadata.get("ss_output_name", Path(file).stem), int(metadata.get("ss_steps", 0))
+        if "modelspec.architecture" in metadata:
+            metadata["modelspec.architecture"] = metadata["modelspec.architecture"].removesuffix("/lora")
+        save = self.trained.save_slice if self.save == "slice" else self.trained.save_checkpoint
+        save(self.base, file, metadata, concept=name, steps=steps)
