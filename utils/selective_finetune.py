@@ -379,7 +379,8 @@ class TrainedSlice(nn.Module):
         """
         tensors, known = read_header(base)
         start, final = self.stored_values(base)
-        ledger = [*json.loads(known.pop(LEDGER_KEY, "[]")), self.ledger_entry(base, start, concept, steps)]
+        ledger = [*read_ledger(known), self.ledger_entry(base, start, concept, steps)]
+        known.pop(LEDGER_KEY, None)  # so that it comes last
         told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
         write_safetensors(path, tensors, told, stream(tensors, self.patches(start, final)))
 

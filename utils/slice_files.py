@@ -109,6 +109,11 @@ class SlicesOnBase:
             for name, units in units_of_name.items():
                 self.patches[name] = partial(self._patch, self.patches.get(name), file, strength, name, units)
 
+    @property
+    def applied(self) -> list[tuple[Entry, Path]]:
+        """The entries that come from the slice files, and whence."""
+        return [(file.entry, file.path) for file in self._slices]
+
     def check_starts(self) -> None:
         """To be called once every matrix was patched; InputError if the base held other values than a slice knew."""
         for file in self._slices:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -134,11 +134,16 @@ def is_fp8(header: CheckpointHeader) -> bool:
     return any(entry.dtype in FP8 for entry in header.tensors.values())
 
 
-def load_dit(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> WanModel:
+def load_dit(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    patches: Mapping[str, Callable[[Tensor], None]] | None = None,
+) -> WanModel:
     """The frozen model of a checkpoint, all in `dtype`: the file's own by default, bfloat16 for fp8 files.
 
-    On the CPU, tensors that are in `dtype` already stay mapped from the file. Errors: as read_checkpoint_header's and
-    config_from_header's.
+    `patches` change copies of stored tensors, by original name. On the CPU, other tensors that are in `dtype` already
+    stay mapped from the file. Errors: as read_checkpoint_header's and config_from_header's.
     """
     header = read_checkpoint_header(path)
     config = config_from_header(header)
@@ -146,7 +151,9 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, device: str | t
         dtype = torch.bfloat16 if is_fp8(header) else file_dtype(header)
     with torch.device("meta"):
         model = WanModel(config)
-    model.load_state_dict(dict(_load_tensors(header, dtype, torch.device(device))), strict=True, assign=True)
+    model.load_state_dict(
+        dict(_load_tensors(header, dtype, torch.device(device), patches or {})), strict=True, assign=True
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -260,16 +267,19 @@ def _shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
 
 
-def _load_tensors(header: CheckpointHeader, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def _load_tensors(
+    header: CheckpointHeader, dtype: torch.dtype, device: torch.device, patches: Mapping[str, Callable[[Tensor], None]]
+) -> Iterator[tuple[str, Tensor]]:
     for file in header.files:
         inside = {name: entry for name, entry in header.tensors.items() if entry.file == file}
         with safe_open(file, framework="pt", device="cpu") as opened:
             for name, entry in inside.items():
-                if not is_companion(name):
-                    yield (
-                        name,
-                        _load_tensor(opened.get_tensor(entry.key), scale_of(name, header.tensors), dtype, device),
-                    )
+                if is_companion(name):
+                    continue
+                stored = opened.get_tensor(entry.key)
+                if name in patches:
+                    patches[name](stored := stored.clone())
+                yield name, _load_tensor(stored, scale_of(name, header.tensors), dtype, device)
 
 
 def _load_tensor(stored: Tensor, scale: TensorEntry | None, dtype: torch.dtype, device: torch.device) -> Tensor:
