@@ -147,6 +147,7 @@ class SlicedMatrix:
         self.name = name
         self.linear = linear
         self.stage: Callable[[Tensor], Tensor] | None = None  # copies a weight that lives elsewhere
+        self.strength = 1.0
         self.start_UL = _read_units(linear.weight.detach(), units.to(linear.weight.device)).to(device)
         self.units = units.to(device)
         self.difference = nn.Parameter(torch.zeros(units.count, dtype=torch.float32, device=device))
@@ -164,9 +165,9 @@ class SlicedMatrix:
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """Puts the values in use, round(start + difference), into `weight`: the matrix or a copy of it."""
+        """Puts the values in use, round(start + strength * difference), into `weight`: the matrix or a copy of it."""
         values_UL = self.start_UL.clone()
-        self.cut(values_UL).copy_(_moved(self.cut(self.start_UL), self.difference))
+        self.cut(values_UL).copy_(_moved(self.cut(self.start_UL), self.strength * self.difference))
         _write_units(weight, self.units, values_UL)
 
     @torch.no_grad()
@@ -317,6 +318,20 @@ class TrainedSlice:
             if matrix.stage is None:
                 matrix.write(matrix.linear.weight)
 
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Inside, values in use are round(start + strength * difference); never between a forward and its backward."""
+        self._use(strength)
+        try:
+            yield
+        finally:
+            self._use(1.0)
+
+    def _use(self, strength: float) -> None:
+        for matrix in self.matrices.values():
+            matrix.strength = strength
+        self.write_back()
+
     def reduce_gradients(self) -> None:
         """Averages the slice's gradients over the processes of torch.distributed, before clipping, on real steps."""
         for parameter in self.parameters():
@@ -356,6 +371,7 @@ class TrainedSlice:
         metadata: Mapping[str, str] | None = None,
         concept: str = "",
         steps: int = 0,
+        captions: Sequence[str] = (),
     ) -> None:
         """Writes the base (one safetensors file, or its shards) with the slice in use to `path`, streaming it once.
 
@@ -371,6 +387,8 @@ class TrainedSlice:
             "steps": steps,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         }
+        if captions:
+            entry["captions"] = list(captions)
         patches = {name: matrix.patch for name, matrix in self.matrices.items()}
         _write_patched(bases, Path(path), patches, metadata or {}, entry)
 
