@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.selective_finetune import TrainedSlice, block_linears
+from utils.selective_finetune import SlicedMatrix, TrainedSlice, block_linears
 from wan.model import WanModel
 
 
@@ -31,10 +31,12 @@ def place_model(
         if parameter not in host_weights:
             parameter.data = parameter.data.to(device, copy=trained is not None)
     stage = functools.partial(Tensor.to, device=device, copy=True)
+    sliced = {matrix.linear: matrix for matrix in trained.matrices.values()} if trained else {}
     for linear in swapped:
-        linear.forward = functools.partial(_staged_forward, linear, stage)
-    if trained is not None:
-        trained.stream(swapped, stage)
+        if linear in sliced:
+            sliced[linear].fetch = functools.partial(_staged_slice, sliced[linear], stage)
+        else:
+            linear.forward = functools.partial(_staged_forward, linear, stage)
 
 
 def checkpoint_blocks(model: WanModel) -> None:
@@ -42,6 +44,12 @@ def checkpoint_blocks(model: WanModel) -> None:
     for block in model.blocks:
         # Wan has no dropout, so there is no random state to restore.
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _staged_slice(matrix: SlicedMatrix, stage) -> Tensor:
+    weight = stage(matrix.linear.weight)
+    matrix.write(weight)
+    return weight
 
 
 def _staged_forward(linear: nn.Linear, stage, x: Tensor) -> Tensor:
