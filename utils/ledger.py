@@ -23,7 +23,8 @@ class Entry:
     """One slice in a file: contract version, share, number; how it came there; what it was trained on.
 
     `base` is the base's identity, `start` the digest of the base's values at the slice's positions: None in files of
-    the first version. `strength` is the factor on what was learned that the values in the file have.
+    the first version. `strength` is the factor on what was learned that the values in the file have. `captions` are a
+    few of those that it was trained on.
     """
 
     contract: int
@@ -35,6 +36,7 @@ class Entry:
     base: str | None = None
     start: str | None = None
     strength: float = 1.0
+    captions: tuple[str, ...] = ()
 
     @property
     def interval(self) -> tuple[Fraction, Fraction]:
@@ -140,7 +142,8 @@ def _fraction(ff: str) -> Fraction:
 def _entry(fields: object, source: object) -> Entry:
     match fields:
         case {"contract": int(contract), "ff": str(ff), "ffid": int(ffid), "name": str(name), "steps": int(steps)}:
-            date, base, start, strength = (fields.get(k) for k in ("date", "base", "start", "strength"))
+            date, base, start, strength = (fields.get(key) for key in ("date", "base", "start", "strength"))
+            captions = fields.get("captions", [])
         case _:
             raise InputError(f"{source}: its ledger has an entry that is no slice; the file is damaged")
     hashes = all(value is None or (isinstance(value, str) and _HASH.fullmatch(value)) for value in (base, start))
@@ -152,10 +155,13 @@ def _entry(fields: object, source: object) -> Entry:
         and type(strength) in (int, float, type(None))
         and math.isfinite(strength or 0)
         and 0 <= steps < 10**12
+        and isinstance(captions, list)
+        and all(isinstance(caption, str) for caption in captions)
     )
     if not (_is_slice(ff, ffid) and hashes and told):
         raise InputError(f"{source}: its ledger names a slice that cannot be (ff {ff[:40]!r}); the file is damaged")
-    return Entry(contract, ff, ffid, name, steps, date or "", base, start, 1.0 if strength is None else strength)
+    strength = 1.0 if strength is None else strength
+    return Entry(contract, ff, ffid, name, steps, date or "", base, start, strength, tuple(captions))
 
 
 def _is_slice(ff: str, ffid: int) -> bool:
@@ -174,4 +180,6 @@ def _fields(entry: Entry) -> dict:
     fields = asdict(entry)
     if entry.strength == 1:
         del fields["strength"]
+    if not entry.captions:
+        del fields["captions"]
     return {key: value for key, value in fields.items() if value is not None}

@@ -40,6 +40,11 @@ class SliceFile:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the final values."""
+        return slice_digest({name: value_digest(self.values(name)) for name in self.tensors})
+
     def values(self, name: str) -> Tensor:
         """The final values in the matrix `name`, in line order."""
         return read_tensor(self.tensors[name])
@@ -86,8 +91,8 @@ def same_bits(a: Tensor, b: Tensor) -> Tensor:
 class SlicesOnBase:
     """Slices that fit a base and each other, ready to be put into its matrices.
 
-    `patches` change a matrix as stored, by contract name; `entries` are the ledger that the result has; `metadata` is
-    what the slices' runs said.
+    `files` are the slices, oldest first; `patches` change a matrix as stored, by contract name; `entries` are the ledger
+    that the result has; `metadata` is what the slices' runs said.
     """
 
     def __init__(self, header: CheckpointHeader, slices: Sequence[SliceFile], strengths: Sequence[float]):
@@ -97,7 +102,7 @@ class SlicesOnBase:
         self.entries = read_ledger(header.metadata, header.files[0])
         self.metadata: dict[str, str] = {}
         self._starts: dict[Path, dict[str, bytes]] = {file.path: {} for file, _ in pairs}
-        self._slices = [file for file, _ in pairs]
+        self.files = [file for file, _ in pairs]
         self._base = header.files[0]
         identity = base_identity(header.files) if pairs else None
         for file, strength in pairs:
@@ -109,14 +114,9 @@ class SlicesOnBase:
             for name, units in units_of_name.items():
                 self.patches[name] = partial(self._patch, self.patches.get(name), file, strength, name, units)
 
-    @property
-    def applied(self) -> list[tuple[Entry, Path]]:
-        """The entries that come from the slice files, and whence."""
-        return [(file.entry, file.path) for file in self._slices]
-
     def check_starts(self) -> None:
         """To be called once every matrix was patched; InputError if the base held other values than a slice knew."""
-        for file in self._slices:
+        for file in self.files:
             if file.entry.start and slice_digest(self._starts[file.path]) != file.entry.start:
                 raise InputError(
                     f"{self._base} is not the base of {file.path}: it holds other values where the slice lies (merged, "

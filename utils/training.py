@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -21,19 +21,38 @@ from tqdm import tqdm
 
 from utils.block_swap import checkpoint_blocks, place_model
 from utils.checkpoint_metadata import checkpoint_metadata
-from utils.checkpoints import Save, remove_expired, save_after_epoch, save_after_step, save_at_end
+from utils.checkpoints import (
+    Save,
+    remove_expired,
+    remove_unfinished,
+    save_after_epoch,
+    save_after_step,
+    save_at_end,
+    stop_state,
+)
 from utils.dataset import TrainingDataset, build_training_dataset, make_loader
 from utils.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
+from utils.interrupts import StopRequest
 from utils.lr_schedules import build_scheduler
 from utils.optimizers import build_optimizer, learning_rates
 from utils.outputs import to_frames
-from utils.selective_finetune import TrainedSlice, attach_slice, read_ledger
+from utils.preservation import (
+    Preservation,
+    ask_teacher,
+    encode_prompts,
+    most_frequent,
+    old_prompts,
+    preserve_lines,
+)
+from utils.selective_finetune import TrainedSlice, attach_slice
+from utils.slice_files import SlicesOnBase
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_plan import TrainingPlan, first_items, plan_training
 from utils.training_report import memory_line, plan_line, slice_lines, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
-from utils.training_settings import deciding_settings, other_settings, start_hash
+from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
+from utils.training_slices import ledger_lines, read_slices, write_files
 from utils.training_state import check_state, load_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
@@ -64,6 +83,7 @@ class _Run:
     accelerator: Accelerator
     seed: int
     header: CheckpointHeader
+    below: SlicesOnBase  # slices on top of the header's files, under the one that trains
     dataset: TrainingDataset
     plan: TrainingPlan
     settings: Mapping[str, str]  # those that decide the run's numbers
@@ -74,6 +94,7 @@ class _Run:
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     samples: PreparedSamples | None
+    preserved: Preservation | None
     say: Callable[[str], None]
 
 
@@ -83,6 +104,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     accelerator = _start_processes(config)
     say = say if accelerator.is_main_process else _say_nothing
     header, model_config = read_dit(config, accelerator.device)
+    below = read_slices(config, header)
     dataset = build_training_dataset(config.dataset)
     check_dataset(dataset, model_config, config)
     seed = _agree_on_seed(config, accelerator, say)
@@ -93,16 +115,21 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     processes = accelerator.num_processes
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
-    settings = deciding_settings(config, seed, dataset, batches, processes)
+    prompts = old_prompts(config.preserve, below.entries, config.dit) if config.preserve else ()
+    settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
     if config.resume:
         check_state(config.resume, settings)
     saving_lines = check_plan(config, header, plan)
+    if accelerator.is_main_process:
+        remove_unfinished(config.save)
     say_what_is_read(config, header, dataset, say)
     samples = None
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
+    preserved = _prepare_preservation(config, prompts, model_config.text_len, accelerator)
 
-    model = load_dit(config.dit, dtype=COMPUTE_DTYPES[config.mixed_precision], device="cpu")
+    model = load_dit(config.dit, COMPUTE_DTYPES[config.mixed_precision], "cpu", below.patches)
+    below.check_starts()
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
@@ -115,6 +142,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         accelerator=accelerator,
         seed=seed,
         header=header,
+        below=below,
         dataset=dataset,
         plan=plan,
         settings=settings,
@@ -125,15 +153,18 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         scheduler=build_scheduler(config.schedule, optimizer, plan.steps),
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
         samples=samples,
+        preserved=preserved,
         say=say,
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
-    lines = slice_lines(trained, model, read_ledger(header.metadata))
+    lines = [*ledger_lines(config, header, below), *slice_lines(trained, model, below.entries)]
+    lines += preserve_lines(preserved, below.entries, config.dit)
     lines.append(memory_line(model, trained, config.blocks_to_swap, accelerator.device))
     for line in [*lines, plan_line(plan, processes), *saving_lines]:
         say(line)
     _start_trackers(run)
-    _loop(run, place)
+    with StopRequest() as stop:
+        _loop(run, place, stop)
     accelerator.end_training()
 
 
@@ -161,6 +192,19 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
     broadcast_object_list(drawn)
     say(f"seed {drawn[0]} (drawn at random; --seed {drawn[0]} repeats the run)")
     return drawn[0]
+
+
+def _prepare_preservation(
+    config: TrainConfig, prompts: Sequence[str], text_len: int, accelerator: Accelerator
+) -> Preservation | None:
+    """One process encodes for all: the text encoder of 14B models takes 11 GB."""
+    if config.preserve is None:
+        return None
+    texts = [None]
+    if accelerator.is_main_process:
+        texts = [encode_prompts(config.preserve, prompts, text_len, accelerator.device)]
+    broadcast_object_list(texts)
+    return Preservation(texts[0], config.preserve.every, config.preserve.weight)
 
 
 def _resume(run: _Run) -> _Place:
@@ -207,7 +251,7 @@ def _start_trackers(run: _Run) -> None:
         run.accelerator.init_trackers(log.tracker_name, config=settings, init_kwargs=dict(log.tracker_settings))
 
 
-def _loop(run: _Run, place: _Place) -> None:
+def _loop(run: _Run, place: _Place, stop: StopRequest) -> None:
     config, plan, accelerator = run.config, run.plan, run.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
     loader = make_loader(
@@ -221,21 +265,25 @@ def _loop(run: _Run, place: _Place) -> None:
         place.epoch = epoch
         loader.sampler.set_epoch(epoch, skipped)
         starts = first_items(run.dataset.epoch_batches(run.seed, epoch), rank, processes)
-        loss_of_step = torch.zeros((), device=accelerator.device)
+        losses_of_step, stops = torch.zeros(2, device=accelerator.device), False
         for number, batch in enumerate(loader, start=skipped):
             first_item = epoch * plan.items_per_epoch + starts[number]
-            loss = _batch_loss(run, batch, epoch * plan.batches_per_epoch + number, first_item)
-            share = loss / plan.window(number)
-            run.scaler.scale(share).backward()
-            loss_of_step += share.detach()
+            batches_done = epoch * plan.batches_per_epoch + number
+            preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
+            losses_of_step += _backward(run, batch, batches_done, first_item, plan.window(number), preserves)
             if not plan.ends_step(number):
                 continue
             rates = learning_rates(run.optimizer)
             grad_norm = _update(run)
             place.step, place.batch = place.step + 1, number + 1
-            place.losses.append(_checked_loss(accelerator.reduce(loss_of_step, "mean"), place.step))
-            loss_of_step = torch.zeros_like(loss_of_step)
-            _show_step(run, place, {**rates, "grad_norm": grad_norm}, bar)
+            # Processes may be interrupted at different steps, and have to stop at the same one.
+            means = accelerator.reduce(torch.cat([losses_of_step, losses_of_step.new_tensor([stop.asked])]), "mean")
+            loss, preserve_loss = _checked_losses(means[:2], place.step)
+            stops = place.step < plan.steps and bool(means[2])
+            place.losses.append(loss)
+            losses_of_step = torch.zeros_like(losses_of_step)
+            shown = {"loss/preserve": preserve_loss} if preserves else {}
+            _show_step(run, place, {**shown, **rates, "grad_norm": grad_norm}, bar)
             if save := save_after_step(config.save, place.step):
                 _save(run, place, save)
             # An epoch's own samples come at its end; twice the same would help nobody.
@@ -244,6 +292,8 @@ def _loop(run: _Run, place: _Place) -> None:
                 ends_epoch and due_after_epoch(config.samples, epoch + 1)
             ):
                 _sample(run, place, f"{place.step:06d}")
+            if stops and not ends_epoch:
+                return _stop(run, place, bar)
             if place.step == plan.steps:
                 break
         accelerator.log({"loss/epoch": place.average_loss()}, step=place.step)
@@ -253,22 +303,50 @@ def _loop(run: _Run, place: _Place) -> None:
             _save(run, place, save)
         if due_after_epoch(config.samples, epoch + 1):
             _sample(run, place, f"e{epoch + 1:06d}")
+        if stops:
+            return _stop(run, place, bar)
     _save(run, place, save_at_end(config.save))
     bar.close()
 
 
-def _batch_loss(run: _Run, batch: Mapping, batches_done: int, first_item: int) -> Tensor:
-    """Random numbers are the batch's own (seed, place in the run, process), so that a resumed run repeats them."""
-    device, timesteps = run.accelerator.device, run.config.timesteps
+def _stop(run: _Run, place: _Place, bar: tqdm) -> None:
+    """Ends a run that was interrupted, with a state to go on from."""
+    folder = stop_state(run.config.save, place.step)
+    if run.accelerator.is_main_process:
+        save_state(folder, run.settings, _state(run, place))
+    bar.close()
+    run.accelerator.wait_for_everyone()
+    run.say(f"stopped after step {place.step}; the same command with --resume latest goes on (or --resume {folder})")
+
+
+def _backward(
+    run: _Run, batch: Mapping, batches_done: int, first_item: int, batches_of_step: int, preserves: bool
+) -> Tensor:
+    """Adds the batch's share of its step's gradient; its share of the loss and of the preservation loss come back.
+
+    Random numbers are the batch's own (seed, place in the run, process), so that a resumed run repeats them.
+    """
+    device, timesteps, rank = run.accelerator.device, run.config.timesteps, run.accelerator.process_index
     latents_BCFHW = batch["latents"]
-    generator = draw_generator(run.seed, batches_done, run.accelerator.process_index)
+    generator = draw_generator(run.seed, batches_done, rank)
     u_B = draw_uniforms(timesteps, len(latents_BCFHW), run.seed, first_item, generator)
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
     noise_BCFHW = torch.randn(latents_BCFHW.shape, generator=generator)
-    noisy_BCFHW, t_B, target_BCFHW = add_noise(latents_BCFHW, noise_BCFHW, sigma_B)
-    context = [text_SD.to(device) for text_SD in batch["t5"]]
-    predicted_BCFHW = run.model(noisy_BCFHW.to(device), t_B.to(device), context)
-    return flow_loss(predicted_BCFHW, target_BCFHW.to(device), sigma_B.to(device), timesteps.weighting)
+    noisy_BCFHW, t_B, target_BCFHW = (x.to(device) for x in add_noise(latents_BCFHW, noise_BCFHW, sigma_B))
+    pairs = [([text_SD.to(device) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
+    if preserves:
+        # Before the student's forward, since the teacher's weights are written into the student's.
+        prompts_of_batch = draw_generator(run.seed, "preserve", batches_done, rank)
+        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, prompts_of_batch)
+        pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
+    losses = torch.zeros(2, device=device)
+    for number, (context, wanted_BCFHW, weight) in enumerate(pairs):
+        # One backward for each, so that one graph at a time is held.
+        predicted_BCFHW = run.model(noisy_BCFHW, t_B, context)
+        loss = flow_loss(predicted_BCFHW, wanted_BCFHW, sigma_B.to(device), timesteps.weighting) / batches_of_step
+        run.scaler.scale(weight * loss).backward()
+        losses[number] = loss.detach()
+    return losses
 
 
 def _update(run: _Run) -> float:
@@ -288,13 +366,14 @@ def _update(run: _Run) -> float:
     return float(grad_norm)
 
 
-def _checked_loss(loss: Tensor, step: int) -> float:
-    value = float(loss)
-    if not math.isfinite(value):
+def _checked_losses(losses: Tensor, step: int) -> list[float]:
+    values = losses.tolist()
+    if not all(map(math.isfinite, values)):
         raise InputError(
-            f"the loss of step {step} is {value}: lower --learning_rate, or continue from the last --save_state with it"
+            f"the loss of step {step} is {sum(values)}: lower --learning_rate, or continue from the last --save_state "
+            "with it"
         )
-    return value
+    return values
 
 
 def _show_step(run: _Run, place: _Place, values: dict[str, float], bar: tqdm) -> None:
@@ -321,10 +400,18 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
         timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
         metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
-        run.trained.save_checkpoint(run.header.files, save.checkpoint, metadata, concept=name, steps=place.step)
+        concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
+        lines = write_files(save.files, run.trained, run.header, run.below, metadata, concept)
         remove_expired(save)
-        _say_beside_bar(run, f"saved {save.checkpoint}" + (f" and {save.state.name}" if save.state else ""))
+        paths = [*map(str, save.files.values()), *([save.state.name] if save.state else [])]
+        for line in [*lines, f"saved {' and '.join(paths)}"]:
+            _say_beside_bar(run, line)
     run.accelerator.wait_for_everyone()
+
+
+def _captions(run: _Run) -> list[str]:
+    """For a later run's --preserve_prompts auto; part of the settings that --no_metadata leaves out."""
+    return most_frequent([item.caption for item in run.dataset.items]) if run.config.metadata.settings else []
 
 
 def _sample(run: _Run, place: _Place, when: str) -> None:

@@ -1,6 +1,6 @@
 """The slices around the one that trains: those below it, those it may not touch; the files that hold it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
 
 def ledger_lines(config: TrainConfig, header: CheckpointHeader, below: SlicesOnBase) -> list[str]:
     """What is known of the slices that the run trains beside or over."""
-    lines = [f"with {entry.label} from {path}" for entry, path in below.applied]
+    lines = [f"on top of {config.dit}: {file.entry.label} from {file.path}" for file in below.files]
     if KEY not in header.metadata:
         lines.append(
             f"note: {config.dit} has no ledger of slices (an original model, or a file of another tool): if something "
@@ -66,13 +66,15 @@ def write_files(
     header: CheckpointHeader,
     below: SlicesOnBase,
     metadata: Mapping[str, str],
-    concept: str,
-    steps: int,
-    say: Callable[[str], None],
-) -> None:
-    """Writes what was trained, on top of `below`, as each kind of `files` (checkpoint, slice, lora)."""
+    concept: Mapping,
+) -> list[str]:
+    """Writes what was trained, on top of `below`, as each kind of `files` (checkpoint, slice, lora).
+
+    `concept` is what the ledger's entry tells: name, steps, captions. Lines on what is not exact come back.
+    """
     start, final = trained.stored_values(header.files)
-    entries = extended(below.entries, Entry(**trained.ledger_entry(header.files, start, concept, steps)))
+    entry = Entry(**{**trained.ledger_entry(header.files, start, "", 0), **concept})
+    entries, lines = extended(below.entries, entry), []
     if "checkpoint" in files:
         patches = _one_after_the_other(below.patches, trained.patches(start, final))
         write_patched(header, files["checkpoint"], patches, {**below.metadata, **metadata}, entries, below.check_starts)
@@ -84,7 +86,8 @@ def write_files(
             files["lora"], entries[-1], units, start, final.__getitem__, "comfyui", _LORA_DTYPE, metadata
         )
         if report.different:
-            say(report.line)
+            lines.append(report.line)
+    return lines
 
 
 def _entry(config: TrainConfig) -> Entry:
