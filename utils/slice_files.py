@@ -91,8 +91,8 @@ def same_bits(a: Tensor, b: Tensor) -> Tensor:
 class SlicesOnBase:
     """Slices that fit a base and each other, ready to be put into its matrices.
 
-    `files` are the slices, oldest first; `patches` change a matrix as stored, by contract name; `entries` are the ledger
-    that the result has; `metadata` is what the slices' runs said.
+    `files` are the slices, oldest first; `patches` change a matrix as stored, by contract name; `entries` are the
+    ledger that the result has; `metadata` is what the slices' runs said.
     """
 
     def __init__(self, header: CheckpointHeader, slices: Sequence[SliceFile], strengths: Sequence[float]):
