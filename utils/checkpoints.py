@@ -1,5 +1,6 @@
 """Which files a run writes: their names, their turns, how many are kept, whether they can be written."""
 
+import glob
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,6 +129,8 @@ def remove_unfinished(config: SaveConfig) -> None:
     """Deletes what a run of this name left half written when it was killed."""
     stem = re.escape(config.name) + r"(-\d{6}|-step\d{8})?"
     half_written = re.compile(f"{stem}({'|'.join(map(re.escape, KINDS.values()))})\\.tmp")
+    for path in config.folder.glob(f"sample/{glob.escape(config.name)}_*.tmp"):
+        path.unlink()
     for path in [*config.folder.glob("*.tmp"), *config.folder.glob(f"*{STATE}/*.tmp")]:
         in_state = re.fullmatch(stem + STATE, path.parent.name) and path.parent != config.folder
         if in_state or half_written.fullmatch(path.name):

@@ -19,6 +19,8 @@ from utils import outputs
 from utils.block_swap import place_model
 from utils.prompts import SamplePrompt, parse_prompt_line
 from utils.sampling import TIMESTEPS, Denoising, Sample, advance, decode_latent, encode_samples, resolve_sample
+from utils.selective_finetune import base_identity
+from utils.slice_files import SliceFile, SlicesOnBase, read_slice_file
 from wan.configs import TASKS
 from wan.errors import InputError
 from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, load_dit, read_checkpoint_header
@@ -44,6 +46,8 @@ class GenerateConfig:
     latent_paths: tuple[Path, ...]
     dit: Path | None
     dit_high_noise: Path | None
+    slices: tuple[Path, ...]  # each goes on top of the DiT that it was trained on
+    slice_strengths: tuple[float, ...]
     vae: Path | None
     t5: Path | None
     tokenizer: Path | None
@@ -61,6 +65,7 @@ class _Expert:
     """A DiT and the timesteps that it samples: those >= t_end that no expert before it took."""
 
     path: Path
+    slices: SlicesOnBase
     dtype: torch.dtype
     text_len: int
     guidance_scale: float | None  # None: the sample's
@@ -72,6 +77,7 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
 
     InputError, before anything is encoded or written, if a file does not fit.
     """
+    outputs.remove_unfinished(config.save_path)
     if config.latent_paths:
         return _decode_latent_files(config, say)
     experts = _read_experts(config, say)
@@ -82,17 +88,38 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
 
 
 def _read_experts(config: GenerateConfig, say: Callable[[str], None]) -> list[_Expert]:
-    experts = [_read_expert(config, config.dit, None, 0.0, say)]
+    slices = _slices_by_dit(config)
+    experts = [_read_expert(config, config.dit, slices, None, 0.0, say)]
     if config.dit_high_noise is not None:
         t_end = config.boundary * TIMESTEPS
-        experts.insert(0, _read_expert(config, config.dit_high_noise, config.guidance_scale_high, t_end, say))
+        high = _read_expert(config, config.dit_high_noise, slices, config.guidance_scale_high, t_end, say)
+        experts.insert(0, high)
     elif TASKS[config.task].boundary is not None:
         say(f"{config.task} has two experts; without --dit_high_noise {config.dit.name} takes every step")
     return experts
 
 
+def _slices_by_dit(config: GenerateConfig) -> dict[Path, list[tuple[SliceFile, float]]]:
+    """Which slices, at which strength, go on top of which DiT: with two, a base's identity tells which one."""
+    files = [read_slice_file(path) for path in config.slices]
+    dits = [path for path in (config.dit, config.dit_high_noise) if path is not None]
+    by_dit = {path: [] for path in dits}
+    identities = {path: base_identity(read_checkpoint_header(path).files) for path in dits} if files else {}
+    for file, strength in zip(files, config.slice_strengths, strict=True):
+        fitting = [path for path in dits if identities[path] == file.entry.base]
+        # One that fits none goes to the first, which is checked again and refused with the reason.
+        for path in fitting or dits[:1]:
+            by_dit[path].append((file, strength))
+    return by_dit
+
+
 def _read_expert(
-    config: GenerateConfig, path: Path, guidance_scale: float | None, t_end: float, say: Callable[[str], None]
+    config: GenerateConfig,
+    path: Path,
+    slices: Mapping[Path, Sequence[tuple[SliceFile, float]]],
+    guidance_scale: float | None,
+    t_end: float,
+    say: Callable[[str], None],
 ) -> _Expert:
     header = read_checkpoint_header(path)
     check_fits_task(header, config.task)
@@ -100,8 +127,10 @@ def _read_expert(
     if config.blocks_to_swap > widths.num_layers:
         raise InputError(f"--blocks_to_swap {config.blocks_to_swap}: {path} has {widths.num_layers} blocks")
     dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
-    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}")
-    return _Expert(path, dtype, widths.text_len, guidance_scale, t_end)
+    own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
+    told = "".join(f", with {entry.label}" for entry in own.entries)
+    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{told}")
+    return _Expert(path, own, dtype, widths.text_len, guidance_scale, t_end)
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -170,7 +199,8 @@ def _run_expert(
 ) -> None:
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
-    model = load_dit(expert.path, dtype=expert.dtype, device="cpu")
+    model = load_dit(expert.path, expert.dtype, "cpu", expert.slices.patches)
+    expert.slices.check_starts()
     place_model(model, config.device, config.blocks_to_swap)
     for denoising in denoisings:
         guidance_scale = expert.guidance_scale

@@ -76,6 +76,7 @@ def write_lora(
 ) -> LoraReport:
     """Writes the change from `start` to `final` (by matrix, in line order) under `names`: comfyui or diffusers."""
     layout: dict[str, StoredTensor] = {}
+    units = {name: units[name] for name in sorted(units)}
     for name, own in units.items():
         rank = rank_of(own)
         down, up, alpha = lora_names(name, names)
