@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -146,7 +146,7 @@ class SlicedMatrix:
     def __init__(self, name: str, linear: nn.Linear, units: SliceUnits, device: torch.device):
         self.name = name
         self.linear = linear
-        self.stage: Callable[[Tensor], Tensor] | None = None  # copies a weight that lives elsewhere
+        self.fetch: Callable[[], Tensor] | None = None  # a streamed weight on the device, never kept
         self.start_UL = _read_units(linear.weight.detach(), units.to(linear.weight.device)).to(device)
         self.units = units.to(device)
         self.difference = nn.Parameter(torch.zeros(units.count, dtype=torch.float32, device=device))
@@ -181,12 +181,8 @@ class SlicedMatrix:
         _write_units(stored, units, values_UL)
 
     def weight_in_use(self) -> Tensor:
-        """The weight with the slice's values in use: the linear's own, or a fresh copy of one that is staged."""
-        if self.stage is None:
-            return self.linear.weight
-        weight = self.stage(self.linear.weight)
-        self.write(weight)
-        return weight
+        """The weight with the slice's values in use."""
+        return self.linear.weight if self.fetch is None else self.fetch()
 
     def saved_input(self, x: Tensor) -> Tensor:
         """What backward needs of the input: its columns in the slice, group by group."""
@@ -212,29 +208,28 @@ class _SliceLinear(torch.autograd.Function):
     """F.linear whose weight gradient exists for the slice alone."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, difference, matrix: SlicedMatrix):
+    def forward(ctx, x, bias, difference, matrix: SlicedMatrix):
         ctx.matrix = matrix
-        needs_x_grad, needs_slice_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        ctx.save_for_backward(matrix.saved_input(x) if needs_slice_grad else None, weight if needs_x_grad else None)
-        return F.linear(x, weight, bias)
+        ctx.save_for_backward(matrix.saved_input(x) if ctx.needs_input_grad[2] else None)
+        return F.linear(x, matrix.weight_in_use().to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, dy):
-        saved, weight = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        grad = ctx.matrix.gradient(saved, dy) if ctx.needs_input_grad[3] else None
-        return dx, None, None, grad, None
+        (saved,) = ctx.saved_tensors
+        dx = dy @ ctx.matrix.weight_in_use().to(dy.dtype) if ctx.needs_input_grad[0] else None
+        grad = ctx.matrix.gradient(saved, dy) if ctx.needs_input_grad[2] else None
+        return dx, None, grad, None
 
 
 def _slice_forward(matrix: SlicedMatrix, x: Tensor) -> Tensor:
-    weight, bias = matrix.weight_in_use(), matrix.linear.bias
+    bias = matrix.linear.bias
     # Backward runs without autocast, so the casts happen here, outside the Function.
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _SliceLinear.apply(x, weight, bias, matrix.difference, matrix)
-    return _SliceLinear.apply(x, weight, bias, matrix.difference, matrix)
+            return _SliceLinear.apply(x, bias, matrix.difference, matrix)
+    return _SliceLinear.apply(x, bias, matrix.difference, matrix)
 
 
 # ---- the slice of a model
@@ -293,6 +288,7 @@ class TrainedSlice:
         self.ffid = ffid
         self.total = total  # values of the whole model
         self.matrices = {matrix.name: matrix for matrix in matrices}
+        self.version = 0  # of the values in use
 
     @property
     def count(self) -> int:
@@ -303,19 +299,12 @@ class TrainedSlice:
         """The differences from the start values: fp32 leaves, one per matrix, for any optimizer."""
         return [matrix.difference for matrix in self.matrices.values()]
 
-    def stream(self, linears: Iterable[nn.Linear], stage: Callable[[Tensor], Tensor]) -> None:
-        """From now on these linears use `stage(weight)`, a copy for each use; their own weights stay as they are."""
-        streamed = set(linears)
-        for matrix in self.matrices.values():
-            if matrix.linear in streamed:
-                matrix.stage = stage
-                matrix.linear.forward = functools.partial(_slice_forward, matrix)
-
     def write_back(self) -> None:
         """Puts the values in use into the resident weights; to be called after every optimizer step."""
         for matrix in self.matrices.values():
-            if matrix.stage is None:
+            if matrix.fetch is None:
                 matrix.write(matrix.linear.weight)
+        self.version += 1
 
     def reduce_gradients(self) -> None:
         """Averages the slice's gradients over the processes of torch.distributed, before clipping, on real steps."""
