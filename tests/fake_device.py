@@ -5,6 +5,7 @@ the moment it is asked for. Waiting for an event that was never recorded fails, 
 """
 
 import random
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class FakeDevice:
         self.lock_calls = []
         self.last_use = {}  # address -> tick
         self.tick = 0
+        self.lock = threading.RLock()  # a staging thread copies too
         self.queue = []
         self.copied = []  # (target address, bytes)
 
@@ -45,19 +47,20 @@ class FakeDevice:
 
     def copy(self, target, source, after):
         assert after.tick > self.last_use.get(target.data_ptr(), 0), "a copy into memory that is still in use"
-        self.tick += 1
-        event = FakeEvent(self.tick, passed=False)
-        target.view(-1).view(torch.uint8).fill_(255)
-        self.queue.append((target, source, event))
-        self.copied.append((target.data_ptr(), target.nbytes))
-        done = {"eager": 1, "lazy": 0}.get(self.timing, self.random.random())
-        self._run(round(done * len(self.queue)))
+        with self.lock:
+            event = FakeEvent(self.tick, passed=False)
+            target.view(-1).view(torch.uint8).fill_(255)
+            self.queue.append((target, source, event))
+            self.copied.append((target.data_ptr(), target.nbytes))
+            done = {"eager": 1, "lazy": 0}.get(self.timing, self.random.random())
+            self._run(round(done * len(self.queue)))
         return event
 
     def wait(self, event):
         assert isinstance(event, FakeEvent), "an event that nobody has recorded"
-        while not event.passed:
-            self._run(1)
+        with self.lock:
+            while not event.passed:
+                self._run(1)
 
     finish = wait
 

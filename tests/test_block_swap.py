@@ -126,3 +126,12 @@ def test_a_step_copies_twice_what_does_not_fit_and_nothing_back(swapped, ring):
     for seed in (1, 2, 3):
         assert run.traffic(lambda seed=seed: run.step(seed)) == (2 * (BLOCKS - buffers) * SIZES.block, 0)
     assert sum(size for _, size in run.backend.copied) == run.placement.streamer.traffic.bytes
+
+
+def test_with_all_blocks_what_lies_outside_streams_too_at_the_price_of_two_matrices():
+    run = Run(FakeDevice("random"), BLOCKS)
+    run.train(3)
+    copied, misses = run.traffic(lambda: run.step(4))
+    # Used once a step, it passes through two slots, whose matrices have to come again.
+    passing = SIZES.outside + 2 * 48 * 48 * 2
+    assert (copied, misses) == (2 * (BLOCKS - 2) * SIZES.block + passing, 0)

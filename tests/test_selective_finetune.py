@@ -74,7 +74,7 @@ def test_any_shape_and_slice_has_the_gradient_of_the_whole_weight(rows, columns,
     trained = attach_slice(model, ff, ffid)
     linear(x).square().sum().backward()
     expected = cut(whole, "blocks.0.weight", ff, ffid).float()
-    torch.testing.assert_close(trained.parameters()[0].grad, expected)
+    torch.testing.assert_close(next(trained.parameters()).grad, expected)
     torch.testing.assert_close(x.grad, dx)
 
 
@@ -259,7 +259,7 @@ def test_a_state_goes_on_where_it_was_and_another_slice_is_refused():
     resumed = attach_slice(fresh, "0.02", 7)
     resumed.load_state_dict(trained.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
-    with pytest.raises(SliceError, match=r"ffid 7, not ff 0\.02 ffid 8"):
+    with pytest.raises(SliceError, match=r"ffid 7 .*, not ff 0\.02 ffid 8"):
         attach_slice(fresh, "0.02", 8).load_state_dict(trained.state_dict())
 
 

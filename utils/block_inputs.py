@@ -93,7 +93,7 @@ class BlockInputs:
                 return as_weight(self._buffers[number % 2], like)
 
     def _release(self, keep: int) -> None:
-        """Lets go of sent inputs but the last `keep`, once computing waits for their copies: then memory may be reused."""
+        """Lets go of sent inputs but the last `keep`; computing first waits for their copies to have been made."""
         while len(self._leaving) > keep:
             _, sent = self._leaving.pop(0)
             self.backend.wait(sent)

@@ -11,17 +11,18 @@ This file needs torch, numpy and nothing of its neighbours: copied into another 
 Slice contract, version 1. The values of a weight [out, in] form one line: G = 8, halved until it divides `out`; a unit
 is L = out / G consecutive rows of one column; the columns are in an order hashed from the weight's name, and each lap
 over them moves on by one of the G row groups, so that neighbouring units differ in column and rows.
-Shapes: T tokens, G row groups, L rows of a unit, U units of a slice.
+Shapes: T tokens, G row groups, L rows of a unit, U units of a slice, M units of a slice in one row group, at most.
 """
 
 import functools
+import glob
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -98,8 +99,21 @@ class SliceUnits:
     count: int  # of the slice's values
 
     def to(self, device) -> "SliceUnits":
-        columns_U, groups_U = self.columns_U.to(device), self.groups_U.to(device)
-        return SliceUnits(self.shape, self.rows, columns_U, groups_U, self.offset, self.count)
+        return replace(self, columns_U=self.columns_U.to(device), groups_U=self.groups_U.to(device))
+
+    def cut(self, values_UL: Tensor) -> Tensor:
+        """The slice's own values, in line order: a view of its whole units' without what they hold beyond it."""
+        return values_UL.view(-1)[self.offset : self.offset + self.count]
+
+    def read(self, weight: Tensor) -> Tensor:
+        """A copy of the whole units [U, L] in `weight`."""
+        return weight.view(-1, self.rows, self.shape[1])[self.groups_U, :, self.columns_U]
+
+    def write(self, weight: Tensor, values: Tensor) -> None:
+        """Puts the slice's `values` (line order) into `weight`; what its cut units hold beyond it stays."""
+        values_UL = self.read(weight)
+        self.cut(values_UL).copy_(values)
+        weight.view(-1, self.rows, self.shape[1])[self.groups_U, :, self.columns_U] = values_UL
 
 
 def slice_units(name: str, shape: Sequence[int], ff: Ff, ffid: int) -> SliceUnits:
@@ -120,116 +134,125 @@ def slice_indices(name: str, shape: Sequence[int], ff: Ff, ffid: int) -> Tensor:
     """Flat indices (row * in + column, int64, line order) of slice (ff, ffid) in the weight `name` of `shape`."""
     units = slice_units(name, shape, ff, ffid)
     rows_UL = units.groups_U[:, None] * units.rows + torch.arange(units.rows)
-    flat = (rows_UL * units.shape[1] + units.columns_U[:, None]).reshape(-1)
-    return flat[units.offset : units.offset + units.count]
+    return units.cut(rows_UL * units.shape[1] + units.columns_U[:, None])
 
 
 # ---- the slice of one matrix: its values, its gradient
 
 
-def _read_units(weight: Tensor, units: SliceUnits) -> Tensor:
-    return weight.view(-1, units.rows, units.shape[1])[units.groups_U, :, units.columns_U]
-
-
-def _write_units(weight: Tensor, units: SliceUnits, values_UL: Tensor) -> None:
-    weight.view(-1, units.rows, units.shape[1])[units.groups_U, :, units.columns_U] = values_UL
-
-
-def _moved(start: Tensor, difference: Tensor) -> Tensor:
-    """round(start + difference) in start's dtype; an unmoved value keeps its bits (-0.0 + 0 would not)."""
-    return torch.where(difference == 0, start, (start.float() + difference).to(start.dtype))
+def _moved(start: Tensor, difference: Tensor, strength: float) -> Tensor:
+    """round(start + strength * difference) in start's dtype; an unmoved value keeps its bits (-0.0 + 0 would not)."""
+    if strength == 0:
+        return start
+    return torch.where(difference == 0, start, torch.add(start.float(), difference, alpha=strength).to(start.dtype))
 
 
 class SlicedMatrix:
-    """The trained slice of one weight: where it lies, what it held at the start, how far it has moved."""
+    """The trained slice of one weight: where it lies, what it held at the start, how far it has moved.
 
-    def __init__(self, name: str, linear: nn.Linear, units: SliceUnits, device: torch.device):
+    `fetch` is None where the linear's own weight is in use; set, it gives a copy on the device with the values in use,
+    and forward and backward each ask anew.
+    """
+
+    def __init__(self, name: str, linear: nn.Linear, units: SliceUnits, device: str | torch.device):
         self.name = name
         self.linear = linear
-        self.fetch: Callable[[], Tensor] | None = None  # a streamed weight on the device, never kept
-        self.start_UL = _read_units(linear.weight.detach(), units.to(linear.weight.device)).to(device)
         self.units = units.to(device)
+        on_weight = units.to(linear.weight.device)
+        self.start = on_weight.cut(on_weight.read(linear.weight.detach())).to(device, copy=True)  # [count]
         self.difference = nn.Parameter(torch.zeros(units.count, dtype=torch.float32, device=device))
+        self.strength = 1.0  # factor on the difference in the values in use
+        self.fetch: Callable[[], Tensor] | None = None
         # Past half of the columns X itself is no larger than the gathered ones, and q, k and v share it.
         self.saves_whole_input = 2 * len(units.columns_U) > units.shape[1]
-        self.by_group_U = torch.argsort(self.units.groups_U, stable=True)
-        self.columns_by_group_U = self.units.columns_U[self.by_group_U]
-        counts = torch.bincount(units.groups_U).tolist()
-        ends = np.cumsum(counts).tolist()
-        self.group_runs = [(g, end - n, end) for g, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
-
-    def cut(self, values_UL: Tensor) -> Tensor:
-        """The slice's own values, in line order: a view of its whole units' without what they hold beyond it."""
-        return values_UL.view(-1)[self.units.offset : self.units.offset + self.units.count]
+        self.unit_GM, self.place_U = (table.to(device) for table in _group_table(units))
+        self.columns_GM = self.units.columns_U[self.unit_GM]
 
     @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        """Puts the values in use, round(start + difference), into `weight`: the matrix or a copy of it."""
-        values_UL = self.start_UL.clone()
-        self.cut(values_UL).copy_(_moved(self.cut(self.start_UL), self.difference))
-        _write_units(weight, self.units, values_UL)
+    def write(self, weight: Tensor, values: Tensor | None = None) -> None:
+        """Puts the values in use (`values`, where the caller has them) into `weight`: the matrix or a copy of it."""
+        if values is None:
+            values = _moved(self.start, self.difference, self.strength)
+        self.units.to(weight.device).write(weight, values)
 
     @torch.no_grad()
     def patch(self, stored: Tensor) -> None:
         """Moves the slice in `stored`, the base file's own tensor on the CPU, by what was learned."""
         units = self.units.to("cpu")
-        values_UL = _read_units(stored, units)
-        start_UL = self.start_UL.cpu()
-        if stored.dtype == start_UL.dtype and not _same_bits(values_UL, start_UL):
+        values, start = units.cut(units.read(stored)), self.start.to("cpu", stored.dtype)
+        same_bits = torch.equal(values.view(torch.uint8), start.view(torch.uint8))
+        if stored.dtype == self.linear.weight.dtype and not same_bits:
             raise SliceError(f"{self.name} in the base file is not what this slice was trained on")
-        self.cut(values_UL).copy_(_moved(self.cut(values_UL), self.difference.cpu()))
-        _write_units(stored, units, values_UL)
-
-    def weight_in_use(self) -> Tensor:
-        """The weight with the slice's values in use."""
-        return self.linear.weight if self.fetch is None else self.fetch()
+        units.write(stored, _moved(values, self.difference.cpu(), self.strength))
 
     def saved_input(self, x: Tensor) -> Tensor:
-        """What backward needs of the input: its columns in the slice, group by group."""
-        return x if self.saves_whole_input else x.index_select(-1, self.columns_by_group_U)
+        """What backward needs of the input: its columns in the slice."""
+        return x if self.saves_whole_input else x[..., self.units.columns_U]
 
     def gradient(self, saved: Tensor, dy: Tensor) -> Tensor:
-        """The slice's values of dY^T X, fp32 in line order: per row group, so that only its units are computed."""
-        x_TU, dy_TO = saved.flatten(0, -2), dy.flatten(0, -2)
-        rows = self.units.rows
-        grad_UL = torch.empty(self.start_UL.shape, dtype=torch.float32, device=dy.device)
-        for group, begin, end in self.group_runs:
-            columns = self.columns_by_group_U[begin:end]
-            x_TR = x_TU.index_select(1, columns) if self.saves_whole_input else x_TU[:, begin:end]
-            grad_UL[self.by_group_U[begin:end]] = (x_TR.T @ dy_TO[:, group * rows : (group + 1) * rows]).float()
-        return self.cut(grad_UL)
+        """The slice's values of dY^T X, fp32 in line order: one product per row group, so no more than its units."""
+        saved_GM = self.columns_GM if self.saves_whole_input else self.unit_GM
+        dy_GTL = dy.reshape(-1, len(saved_GM), self.units.rows).transpose(0, 1)
+        # No more columns at a time than X has: the units of a large slice name each of them several times.
+        parts = saved_GM.split(max(1, self.units.shape[1] // len(saved_GM)), dim=1)
+        products = [torch.bmm(saved[..., part].reshape(-1, *part.shape).permute(1, 2, 0), dy_GTL) for part in parts]
+        grad_UL = torch.cat(products, dim=1).flatten(0, 1)[self.place_U]
+        return self.units.cut(grad_UL).to(torch.float32, copy=True)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The difference times the input, [..., out], in x's dtype: what it adds to the frozen linear."""
+        units = self.units
+        around = (units.offset, len(units.columns_U) * units.rows - units.offset - units.count)
+        whole_UL = F.pad(self.strength * self.difference, around).view(-1, units.rows).to(x.dtype)
+        table_GML = whole_UL.new_zeros(*self.unit_GM.shape, units.rows)
+        table_GML = table_GML.view(-1, units.rows).index_copy(0, self.place_U, whole_UL).view_as(table_GML)
+        return torch.einsum("...gm,gml->...gl", x[..., self.columns_GM], table_GML).flatten(-2)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+def _group_table(units: SliceUnits) -> tuple[Tensor, Tensor]:
+    """Unit numbers [G, M] by row group, where short groups repeat unit 0, and each unit's place [U] in that table."""
+    in_group_UG = F.one_hot(units.groups_U, units.shape[0] // units.rows)
+    rank_U = (in_group_UG * in_group_UG.cumsum(0)).sum(1) - 1
+    unit_GM = torch.zeros(in_group_UG.shape[1], int(rank_U.max()) + 1, dtype=torch.int64)
+    place_U = units.groups_U * unit_GM.shape[1] + rank_U
+    unit_GM.view(-1)[place_U] = torch.arange(len(place_U))
+    return unit_GM, place_U
 
 
 class _SliceLinear(torch.autograd.Function):
     """F.linear whose weight gradient exists for the slice alone."""
 
     @staticmethod
-    def forward(ctx, x, bias, difference, matrix: SlicedMatrix):
+    def forward(ctx, x, weight, bias, difference, matrix: SlicedMatrix):
         ctx.matrix = matrix
-        ctx.save_for_backward(matrix.saved_input(x) if ctx.needs_input_grad[2] else None)
-        return F.linear(x, matrix.weight_in_use().to(x.dtype), bias)
+        needs_x_grad, needs_slice_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        saved = matrix.saved_input(x) if needs_slice_grad else None
+        ctx.save_for_backward(saved, weight if needs_x_grad and matrix.fetch is None else None)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        (saved,) = ctx.saved_tensors
-        dx = dy @ ctx.matrix.weight_in_use().to(dy.dtype) if ctx.needs_input_grad[0] else None
-        grad = ctx.matrix.gradient(saved, dy) if ctx.needs_input_grad[2] else None
-        return dx, None, grad, None
+        saved, weight = ctx.saved_tensors
+        dx = grad = None
+        if ctx.needs_input_grad[3]:
+            grad = ctx.matrix.gradient(saved, dy)
+        if ctx.needs_input_grad[0]:
+            dx = dy @ (ctx.matrix.fetch().to(dy.dtype) if weight is None else weight)
+        return dx, None, None, grad, None
 
 
 def _slice_forward(matrix: SlicedMatrix, x: Tensor) -> Tensor:
-    bias = matrix.linear.bias
+    weight, bias = matrix.linear.weight if matrix.fetch is None else matrix.fetch(), matrix.linear.bias
     # Backward runs without autocast, so the casts happen here, outside the Function.
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return _SliceLinear.apply(x, bias, matrix.difference, matrix)
-    return _SliceLinear.apply(x, bias, matrix.difference, matrix)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _SliceLinear.apply(x, weight, bias, matrix.difference, matrix)
+
+
+def _beside_forward(matrix: SlicedMatrix, frozen_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    y = frozen_forward(x)
+    return y + matrix.product(x.to(y.dtype))
 
 
 # ---- the slice of a model
@@ -257,17 +280,19 @@ def attach_slice(
     device: str | torch.device | None = None,
     linears: Mapping[str, nn.Linear] | None = None,
     name_of: Callable[[str], str] = contract_name,
+    beside: bool = False,
 ) -> "TrainedSlice":
     """Freezes the model, makes slice (ff, ffid) of its block matrices trainable, and returns it.
 
     `device` holds the differences (the weights' own by default). `linears` (module name -> module) are the matrices to
     slice, those of repeated blocks by default; `name_of` turns a weight's name in the model into its contract name.
+    With `beside` no weight is written: each frozen linear does what it did, and the difference's product is added.
     """
     check_slice(ff, ffid)
     model.requires_grad_(False)
     matrices = []
     for name, linear in (block_linears(model) if linears is None else linears).items():
-        if not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2:
+        if not beside and (not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2):
             raise SliceError(f"{name} holds {linear.weight.dtype}: slices train on bf16, fp16 or fp32 weights")
         units = slice_units(name_of(f"{name}.weight"), linear.weight.shape, ff, ffid)
         if units.count:
@@ -276,35 +301,57 @@ def attach_slice(
     if not matrices:
         raise SliceError(f"ff is {ff}: no matrix of this model ({total:,} values) is large enough to hold such a slice")
     for matrix in matrices:
-        matrix.linear.forward = functools.partial(_slice_forward, matrix)
-    return TrainedSlice(ff, ffid, matrices, total)
+        forward = (_beside_forward, matrix, matrix.linear.forward) if beside else (_slice_forward, matrix)
+        matrix.linear.forward = functools.partial(*forward)
+    return TrainedSlice(ff, ffid, total, matrices, beside)
 
 
-class TrainedSlice:
-    """A slice attached to a model: its parameters, its values, its files."""
+class TrainedSlice(nn.Module):
+    """A slice attached to a model: its parameters (fp32 differences from the start values), its values, its files."""
 
-    def __init__(self, ff: Ff, ffid: int, matrices: Sequence[SlicedMatrix], total: int):
-        self.ff = str(ff)
-        self.ffid = ffid
+    def __init__(self, ff: Ff, ffid: int, total: int, matrices: Sequence[SlicedMatrix], beside: bool = False):
+        super().__init__()
+        self.ff, self.ffid = str(ff), ffid
         self.total = total  # values of the whole model
+        self.beside = beside
+        self.version = 0  # of the values in use: goes up whenever they change
         self.matrices = {matrix.name: matrix for matrix in matrices}
-        self.version = 0  # of the values in use
+        for name, matrix in self.matrices.items():
+            self.register_parameter(name.replace(".", "/"), matrix.difference)
 
     @property
     def count(self) -> int:
         """How many values train."""
         return sum(matrix.units.count for matrix in self.matrices.values())
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The differences from the start values: fp32 leaves, one per matrix, for any optimizer."""
-        return [matrix.difference for matrix in self.matrices.values()]
-
+    @torch.no_grad()
     def write_back(self) -> None:
         """Puts the values in use into the resident weights; to be called after every optimizer step."""
-        for matrix in self.matrices.values():
-            if matrix.fetch is None:
-                matrix.write(matrix.linear.weight)
         self.version += 1
+        resident = [matrix for matrix in self.matrices.values() if matrix.fetch is None and not self.beside]
+        if resident:
+            # All of them in one go: a GPU would spend more time on starting small operations than on doing them.
+            starts, differences = torch.cat([m.start for m in resident]), torch.cat([m.difference for m in resident])
+            values = _moved(starts, differences, resident[0].strength)
+            for matrix, own in zip(resident, values.split([m.units.count for m in resident]), strict=True):
+                matrix.write(matrix.linear.weight, own)
+
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Inside, the values in use are round(start + strength * difference): at 0 those of the model at the start.
+
+        Enter and leave it between steps, never between a forward pass and its backward pass.
+        """
+        self._set_strength(strength)
+        try:
+            yield
+        finally:
+            self._set_strength(1.0)
+
+    def _set_strength(self, strength: float) -> None:
+        for matrix in self.matrices.values():
+            matrix.strength = strength
+        self.write_back()
 
     def reduce_gradients(self) -> None:
         """Averages the slice's gradients over the processes of torch.distributed, before clipping, on real steps."""
@@ -317,25 +364,14 @@ class TrainedSlice:
         for parameter, grad in zip(self.parameters(), flat.split([p.numel() for p in self.parameters()]), strict=True):
             parameter.grad.copy_(grad)
 
-    def state_dict(self) -> dict:
-        """The differences by contract name, with the slice they belong to."""
-        differences = {name: matrix.difference.detach() for name, matrix in self.matrices.items()}
-        return {"contract": CONTRACT, "ff": self.ff, "ffid": self.ffid, "differences": differences}
+    def get_extra_state(self) -> Tensor:
+        """Which slice state_dict() is of, as text in bytes, since some savers take tensors alone."""
+        return torch.tensor(list(f"ff {self.ff} ffid {self.ffid} contract {CONTRACT}".encode()), dtype=torch.uint8)
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping) -> None:
-        """Takes up the differences of state_dict() and puts them to use; SliceError where it is another slice's."""
-        theirs = (state["contract"], exact_fraction(state["ff"]), state["ffid"])
-        if theirs != (CONTRACT, exact_fraction(self.ff), self.ffid):
-            raise SliceError(
-                f"the state holds ff {state['ff']} ffid {state['ffid']}, not ff {self.ff} ffid {self.ffid}"
-            )
-        if {n: d.shape for n, d in state["differences"].items()} != {
-            n: m.difference.shape for n, m in self.matrices.items()
-        }:
-            raise SliceError("the state holds the slice of a model with other matrices")
-        for name, difference in state["differences"].items():
-            self.matrices[name].difference.copy_(difference)
+    def set_extra_state(self, state: Tensor) -> None:
+        """Puts loaded differences to use; SliceError where they are another slice's."""
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            raise SliceError(f"the state holds {bytes(state.tolist()).decode()}, not ff {self.ff} ffid {self.ffid}")
         self.write_back()
 
     def save_checkpoint(
@@ -449,3 +485,87 @@ def _whole_or_nothing(path: Path) -> Iterator:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+# ---- musubi-tuner: --network_module selective_finetune --network_args ff=0.001 ffid=1
+
+prepare_network = True  # a module with this name has the trainer hand its flags to network.prepare_network
+
+
+def create_arch_network(multiplier, network_dim, network_alpha, vae, text_encoders, unet, neuron_dropout=None, **args):
+    """The SliceNetwork that --network_args (`ff`, `ffid`, and `save`: checkpoint or slice) ask for."""
+    unknown = args.keys() - {"ff", "ffid", "save"}
+    if unknown or not {"ff", "ffid"} <= args.keys() or args.get("save", "checkpoint") not in ("checkpoint", "slice"):
+        given = " ".join(f"{key}={value}" for key, value in args.items())
+        raise SliceError(f"--network_args {given}: it takes ff=0.001 ffid=1 and, to save slice files, save=slice")
+    if network_dim is not None or neuron_dropout is not None:
+        raise SliceError("a slice has no rank and no dropout: leave out --network_dim and --network_dropout")
+    if not args["ffid"].isdecimal():
+        raise SliceError(f"--network_args ffid={args['ffid']}: it is a number, from 1 to {ids_available(args['ff'])}")
+    check_slice(args["ff"], int(args["ffid"]))
+    return SliceNetwork(args["ff"], int(args["ffid"]), args.get("save", "checkpoint"))
+
+
+class SliceNetwork(nn.Module):
+    """A slice that musubi-tuner's trainer drives by the calls that it makes to a LoRA network.
+
+    Each weight is written when it is used, because a block that is swapped may be on the move at any other time. Where
+    the trainer uses copies (H2D-only swap) or fp8, the difference is multiplied beside the frozen linears.
+    """
+
+    def __init__(self, ff: str, ffid: int, save: str):
+        super().__init__()
+        self.ff, self.ffid, self.save = ff, ffid, save
+        self.written: set[str] = set()  # weights that hold this step's values
+
+    def prepare_network(self, args) -> None:
+        flags = vars(args)
+        refused = {
+            "dit_high_noise": "train each expert in a run of its own",
+            "base_weights": "a slice is trained on the values of the --dit file, so merge the LoRA into a file first",
+            "network_weights": "go on with --resume, or give the checkpoint as --dit",
+            "scale_weight_norms": "a slice has no norm to scale",
+        }
+        for flag, reason in refused.items():
+            if flags.get(flag):
+                raise SliceError(f"--{flag} does not go with a slice: {reason}")
+        path = Path(args.dit)
+        shards = re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", path.name)
+        self.base = sorted(path.parent.glob(glob.escape(path.name) if shards == path.name else shards))
+        self.beside = bool(flags.get("block_swap_h2d_only") or flags.get("fp8_base"))
+
+    def apply_to(self, text_encoders, unet: nn.Module, apply_text_encoder=False, apply_unet=True) -> None:
+        # With block swap some blocks are still on the CPU; what lies around them is on the training device.
+        device = next((p.device for p in unet.parameters() if p.device.type != "cpu"), torch.device("cpu"))
+        self.trained = attach_slice(unet, self.ff, self.ffid, device, beside=self.beside)
+        for matrix in () if self.beside else self.trained.matrices.values():
+            matrix.linear.forward = functools.partial(self._write_and_forward, matrix)
+
+    def _write_and_forward(self, matrix: SlicedMatrix, x: Tensor) -> Tensor:
+        # No call tells that an optimizer stepped before samples are drawn, so passes without gradients always write.
+        if matrix.name not in self.written or not torch.is_grad_enabled():
+            matrix.write(matrix.linear.weight)
+            self.written.add(matrix.name)
+        return _slice_forward(matrix, x)
+
+    def on_step_start(self) -> None:
+        self.written.clear()
+
+    def prepare_optimizer_params(self, unet_lr: float | None = None, **others) -> tuple[list[dict], list[str]]:
+        return [{"params": list(self.parameters()), "lr": unet_lr}], ["slice"]
+
+    get_trainable_params = nn.Module.parameters
+
+    def _has_nothing_to_do(self, *_) -> None:
+        pass
+
+    enable_gradient_checkpointing = prepare_grad_etc = on_epoch_start = _has_nothing_to_do
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        """A checkpoint (or slice file) in the base's dtypes: the trainer's `dtype` is that of LoRA files."""
+        metadata = dict(metadata or {})
+        name, steps = metadata.get("ss_output_name", Path(file).stem), int(metadata.get("ss_steps", 0))
+        if "modelspec.architecture" in metadata:
+            metadata["modelspec.architecture"] = metadata["modelspec.architecture"].removesuffix("/lora")
+        save = self.trained.save_slice if self.save == "slice" else self.trained.save_checkpoint
+        save(self.base, file, metadata, concept=name, steps=steps)

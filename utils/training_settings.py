@@ -76,7 +76,7 @@ def start_hash(trained: TrainedSlice) -> dict[str, str]:
     digest = hashlib.sha256()
     for name, matrix in trained.matrices.items():
         digest.update(name.encode())
-        digest.update(matrix.cut(matrix.start_UL).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(matrix.start.cpu().view(torch.uint8).numpy().tobytes())
     return {"slice_start_sha256": digest.hexdigest()}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from utils.host_store import HostStore, StagedCopies, aligned, as_weight
 from utils.selective_finetune import SlicedMatrix
 from utils.swap_backend import CudaBackend, HostBackend
-from utils.weight_order import WeightOrder
+from utils.weight_order import WeightOrder, evictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,19 @@ class _Slot:
     arriving: bool = False  # computing has not waited for `arrived` yet
     version: int | None = None  # of the slice's values in it
     last_used: int = 0
+
+
+@dataclass(eq=False)
+class _Lane:
+    """The slots of one size, and what this pass has planned for them."""
+
+    slots: list[_Slot]
+    positions: Sequence[int] = ()  # of the weights of this size, in the order's future
+    ahead: int = 0  # how many of these are on the device or behind us
+    gives_up: frozenset[int] = frozenset()  # positions after which a slot goes to the next weight
+
+    def vacant(self) -> _Slot | None:
+        return next((slot for slot in self.slots if slot.holds is None), None)
 
 
 @dataclass
@@ -65,30 +78,34 @@ class WeightStreamer:
         self.store = store  # its page locks last as long as the streamer
         self.order = WeightOrder()
         self.traffic = Traffic()
-        self._slots = _allocate(slots, backend)
-        self._size_of = [min(size for size in slots if size >= aligned(w.host.nbytes)) for w in weights]
+        self._lanes = {size: _Lane(of_size) for size, of_size in _allocate(slots, backend).items()}
+        self._lane_of = [
+            self._lanes[min(size for size in slots if size >= aligned(weight.host.nbytes))] for weight in weights
+        ]
         self._slot_of: dict[int, _Slot] = {}
         self._in_use: _Slot | None = None
         self._uses = 0
-        self._positions: dict[int, list[int]] = {}  # in the order's future, of the weights of each slot size
-        self._ahead: dict[int, int] = {}  # how many of them are known to be on the device
 
     def begin_pass(self, kind: Hashable) -> None:
         """A forward pass begins; those of one kind use the weights in one order."""
+        self._leave_slot()
         self.order.begin(kind)
-        self._positions = {size: [] for size in self._slots}
-        for position, weight in enumerate(self.order.future):
-            self._positions[self._size_of[weight]].append(position)
-        self._ahead = dict.fromkeys(self._slots, 0)
+        for lane in self._lanes.values():
+            lane.positions = [at for at, weight in enumerate(self.order.future) if self._lane_of[weight] is lane]
+            lane.ahead = 0
+            uses = [self.order.future[at] for at in lane.positions]
+            held = {slot.holds for slot in lane.slots if slot.holds is not None}
+            unused, given_up = evictions(uses, held, len(lane.slots))
+            lane.gives_up = frozenset(lane.positions[number] for number in given_up)
+            for weight in unused:
+                self._vacate(self._slot_of[weight])
 
     def use(self, weight: int) -> Tensor:
         """The weight on the device, with the slice's values in use, until the next call."""
         self._leave_slot()
         self.order.used(weight)
         if weight not in self._slot_of:
-            self.traffic.misses += 1
-            self._load(weight, self._farthest(self._size_of[weight]))
-            self._ahead = {size: bisect_left(self._positions[size], self.order.done) for size in self._slots}
+            self._load_late(weight)
         self._in_use = slot = self._slot_of[weight]
         self._uses += 1
         slot.last_used = self._uses
@@ -100,9 +117,12 @@ class WeightStreamer:
 
     def _leave_slot(self) -> None:
         # The one user of the last weight has been enqueued by now, since each asks for its weight when it starts.
-        if self._in_use is not None:
-            self._in_use.free = self.backend.mark()
-            self._in_use = None
+        if self._in_use is None:
+            return
+        self._in_use.free = self.backend.mark()
+        if not self.order.learning and self.order.done - 1 in self._lane_of[self._in_use.holds].gives_up:
+            self._vacate(self._in_use)
+        self._in_use = None
 
     def _with_slice(self, slot: _Slot) -> Tensor:
         entry = self.weights[slot.holds]
@@ -113,39 +133,44 @@ class WeightStreamer:
             slot.version = self.version()
         return weight
 
+    def _load_late(self, weight: int) -> None:
+        """A weight that nothing has foreseen takes the slot that was used longest ago."""
+        self.traffic.misses += 1
+        lane = self._lane_of[weight]
+        slot = lane.vacant()
+        if slot is None:
+            slot = min(lane.slots, key=lambda slot: slot.last_used)
+            self._vacate(slot)
+            lane.ahead = bisect_left(lane.positions, self.order.done)
+        self._load(weight, slot)
+
     def _prefetch(self) -> None:
-        """Copies ahead, in the order of use, as far as slots hold nothing that is needed sooner."""
-        sizes = set() if self.order.learning else set(self._slots)
-        while missing := {size: at for size in sizes if (at := self._next_missing(size)) is not None}:
-            size = min(missing, key=missing.get)
-            slot = self._farthest(size)
-            if slot is None or self._needed_at(slot) < missing[size]:
-                sizes.remove(size)
-            else:
-                self._load(self.order.future[missing[size]], slot)
+        """Fills vacant slots with what is needed next."""
+        while not self.order.learning:
+            missing = [
+                (at, slot)
+                for lane in self._lanes.values()
+                if (slot := lane.vacant()) and (at := self._next_missing(lane)) is not None
+            ]
+            if not missing:
+                break
+            at, slot = min(missing, key=lambda pair: pair[0])
+            self._load(self.order.future[at], slot)
 
-    def _next_missing(self, size: int) -> int | None:
-        """The position of the next use of a weight of this slot size that is not on the device."""
-        positions, at = self._positions[size], self._ahead[size]
-        while at < len(positions) and (
-            positions[at] < self.order.done or self.order.future[positions[at]] in self._slot_of
-        ):
-            at += 1
-        self._ahead[size] = at
-        return positions[at] if at < len(positions) else None
+    def _next_missing(self, lane: _Lane) -> int | None:
+        """The position of the next use of a weight that is not on the device."""
+        while lane.ahead < len(lane.positions):
+            at = lane.positions[lane.ahead]
+            if at >= self.order.done and self.order.future[at] not in self._slot_of:
+                return at
+            lane.ahead += 1
+        return None
 
-    def _farthest(self, size: int) -> _Slot | None:
-        """The slot, not in use, whose weight is needed last (Belady 1966); what was used longest ago, when learning."""
-        slots = [slot for slot in self._slots[size] if slot is not self._in_use]
-        if self.order.learning:
-            return min(slots, key=lambda slot: slot.last_used, default=None)
-        return max(slots, key=self._needed_at, default=None)
-
-    def _needed_at(self, slot: _Slot) -> float:
-        return float("inf") if slot.holds is None else self.order.next_use(slot.holds)
+    def _vacate(self, slot: _Slot) -> None:
+        del self._slot_of[slot.holds]
+        slot.holds = None
 
     def _load(self, weight: int, slot: _Slot) -> None:
-        self._slot_of.pop(slot.holds, None)
         self._slot_of[weight] = slot
         slot.holds, slot.version, slot.arriving = weight, None, True
         host = self.weights[weight].host
