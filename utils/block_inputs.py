@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from utils.host_store import LockedMemory, as_weight
-from utils.swap_backend import CudaBackend, HostBackend
+from utils.swap_backend import CudaBackend, HostBackend, make_backend
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +26,9 @@ class _Away:
 class BlockInputs:
     """The inputs of `blocks` blocks on a device; the last one's stays there, since backward begins with it."""
 
-    def __init__(self, blocks: int, backend: HostBackend | CudaBackend):
+    def __init__(self, blocks: int, device: torch.device, backend: HostBackend | CudaBackend | None = None):
         self.blocks = blocks
-        self.backend = backend
+        self.backend = backend or make_backend(device)
         self.host: list[Tensor] = []  # uint8, one for each block but the last
         self._buffers: list[Tensor] = []  # uint8, two on the device
         self._locks: LockedMemory | None = None

@@ -14,19 +14,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.block_inputs import BlockInputs
+from utils.checkpoints import readable
 from utils.host_store import StagedCopies, aligned, make_host_store
 from utils.selective_finetune import SlicedMatrix, TrainedSlice
 from utils.swap_backend import CudaBackend, HostBackend, make_backend
 from utils.swap_plan import SwapConfig, SwapPlan, WeightSizes, plan_swap
 from utils.weight_streamer import StreamedWeight, WeightStreamer
+from wan.configs import WanConfig
+from wan.errors import InputError
 from wan.model import LinearFloat32, WanModel
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights are, in bytes: on the device in all, streamed of them, on the host beside the file."""
+    """Where the weights are, in bytes: on the device in all, its buffers, what streams, RAM beside the file's pages."""
 
     device_bytes: int
+    buffer_bytes: int = 0
     streamed_bytes: int = 0
     streamed_blocks: int = 0
     host_bytes: int = 0
@@ -80,6 +84,7 @@ def place_model(
     )
     return Placement(
         device_bytes=resident_bytes + plan.slot_bytes,
+        buffer_bytes=plan.slot_bytes,
         streamed_bytes=sum(linear.weight.nbytes for linear in streamed),
         streamed_blocks=len(plan.streamed),
         host_bytes=store.bytes,
@@ -87,6 +92,38 @@ def place_model(
         note=store.note,
         streamer=streamer,
     )
+
+
+def check_swap(
+    config: WanConfig, dtype: torch.dtype, device: torch.device, blocks_to_swap: int, swap: SwapConfig, mapped: bool
+) -> None:
+    """InputError, before the model loads, if its weights cannot be placed so; `mapped` as for place_model."""
+    if blocks_to_swap > config.num_layers:
+        raise InputError(f"--blocks_to_swap {blocks_to_swap}: this model has {config.num_layers} blocks")
+    if swap.host_weights == "pinned" and device.type != "cuda":
+        raise InputError(f"pinned memory is for copies to a GPU, and the device is {device}: use --host_weights mapped")
+    if swap.host_weights == "mapped" and not mapped:
+        raise InputError(
+            "--host_weights mapped: the file's weights are cast at load, so they are no longer its own bytes"
+        )
+    if swap.weights_vram is not None:
+        with torch.device("meta"):
+            plan_swap(weight_sizes(WanModel(config).to(dtype)), blocks_to_swap, swap)
+
+
+def memory_line(placement: Placement, device: torch.device) -> str:
+    """Where the weights lie and stream from, with the VRAM and RAM that they take."""
+    line = f"memory: {readable(placement.device_bytes)} of weights on {device}"
+    if not placement.host_mode:
+        return line
+    where = {
+        "pinned": f"page-locked RAM ({readable(placement.host_bytes)})",
+        "staged": f"RAM ({readable(placement.host_bytes)})",
+        "mapped": "the checkpoint file (RAM: only what the system caches)",
+    }[placement.host_mode]
+    note = f"; {placement.note}" if placement.note else ""
+    streamed = f"{placement.streamed_blocks} blocks ({readable(placement.streamed_bytes)}) stream from {where}"
+    return f"{line}, buffers of {readable(placement.buffer_bytes)} in it; {streamed}{note}"
 
 
 def checkpoint_blocks(model: WanModel, inputs: BlockInputs | None = None) -> None:

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from utils.block_swap import checkpoint_blocks, place_model
+from utils.block_inputs import BlockInputs
+from utils.block_swap import checkpoint_blocks, memory_line, place_model
 from utils.checkpoint_metadata import checkpoint_metadata
 from utils.checkpoints import Save, remove_expired, save_after_epoch, save_after_step, save_at_end
 from utils.dataset import TrainingDataset, build_training_dataset, make_loader
@@ -31,13 +32,13 @@ from utils.selective_finetune import TrainedSlice, attach_slice, read_ledger
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_plan import TrainingPlan, first_items, plan_training
-from utils.training_report import memory_line, plan_line, slice_lines, timestep_lines
+from utils.training_report import inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
 from utils.training_settings import deciding_settings, other_settings, start_hash
 from utils.training_state import check_state, load_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.loading import CheckpointHeader, load_dit
+from wan.loading import CheckpointHeader, file_dtype, load_dit
 from wan.model import WanModel
 
 _FRAMES_LOGGED = 4  # of a clip, in TensorBoard
@@ -104,9 +105,11 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
 
     model = load_dit(config.dit, dtype=COMPUTE_DTYPES[config.mixed_precision], device="cpu")
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
+    inputs = BlockInputs(len(model.blocks), accelerator.device) if config.offload_block_inputs else None
     if config.gradient_checkpointing:
-        checkpoint_blocks(model)
-    place_model(model, accelerator.device, config.blocks_to_swap, trained)
+        checkpoint_blocks(model, inputs)
+    mapped = file_dtype(header) == model.dtype
+    placement = place_model(model, accelerator.device, config.blocks_to_swap, trained, config.swap, mapped)
     optimizer = build_optimizer(config.optimizer, trained.parameters())
 
     settings |= start_hash(trained)
@@ -129,7 +132,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
     lines = slice_lines(trained, model, read_ledger(header.metadata))
-    lines.append(memory_line(model, trained, config.blocks_to_swap, accelerator.device))
+    lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
+    if inputs is not None:
+        lines.append(inputs_line(model, dataset, batches))
     for line in [*lines, plan_line(plan, processes), *saving_lines]:
         say(line)
     _start_trackers(run)
