@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from utils.host_store import LockedMemory, as_weight
+from utils.host_store import LockedMemory
 from utils.swap_backend import CudaBackend, HostBackend, make_backend
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Away:
-    """Stands in autograd's graph for the input of block `number`, whose dtype and shape `like` (on meta) has."""
+    """Stands in autograd's graph for the input of block `number`."""
 
     number: int
-    like: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class BlockInputs:
@@ -42,10 +43,12 @@ class BlockInputs:
         if number == 0:
             self._begin(x)
 
+        # Not x itself: autograd holds on to `pack`, which would hold on to x.
+        address, shape = x.data_ptr(), x.shape
+
         def pack(saved: Tensor) -> object:
             # The blocks share their other arguments, so nothing would be gained by moving those.
-            own = saved.data_ptr() == x.data_ptr() and saved.shape == x.shape
-            if not own:
+            if (saved.data_ptr(), saved.shape) != (address, shape):
                 return saved
             return (number, saved) if number == self.blocks - 1 else self._send(number, saved)
 
@@ -72,9 +75,10 @@ class BlockInputs:
             self.host = [self.backend.host_buffer(size) for _ in range(self.blocks - 1)]
 
     def _send(self, number: int, x: Tensor) -> _Away:
-        self._leaving.append((x, self.backend.copy(as_weight(self.host[number], x), x, self.backend.mark())))
+        away = _Away(number, x.shape, x.dtype)
+        self._leaving.append((x, self.backend.copy(_view(self.host[number], away), x, self.backend.mark())))
         self._release(keep=1)
-        return _Away(number, torch.empty_like(x, device="meta"))
+        return away
 
     def _unpack(self, packed: object) -> Tensor:
         match packed:
@@ -82,15 +86,15 @@ class BlockInputs:
                 return packed
             case (number, x):
                 self._release(keep=0)
-                self._fetch(number - 1, x)
+                self._fetch(_Away(number - 1, x.shape, x.dtype))
                 return x
-            case _Away(number, like):
+            case _Away(number, shape, dtype):
                 if number not in self._coming:
-                    self._fetch(number, like)
+                    self._fetch(packed)
                 self.backend.wait(self._coming.pop(number))
                 # All of the block above has been enqueued, so its buffer is free for the block below.
-                self._fetch(number - 1, like)
-                return as_weight(self._buffers[number % 2], like)
+                self._fetch(_Away(number - 1, shape, dtype))
+                return _view(self._buffers[number % 2], packed)
 
     def _release(self, keep: int) -> None:
         """Lets go of sent inputs but the last `keep`; computing first waits for their copies to have been made."""
@@ -98,12 +102,16 @@ class BlockInputs:
             _, sent = self._leaving.pop(0)
             self.backend.wait(sent)
 
-    def _fetch(self, number: int, like: Tensor) -> None:
+    def _fetch(self, away: _Away) -> None:
         """Starts to bring a block's input back, into the buffer whose turn it is."""
-        if number < 0:
+        if away.number < 0:
             return
         if not self._buffers:
             size = self.host[0].nbytes
             self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.backend.device) for _ in range(2)]
-        x = as_weight(self._buffers[number % 2], like)
-        self._coming[number] = self.backend.copy(x, as_weight(self.host[number], like), self.backend.mark())
+        x, x_host = _view(self._buffers[away.number % 2], away), _view(self.host[away.number], away)
+        self._coming[away.number] = self.backend.copy(x, x_host, self.backend.mark())
+
+
+def _view(memory: Tensor, away: _Away) -> Tensor:
+    return memory[: away.shape.numel() * away.dtype.itemsize].view(away.dtype).view(away.shape)
