@@ -5,8 +5,9 @@ import torch
 from fake_device import TIMINGS, FakeDevice
 from torch import nn
 
-from utils.block_swap import checkpoint_blocks, place_model, weight_sizes
-from utils.selective_finetune import attach_slice
+from utils.block_swap import checkpoint_blocks, memory_line, place_model, weight_sizes
+from utils.checkpoints import readable
+from utils.selective_finetune import attach_slice, block_linears
 from utils.swap_plan import SwapConfig
 from utils.weight_streamer import WeightStreamer
 from wan.configs import WanConfig
@@ -36,7 +37,7 @@ class Run:
     def __init__(self, backend=None, swapped=0, checkpointed=True, ff="0.02", **swap):
         self.backend = backend or FakeDevice()
         self.model = tiny_model()
-        self.trained = attach_slice(self.model, ff, 3)
+        self.trained = attach_slice(self.model, ff, 1)
         if checkpointed:
             checkpoint_blocks(self.model)
         config = SwapConfig(**swap)
@@ -135,3 +136,93 @@ def test_with_all_blocks_what_lies_outside_streams_too_at_the_price_of_two_matri
     # Used once a step, it passes through two slots, whose matrices have to come again.
     passing = SIZES.outside + 2 * 48 * 48 * 2
     assert (copied, misses) == (2 * (BLOCKS - 2) * SIZES.block + passing, 0)
+
+
+def pass_without_gradient(run, strength=1.0):
+    with torch.no_grad(), run.trained.at_strength(strength):
+        return loss_of(run.model, 99).item()
+
+
+def fail_in_the_middle(run):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = run.model.blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss_of(run.model, 98)
+    hook.remove()
+
+
+def skip_a_block(run):
+    skipped, run.model.blocks[1].forward = run.model.blocks[1].forward, lambda x, *_: x
+    loss_of(run.model, 97).backward()
+    run.optimizer.zero_grad()
+    run.model.blocks[1].forward = skipped
+
+
+INTERRUPTIONS = {
+    "a sample": pass_without_gradient,
+    "the teacher": lambda run: pass_without_gradient(run, 0.0),
+    "no backward": lambda run: loss_of(run.model, 96).item(),
+    "an exception": fail_in_the_middle,
+    "a skipped block": skip_a_block,
+    "accumulation": lambda run: run.step(5, accumulate=3),
+}
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
+def test_after_an_interruption_training_goes_on_bit_for_bit_and_finds_its_order_again(interrupt, timing):
+    results = []
+    for swapped in (0, 3):
+        run = Run(FakeDevice(timing), swapped)
+        run.train(2)
+        seen = interrupt(run)
+        results.append((seen, run.train(3)))
+    assert results[0][0] == results[1][0] and same(results[0][1], results[1][1])
+    assert run.traffic(lambda: run.step(9)) == (2 * 3 * SIZES.block, 0)
+
+
+def test_steps_with_a_teacher_pass_before_each_copy_nothing_late():
+    run = Run(FakeDevice("random"), 3)
+    for seed in range(3):
+        pass_without_gradient(run, 0.0)
+        run.step(seed)
+    # Forward only: every block that streams, but for those that are still there from the pass before.
+    assert run.traffic(lambda: pass_without_gradient(run, 0.0)) == (3 * SIZES.block, 0)
+    assert run.traffic(lambda: run.step(8)) == (2 * 3 * SIZES.block, 0)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "not checkpointed"])
+def test_autograd_keeps_no_weight(checkpointed):
+    run = Run(swapped=BLOCKS, checkpointed=checkpointed)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        loss_of(run.model, 0).backward()
+    matrices = {linear.weight.shape for linear in block_linears(run.model).values()}
+    assert matrices.isdisjoint(saved) and matrices.isdisjoint(shape[::-1] for shape in saved)
+
+
+def test_weights_without_a_slice_stream_too():
+    losses = []
+    for swapped in (0, BLOCKS):
+        run = Run(FakeDevice("lazy"), swapped, ff="0.0003")  # less than a value of the smaller matrices
+        assert len(run.trained.matrices) == 2 * BLOCKS
+        losses.append(run.train(3))
+    assert same(*losses)
+
+
+def test_nothing_is_written_into_the_masters():
+    run = Run(FakeDevice("lazy"), BLOCKS)
+    before = {name: parameter.clone() for name, parameter in tiny_model().named_parameters()}
+    run.train(2)
+    after = dict(run.model.named_parameters())
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
+
+
+def test_the_line_tells_what_is_where():
+    placement = Run(swapped=BLOCKS).placement
+    line = memory_line(placement, torch.device("cpu"))
+    buffers = readable(2 * SIZES.block)
+    assert f"{readable(SIZES.small + 2 * SIZES.block)} of weights on cpu, buffers of {buffers}" in line
+    assert f"5 blocks ({readable(BLOCKS * SIZES.block + SIZES.outside)}) stream from RAM" in line

@@ -176,7 +176,7 @@ def _run_expert(
 ) -> None:
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
-    model = load_dit(expert.path, dtype=expert.dtype, device="cpu")
+    model = load_dit(expert.path, dtype=expert.dtype, read_only=True)
     placement = place_model(model, config.device, config.blocks_to_swap, swap=config.swap, mapped=expert.mapped)
     say(memory_line(placement, config.device))
     for denoising in denoisings:

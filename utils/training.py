@@ -103,7 +103,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
 
-    model = load_dit(config.dit, dtype=COMPUTE_DTYPES[config.mixed_precision], device="cpu")
+    model = load_dit(config.dit, dtype=COMPUTE_DTYPES[config.mixed_precision], read_only=True)
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
     inputs = BlockInputs(len(model.blocks), accelerator.device) if config.offload_block_inputs else None
     if config.gradient_checkpointing:
