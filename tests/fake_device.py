@@ -22,7 +22,7 @@ class FakeEvent:
 class FakeDevice:
     """A backend; `locks` is how many page locks succeed."""
 
-    def __init__(self, timing="eager", seed=0, page_locks=False, locks=10**6):
+    def __init__(self, timing="eager", seed=0, page_locks=True, locks=10**6):
         self.device = torch.device("cpu")
         self.page_locks = page_locks
         self.timing = timing

@@ -34,14 +34,14 @@ def loss_of(model, seed):
 class Run:
     """A tiny training run, its blocks on a fake device."""
 
-    def __init__(self, backend=None, swapped=0, checkpointed=True, ff="0.02", **swap):
+    def __init__(self, backend=None, swapped=0, checkpointed=True, ff="0.02", host_weights="pinned", **swap):
         self.backend = backend or FakeDevice()
         self.model = tiny_model()
         self.trained = attach_slice(self.model, ff, 1)
         if checkpointed:
             checkpoint_blocks(self.model)
-        config = SwapConfig(**swap)
-        self.placement = place_model(self.model, "cpu", swapped, self.trained, config, backend=self.backend)
+        config = SwapConfig(host_weights=host_weights, **swap)
+        self.placement = place_model(self.model, "cpu", swapped, self.trained, config, True, self.backend)
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1e-2)
 
     def step(self, seed, accumulate=1):
@@ -111,11 +111,16 @@ def test_every_budget_and_timing_trains_bit_for_bit_like_a_resident_model(budget
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
-@pytest.mark.parametrize("locks", [0, 10**6], ids=["no page locks", "page locks"])
-def test_pinned_and_staged_stores_train_like_a_resident_model(timing, locks, resident):
-    run = Run(FakeDevice(timing, page_locks=True, locks=locks), BLOCKS, host_weights="pinned")
+@pytest.mark.parametrize("gpu", [True, False], ids=["through buffers", "directly"])
+@pytest.mark.parametrize("mode", ["mapped", "staged"])
+def test_copies_in_the_background_train_like_a_resident_model(mode, gpu, timing, resident):
+    run = Run(FakeDevice(timing, page_locks=gpu), BLOCKS, host_weights=mode)
     assert same(run.train(), resident[True])
-    assert run.placement.host_mode == ("pinned" if locks else "staged")
+
+
+def test_where_page_locks_fail_the_run_goes_on_staged(resident):
+    run = Run(FakeDevice(locks=0), BLOCKS)
+    assert run.placement.host_mode == "staged" and same(run.train(), resident[True])
 
 
 @pytest.mark.parametrize(("swapped", "ring"), [(1, 2), (2, 2), (3, 1), (4, 1), (4, 2), (3, 3)])
@@ -225,4 +230,4 @@ def test_the_line_tells_what_is_where():
     line = memory_line(placement, torch.device("cpu"))
     buffers = readable(2 * SIZES.block)
     assert f"{readable(SIZES.small + 2 * SIZES.block)} of weights on cpu, buffers of {buffers}" in line
-    assert f"5 blocks ({readable(BLOCKS * SIZES.block + SIZES.outside)}) stream from RAM" in line
+    assert f"5 blocks ({readable(BLOCKS * SIZES.block + SIZES.outside)}) stream from page-locked RAM (" in line

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.block_inputs import BlockInputs
 from utils.checkpoints import readable
-from utils.host_store import StagedCopies, aligned, make_host_store
+from utils.host_store import BackgroundCopies, aligned, make_host_store
 from utils.selective_finetune import SlicedMatrix, TrainedSlice
 from utils.swap_backend import CudaBackend, HostBackend, make_backend
 from utils.swap_plan import SwapConfig, SwapPlan, WeightSizes, plan_swap
@@ -68,13 +68,12 @@ def place_model(
     store = make_host_store([linear.weight.data for linear in streamed], swap.host_weights, backend, mapped)
     for linear, stored in zip(streamed, store.weights, strict=True):
         linear.weight.data = stored
-    direct = store.mode == "pinned" or not backend.page_locks
     matrices = {} if trained is None else {matrix.linear: matrix for matrix in trained.matrices.values()}
     streamer = WeightStreamer(
         [StreamedWeight(piece, matrices.get(linear)) for linear in streamed for piece in _pieces(linear)],
         plan.slots,
         backend,
-        backend if direct else StagedCopies(backend),
+        backend if store.mode == "pinned" else BackgroundCopies(backend),
         version=lambda: 0 if trained is None else trained.version,
         store=store,
     )

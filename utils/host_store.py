@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.host_memory import available_bytes, memlock_limit, page_locks_are_cheap
+from utils.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead
 from utils.swap_backend import CudaBackend, HostBackend
 
 MODES = ("auto", "pinned", "staged", "mapped")
@@ -139,30 +139,34 @@ def as_weight(memory: Tensor, weight: Tensor) -> Tensor:
     return memory[: weight.nbytes].view(weight.dtype).view(weight.shape)
 
 
-class StagedCopies:
-    """A link from ordinary memory to the device: a thread fills two small buffers, from which the device reads.
+class BackgroundCopies:
+    """A link from ordinary memory, or a mapped file, to a device: a thread does what would keep the host waiting.
 
-    An interface like the backend's; an event is the thread's promise of one.
+    It fills two small page-locked buffers in turn, from which a GPU reads; for the CPU it copies directly. The methods
+    are the backend's; an event is the thread's promise of one.
     """
 
     def __init__(self, backend: HostBackend | CudaBackend):
         self.backend = backend
-        self._buffers = [backend.host_buffer(STAGING_BYTES) for _ in range(2)]
+        self._buffers = [backend.host_buffer(STAGING_BYTES) for _ in range(2)] if backend.page_locks else []
         self._read = [backend.mark() for _ in self._buffers]  # when the device has read each
         self._turn = 0
-        self._thread = ThreadPoolExecutor(1, "staging")
+        self._thread = ThreadPoolExecutor(1, "copies")
+        self._ahead = ThreadPoolExecutor(1, "read-ahead")
 
     def copy(self, target: Tensor, source: Tensor, after) -> Future:
         """Copies in the background, once event `after` has passed on the device."""
-        return self._thread.submit(self._copy, target.view(-1).view(torch.uint8), source.view(-1), after)
+        # The copy's own page faults would read a file in small pieces, one after the other.
+        self._ahead.submit(read_ahead, source)
+        return self._thread.submit(self._copy if self._buffers else self.backend.copy, target, source, after)
 
     def wait(self, copied: Future) -> None:
         """Computing waits for a copy; the host waits only until it is on its way."""
         self.backend.wait(copied.result())
 
     def _copy(self, target: Tensor, source: Tensor, after):
+        target, source = (tensor.view(-1).view(torch.uint8) for tensor in (target, source))
         done = after
-        source = source.view(torch.uint8)
         for start in range(0, source.nbytes, STAGING_BYTES):
             piece = source[start : start + STAGING_BYTES]
             buffer = self._buffers[self._turn][: piece.nbytes]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.host_store import HostStore, StagedCopies, aligned, as_weight
+from utils.host_store import BackgroundCopies, HostStore, aligned, as_weight
 from utils.selective_finetune import SlicedMatrix
 from utils.swap_backend import CudaBackend, HostBackend
 from utils.weight_order import WeightOrder, evictions
@@ -67,7 +67,7 @@ class WeightStreamer:
         weights: Sequence[StreamedWeight],
         slots: Mapping[int, int],
         backend: HostBackend | CudaBackend,
-        link: HostBackend | CudaBackend | StagedCopies,
+        link: HostBackend | CudaBackend | BackgroundCopies,
         version: Callable[[], int],
         store: HostStore | None = None,
     ):
