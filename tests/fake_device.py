@@ -64,6 +64,10 @@ class FakeDevice:
 
     finish = wait
 
+    def drain(self):
+        with self.lock:
+            self._run(len(self.queue))
+
     def host_buffer(self, size):
         return torch.empty(size, dtype=torch.uint8)
 
@@ -75,7 +79,10 @@ class FakeDevice:
         return self.locks_left >= 0
 
     def page_unlock(self, region):
-        del self.locked[region.data_ptr()]
+        start, end = region.data_ptr(), region.data_ptr() + region.nbytes
+        pending = [tensor.data_ptr() for target, source, _ in self.queue for tensor in (target, source)]
+        assert not any(start <= address < end for address in pending), "unlocked under a copy"
+        del self.locked[start]
 
     def _run(self, count):
         for target, source, event in self.queue[:count]:

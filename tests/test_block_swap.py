@@ -1,5 +1,7 @@
 """Streamed blocks against resident ones: the same bits for every budget and timing, and no byte copied twice."""
 
+import gc
+
 import pytest
 import torch
 from fake_device import TIMINGS, FakeDevice
@@ -231,3 +233,14 @@ def test_the_line_tells_what_is_where():
     buffers = readable(2 * SIZES.block)
     assert f"{readable(SIZES.small + 2 * SIZES.block)} of weights on cpu, buffers of {buffers}" in line
     assert f"5 blocks ({readable(BLOCKS * SIZES.block + SIZES.outside)}) stream from page-locked RAM (" in line
+
+
+@pytest.mark.parametrize("mode", ["pinned", "staged"])
+def test_a_model_that_goes_waits_for_its_copies_and_leaves_nothing_locked(mode):
+    device = FakeDevice("lazy")
+    run = Run(device, BLOCKS, host_weights=mode)
+    run.train(3)
+    assert device.queue or mode == "staged"  # what the next pass would need first
+    del run
+    gc.collect()
+    assert device.queue == [] and device.locked == {}

@@ -1,12 +1,6 @@
 """The counted device memory of the full-size model: the figures that the README promises."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from peak_memory import CASES, CLIP, IMAGE, Case, measure
 
 BLOCK = 2 * (8 * 5120 * 5120 + 2 * 5120 * 13824)

@@ -60,7 +60,7 @@ class BlockInputs:
         if self.host and x.nbytes <= self.host[0].nbytes:
             return
         # Larger than ever before: copies from and to the old memory have to end before it goes.
-        self.backend.finish(self.backend.mark())
+        self.backend.drain()
         self._make_host_memory(x.nbytes)
         self._buffers = []
 

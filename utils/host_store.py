@@ -87,6 +87,7 @@ class LockedMemory:
 
 
 def _unlock_all(backend: CudaBackend, regions: list[Tensor]) -> None:
+    backend.drain()
     while regions:
         backend.page_unlock(regions.pop())
 
@@ -163,6 +164,11 @@ class BackgroundCopies:
     def wait(self, copied: Future) -> None:
         """Computing waits for a copy; the host waits only until it is on its way."""
         self.backend.wait(copied.result())
+
+    def drain(self) -> None:
+        """The host waits for all copies; there can be none after."""
+        self._thread.shutdown()
+        self.backend.drain()
 
     def _copy(self, target: Tensor, source: Tensor, after):
         target, source = (tensor.view(-1).view(torch.uint8) for tensor in (target, source))

@@ -1,7 +1,6 @@
 """How bytes reach a device: streams, events and page-locked memory, one small class for each kind of device."""
 
 import contextlib
-import sys
 
 import torch
 from torch import Tensor
@@ -35,6 +34,9 @@ class HostBackend:
 
     def finish(self, event: None) -> None:
         """The host itself waits until `event` has passed."""
+
+    def drain(self) -> None:
+        """The host waits for all copies: before memory goes that they read or write."""
 
     def host_buffer(self, size: int) -> Tensor:
         """uint8 [size] of host memory that copies quickly."""
@@ -70,6 +72,9 @@ class CudaBackend:
     def finish(self, event: torch.cuda.Event) -> None:
         event.synchronize()
 
+    def drain(self) -> None:
+        self.copies.synchronize()
+
     def host_buffer(self, size: int) -> Tensor:
         """Page-locked where that works; ordinary memory copies too, only slower."""
         try:
@@ -88,9 +93,7 @@ class CudaBackend:
 
     def page_unlock(self, region: Tensor) -> None:
         """Ends page_lock(); to be called before the memory is freed."""
-        # At the interpreter's end CUDA is already going, and takes its locks along.
-        if not sys.is_finalizing():
-            torch.cuda.cudart().cudaHostUnregister(region.data_ptr())
+        torch.cuda.cudart().cudaHostUnregister(region.data_ptr())
 
     def _clear_error(self) -> None:
         # A failed page lock stays pending and would hit the next kernel; torch has no cudaGetLastError, but a kernel

@@ -5,6 +5,7 @@ that a later copy could overwrite. Copies go one way, on one stream; each slot h
 and one for "its last user has been computed", and the host waits for neither.
 """
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class WeightStreamer:
         self._slot_of: dict[int, _Slot] = {}
         self._in_use: _Slot | None = None
         self._uses = 0
+        # Copies for a pass that will not come would otherwise land in memory that is someone else's by then.
+        weakref.finalize(self, link.drain).atexit = False
 
     def begin_pass(self, kind: Hashable) -> None:
         """A forward pass begins; those of one kind use the weights in one order."""
