@@ -102,11 +102,13 @@ class Reference:
         return [[batches[(i * self.ranks + r) % len(batches)] for r in range(self.ranks)] for i in range(count)]
 
     def batch(self, items, place, rank, preserves):
-        batch, generator = self.dataset[items], draw_generator(3, place, rank)
+        batch = self.dataset[items]
+        generators = [draw_generator(3, place // len(self.epoch(0)), entry) for entry in batch["entries"]]
         latents = batch["latents"]
-        u = draw_uniforms(self.timesteps, len(latents), 3, 0, generator)
+        u = draw_uniforms(self.timesteps, generators, 3, 0)
         sigma = sigmas_of(self.timesteps, u, tuple(latents.shape[-2:]))
-        noise, at = torch.randn(latents.shape, generator=generator), sigma.view(-1, 1, 1, 1, 1)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
+        at = sigma.view(-1, 1, 1, 1, 1)
         noisy, t = (1 - at) * latents + at * noise, 1000 * sigma
         loss = F.mse_loss(self.model(noisy, t, batch["t5"]), noise - latents)
         if not preserves:
