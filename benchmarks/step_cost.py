@@ -11,6 +11,7 @@ import copy
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import tracemalloc
 from collections import defaultdict
@@ -368,10 +369,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = all_methods(args.ff)
     settings = list(product([args.dtype] if args.dtype else DTYPES, (False, True)))
     print(machine_line(size), flush=True)
-    costs = {
-        (dtype, checkpointed): measure(size, DTYPES[dtype], checkpointed, methods, args.rounds)
-        for dtype, checkpointed in settings
-    }
+    costs = {}
+    for number, (dtype, checkpointed) in enumerate(settings, 1):
+        print(f"setting {number} of {len(settings)}", file=sys.stderr, flush=True)
+        costs[dtype, checkpointed] = measure(size, DTYPES[dtype], checkpointed, methods, args.rounds)
     print("\n" + "\n".join(step_table(costs, methods)), flush=True)
     if not find_spec("peft"):
         print('\nPEFT\'s rows are missing: pip install -e ".[bench]"')
