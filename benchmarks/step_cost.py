@@ -218,7 +218,12 @@ class Cost:
 
 
 def measure(
-    size: Size, dtype: torch.dtype, checkpointed: bool, methods: Sequence[Method], rounds: int
+    size: Size,
+    dtype: torch.dtype,
+    checkpointed: bool,
+    methods: Sequence[Method],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Cost]:
     """Costs by method name; `methods` begins with the floor. Each round times all methods in turn."""
     prepared, peaks = {}, {}
@@ -232,7 +237,7 @@ def measure(
     for number in range(rounds):
         turn = [method.name for method in methods if number % method.every == 0]
         first = number % len(turn)
-        seconds = {name: time_step(*prepared[name]) for name in turn[first:] + turn[:first]}
+        seconds = {name: time_step(*prepared[name], clock) for name in turn[first:] + turn[:first]}
         for name in turn:
             ratios[name].append(seconds[name] / seconds[floor])
     return {
@@ -260,14 +265,14 @@ def count_bytes(model: Blocks, method: Method) -> tuple[Training, int]:
     return training, counter.peak
 
 
-def time_step(model: Blocks, training: Training) -> float:
+def time_step(model: Blocks, training: Training, clock: Callable[[], float]) -> float:
     """Seconds of forward, backward, optimizer and write-back; gradients are made anew."""
     for tensor in (model.x_BLD, *training.parameters):
         tensor.grad = None
-    start = time.perf_counter()
+    start = clock()
     model.forward_backward()
     training.update()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def predicted_bytes(model: Blocks, ff: str) -> int:
@@ -363,16 +368,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=6, help="repeats of ours and the floor; half as many of the rest")
     parser.add_argument("--dtype", choices=DTYPES, help="one of the two; both by default")
     parser.add_argument("--ff", nargs="+", default=FFS, help="slices of ours (default: 0.001 0.01)")
+    parser.add_argument("--cpu_time", action="store_true", help="one thread's CPU seconds: for a machine under load")
     parser.add_argument("--quick", action="store_true", help="small blocks, to see that it runs: not the figures asked")
     args = parser.parse_args(argv)
     size = QUICK if args.quick else FULL
     methods = all_methods(args.ff)
     settings = list(product([args.dtype] if args.dtype else DTYPES, (False, True)))
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     print(machine_line(size), flush=True)
     costs = {}
     for number, (dtype, checkpointed) in enumerate(settings, 1):
         print(f"setting {number} of {len(settings)}", file=sys.stderr, flush=True)
-        costs[dtype, checkpointed] = measure(size, DTYPES[dtype], checkpointed, methods, args.rounds)
+        costs[dtype, checkpointed] = measure(size, DTYPES[dtype], checkpointed, methods, args.rounds, clock)
     print("\n" + "\n".join(step_table(costs, methods)), flush=True)
     if not find_spec("peft"):
         print('\nPEFT\'s rows are missing: pip install -e ".[bench]"')
