@@ -163,6 +163,12 @@ MISTAKES = {
     "--sample_prompts random_prompt.txt": "needs one of",
     "--sample_prompts random_prompt.txt --sample_at_first": "needs --vae and --t5",
     "--sample_prompts random_prompt.txt --sample_at_first --vae no.pth --t5 models_t5.pth": "no.pth does not exist",
+    "--preserve_every 4": "no effect without --preserve_prompts",
+    "--preserve_weight 1": "no effect without --preserve_prompts",
+    "--preserve_prompts auto": "needs --t5",
+    "--preserve_prompts auto --t5 models_t5.pth --preserve_every 0": "1 or more",
+    "--preserve_prompts auto --t5 models_t5.pth --preserve_weight 0": "above 0",
+    "--preserve_prompts none.txt --t5 models_t5.pth": "none.txt does not exist",
     "--log_with tensorboard": "needs --logging_dir",
     "--log_prefix x": "no effect without logging",
     "--logging_dir logs --wandb_run_name x": "--log_with wandb",
@@ -177,6 +183,15 @@ MISTAKES = {
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes_are_told_in_one_line(flags):
     assert MISTAKES[flags] in refusal(*SHORT, *flags.split())
+
+
+def test_the_preservation_of_fewer_steps_weighs_more_unless_told():
+    common = [*SHORT, "--t5", "models_t5.pth", "--preserve_prompts", "random_prompt.txt"]
+    assert [(p.every, p.weight) for p in (parse_train(common).preserve,)] == [(4, 4.0)]
+    every, weight = ("--preserve_every", "10"), ("--preserve_weight", "2")
+    assert parse_train([*common, *every]).preserve.weight == 10
+    both = parse_train([*common, "auto", *every, *weight]).preserve
+    assert (both.every, both.weight, both.from_ledger, both.prompts) == (10, 2.0, True, ("a cat",))
 
 
 @pytest.mark.parametrize("name", ["dit", "dataset_config", "output_dir", "output_name"])

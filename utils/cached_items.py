@@ -34,6 +34,7 @@ class Item:
     bucket: tuple[int, int]
     frames: int
     text_shape: tuple[int, int]
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,10 @@ def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item],
     problems += broken
     if not broken:
         shape = text_header(text)[0]
-        items += [Item(source.path.name, cache, text, entry.bucket, frames, shape) for cache, frames, _ in found]
+        items += [
+            Item(source.path.name, cache, text, entry.bucket, frames, shape, source.caption)
+            for cache, frames, _ in found
+        ]
 
 
 def _size(size: tuple[int, int]) -> str:

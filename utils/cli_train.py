@@ -16,6 +16,7 @@ from utils.files import existing_file, read_toml
 from utils.flow_matching import TimestepConfig
 from utils.lr_schedules import ScheduleConfig
 from utils.optimizers import OptimizerConfig
+from utils.preservation import PreserveConfig
 from utils.prompts import read_prompt_file
 from utils.selective_finetune import check_slice, ids_available
 from utils.swap_flags import read_swap
@@ -32,6 +33,7 @@ _COUNTS = (
     *("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "ddp_timeout", "save_every_n_epochs"),
     *("save_every_n_steps", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps"),
     *("save_last_n_steps_state", "sample_every_n_epochs", "sample_every_n_steps", "lr_scheduler_num_cycles"),
+    "preserve_every",
 )
 
 
@@ -54,6 +56,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         metadata=_metadata(flags),
         log=_log(flags),
         samples=_samples(flags),
+        preserve=_preserve(flags),
         vae=flags.vae,
         mixed_precision=_mixed_precision(flags),
         save_precision="fp32" if flags.save_precision == "float" else flags.save_precision,
@@ -276,6 +279,30 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         every_n_epochs=flags.sample_every_n_epochs,
         every_n_steps=flags.sample_every_n_steps,
         at_first=flags.sample_at_first,
+    )
+
+
+def _preserve(flags: Namespace) -> PreserveConfig | None:
+    if flags.preserve_prompts is None:
+        for name in ("preserve_every", "preserve_weight"):
+            if getattr(flags, name) is not None:
+                raise InputError(f"--{name} has no effect without --preserve_prompts, a file of prompts or auto")
+        return None
+    if flags.t5 is None:
+        raise InputError("--preserve_prompts needs --t5 to encode the prompts")
+    files = [Path(name) for name in flags.preserve_prompts if name != "auto"]
+    every = 4 if flags.preserve_every is None else flags.preserve_every
+    # On average as strong at any --preserve_every.
+    weight = float(every) if flags.preserve_weight is None else flags.preserve_weight
+    if not 0 < weight < math.inf:
+        raise InputError(f"--preserve_weight {weight} must be above 0")
+    return PreserveConfig(
+        prompts=tuple(line.prompt for file in files for line in read_prompt_file(file)),
+        from_ledger="auto" in flags.preserve_prompts,
+        every=every,
+        weight=weight,
+        t5=existing_file(flags.t5, "--t5"),
+        tokenizer=flags.tokenizer,
     )
 
 

@@ -381,6 +381,7 @@ class TrainedSlice(nn.Module):
         metadata: Mapping[str, str] | None = None,
         concept: str = "",
         steps: int = 0,
+        captions: Sequence[str] = (),
     ) -> None:
         """Writes the base (one safetensors file, or its shards) with the slice in use to `path`, streaming it once.
 
@@ -396,6 +397,8 @@ class TrainedSlice(nn.Module):
             "steps": steps,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         }
+        if captions:
+            entry["captions"] = list(captions)
         patches = {name: matrix.patch for name, matrix in self.matrices.items()}
         _write_patched(bases, Path(path), patches, metadata or {}, entry)
 

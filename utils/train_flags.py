@@ -65,6 +65,7 @@ def add_flags(parser: ArgumentParser) -> None:
     _add_optimizer(parser)
     _add_schedule(parser)
     _add_timesteps(parser)
+    _add_preservation(parser)
     _add_saving(parser)
     _add_metadata(parser)
     _add_samples(parser)
@@ -78,7 +79,7 @@ def _add_files(parser: ArgumentParser) -> None:
     group.add_argument("--dit", type=Path, help="checkpoint to train")
     group.add_argument("--dataset_config", type=Path, help="dataset file, .toml or .json")
     group.add_argument("--vae", type=Path, help="Wan 2.1 VAE, for samples")
-    group.add_argument("--t5", type=Path, help="UMT5 text encoder, for samples")
+    group.add_argument("--t5", type=Path, help="UMT5 text encoder, for samples and --preserve_prompts")
     group.add_argument("--tokenizer", type=Path, help="its tokenizer (default: beside --t5, in it, or the hub)")
 
 
@@ -143,6 +144,18 @@ def _add_timesteps(parser: ArgumentParser) -> None:
     group.add_argument("--preserve_distribution_shape", action="store_true", help="cut to the range, do not squeeze")
     group.add_argument("--num_timestep_buckets", type=int, help="spread successive samples evenly over so many parts")
     group.add_argument("--show_timesteps", choices=("image", "console"), help="print their histogram, then end")
+
+
+def _add_preservation(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("keeping what was learned")
+    group.add_argument(
+        "--preserve_prompts",
+        nargs="+",
+        metavar="FILE|auto",
+        help="prompt files whose pictures should stay as they are; auto: the captions of the concepts in --dit",
+    )
+    group.add_argument("--preserve_every", type=int, help="on every N-th step (default 4)")
+    group.add_argument("--preserve_weight", type=float, help="beside the training loss (default --preserve_every)")
 
 
 def _add_saving(parser: ArgumentParser) -> None:

@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -28,6 +28,14 @@ from utils.flow_matching import add_noise, draw_generator, draw_uniforms, flow_l
 from utils.lr_schedules import build_scheduler
 from utils.optimizers import build_optimizer, learning_rates
 from utils.outputs import to_frames
+from utils.preservation import (
+    Preservation,
+    ask_teacher,
+    encode_prompts,
+    most_frequent,
+    old_prompts,
+    preserve_lines,
+)
 from utils.selective_finetune import TrainedSlice, attach_slice, read_ledger
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
@@ -75,6 +83,7 @@ class _Run:
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     samples: PreparedSamples | None
+    preserved: Preservation | None
     say: Callable[[str], None]
 
 
@@ -94,7 +103,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     processes = accelerator.num_processes
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
-    settings = deciding_settings(config, seed, dataset, batches, processes)
+    ledger = read_ledger(header.metadata)
+    prompts = old_prompts(config.preserve, ledger, config.dit) if config.preserve else ()
+    settings = deciding_settings(config, seed, dataset, batches, processes, prompts)
     if config.resume:
         check_state(config.resume, settings)
     saving_lines = check_plan(config, header, plan)
@@ -102,6 +113,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     samples = None
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
+    preserved = _prepare_preservation(config, prompts, model_config.text_len, accelerator)
 
     model = load_dit(config.dit, dtype=COMPUTE_DTYPES[config.mixed_precision], read_only=True)
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
@@ -128,10 +140,11 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         scheduler=build_scheduler(config.schedule, optimizer, plan.steps),
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
         samples=samples,
+        preserved=preserved,
         say=say,
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
-    lines = slice_lines(trained, model, read_ledger(header.metadata))
+    lines = slice_lines(trained, model, ledger) + preserve_lines(preserved, ledger, config.dit)
     lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
     if inputs is not None:
         lines.append(inputs_line(model, dataset, batches))
@@ -166,6 +179,19 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
     broadcast_object_list(drawn)
     say(f"seed {drawn[0]} (drawn at random; --seed {drawn[0]} repeats the run)")
     return drawn[0]
+
+
+def _prepare_preservation(
+    config: TrainConfig, prompts: Sequence[str], text_len: int, accelerator: Accelerator
+) -> Preservation | None:
+    """One process encodes for all: the text encoder of 14B models takes 11 GB."""
+    if config.preserve is None:
+        return None
+    texts = [None]
+    if accelerator.is_main_process:
+        texts = [encode_prompts(config.preserve, prompts, text_len, accelerator.device)]
+    broadcast_object_list(texts)
+    return Preservation(texts[0], config.preserve.every, config.preserve.weight)
 
 
 def _resume(run: _Run) -> _Place:
@@ -226,21 +252,22 @@ def _loop(run: _Run, place: _Place) -> None:
         place.epoch = epoch
         loader.sampler.set_epoch(epoch, skipped)
         starts = first_items(run.dataset.epoch_batches(run.seed, epoch), rank, processes)
-        loss_of_step = torch.zeros((), device=accelerator.device)
+        losses_of_step = torch.zeros(2, device=accelerator.device)
         for number, batch in enumerate(loader, start=skipped):
             first_item = epoch * plan.items_per_epoch + starts[number]
-            loss = _batch_loss(run, batch, epoch * plan.batches_per_epoch + number, first_item)
-            share = loss / plan.window(number)
-            run.scaler.scale(share).backward()
-            loss_of_step += share.detach()
+            batches_done = epoch * plan.batches_per_epoch + number
+            preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
+            losses_of_step += _backward(run, batch, batches_done, first_item, plan.window(number), preserves)
             if not plan.ends_step(number):
                 continue
             rates = learning_rates(run.optimizer)
             grad_norm = _update(run)
             place.step, place.batch = place.step + 1, number + 1
-            place.losses.append(_checked_loss(accelerator.reduce(loss_of_step, "mean"), place.step))
-            loss_of_step = torch.zeros_like(loss_of_step)
-            _show_step(run, place, {**rates, "grad_norm": grad_norm}, bar)
+            loss, preserve_loss = _checked_losses(accelerator.reduce(losses_of_step, "mean"), place.step)
+            place.losses.append(loss)
+            losses_of_step = torch.zeros_like(losses_of_step)
+            shown = {"loss/preserve": preserve_loss} if preserves else {}
+            _show_step(run, place, {**shown, **rates, "grad_norm": grad_norm}, bar)
             if save := save_after_step(config.save, place.step):
                 _save(run, place, save)
             # An epoch's own samples come at its end; twice the same would help nobody.
@@ -262,18 +289,36 @@ def _loop(run: _Run, place: _Place) -> None:
     bar.close()
 
 
-def _batch_loss(run: _Run, batch: Mapping, batches_done: int, first_item: int) -> Tensor:
-    """Random numbers are the batch's own (seed, place in the run, process), so that a resumed run repeats them."""
-    device, timesteps = run.accelerator.device, run.config.timesteps
+def _backward(
+    run: _Run, batch: Mapping, batches_done: int, first_item: int, batches_of_step: int, preserves: bool
+) -> Tensor:
+    """Adds the batch's share of its step's gradient; its share of the loss and of the preservation loss come back.
+
+    Random numbers are the entries' own (seed, epoch, entry): a resumed run repeats them, and so does one with the same
+    entries in more batches or on more processes.
+    """
+    device, timesteps, rank = run.accelerator.device, run.config.timesteps, run.accelerator.process_index
     latents_BCFHW = batch["latents"]
-    generator = draw_generator(run.seed, batches_done, run.accelerator.process_index)
-    u_B = draw_uniforms(timesteps, len(latents_BCFHW), run.seed, first_item, generator)
+    epoch = batches_done // run.plan.batches_per_epoch
+    generators = [draw_generator(run.seed, epoch, entry) for entry in batch["entries"]]
+    u_B = draw_uniforms(timesteps, generators, run.seed, first_item)
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
-    noise_BCFHW = torch.randn(latents_BCFHW.shape, generator=generator)
-    noisy_BCFHW, t_B, target_BCFHW = add_noise(latents_BCFHW, noise_BCFHW, sigma_B)
-    context = [text_SD.to(device) for text_SD in batch["t5"]]
-    predicted_BCFHW = run.model(noisy_BCFHW.to(device), t_B.to(device), context)
-    return flow_loss(predicted_BCFHW, target_BCFHW.to(device), sigma_B.to(device), timesteps.weighting)
+    noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
+    noisy_BCFHW, t_B, target_BCFHW = (x.to(device) for x in add_noise(latents_BCFHW, noise_BCFHW, sigma_B))
+    pairs = [([text_SD.to(device) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
+    if preserves:
+        # Before the student's forward, since the teacher's weights are written into the student's.
+        prompts_of_batch = draw_generator(run.seed, "preserve", batches_done, rank)
+        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, prompts_of_batch)
+        pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
+    losses = torch.zeros(2, device=device)
+    for number, (context, wanted_BCFHW, weight) in enumerate(pairs):
+        # One backward for each, so that one graph at a time is held.
+        predicted_BCFHW = run.model(noisy_BCFHW, t_B, context)
+        loss = flow_loss(predicted_BCFHW, wanted_BCFHW, sigma_B.to(device), timesteps.weighting) / batches_of_step
+        run.scaler.scale(weight * loss).backward()
+        losses[number] = loss.detach()
+    return losses
 
 
 def _update(run: _Run) -> float:
@@ -293,13 +338,14 @@ def _update(run: _Run) -> float:
     return float(grad_norm)
 
 
-def _checked_loss(loss: Tensor, step: int) -> float:
-    value = float(loss)
-    if not math.isfinite(value):
+def _checked_losses(losses: Tensor, step: int) -> list[float]:
+    values = losses.tolist()
+    if not all(map(math.isfinite, values)):
         raise InputError(
-            f"the loss of step {step} is {value}: lower --learning_rate, or continue from the last --save_state with it"
+            f"the loss of step {step} is {sum(values)}: lower --learning_rate, or continue from the last --save_state "
+            "with it"
         )
-    return value
+    return values
 
 
 def _show_step(run: _Run, place: _Place, values: dict[str, float], bar: tqdm) -> None:
@@ -326,10 +372,17 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
         timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
         metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
-        run.trained.save_checkpoint(run.header.files, save.checkpoint, metadata, concept=name, steps=place.step)
+        run.trained.save_checkpoint(
+            run.header.files, save.checkpoint, metadata, concept=name, steps=place.step, captions=_captions(run)
+        )
         remove_expired(save)
         _say_beside_bar(run, f"saved {save.checkpoint}" + (f" and {save.state.name}" if save.state else ""))
     run.accelerator.wait_for_everyone()
+
+
+def _captions(run: _Run) -> list[str]:
+    """For a later run's --preserve_prompts auto; part of the settings that --no_metadata leaves out."""
+    return most_frequent([item.caption for item in run.dataset.items]) if run.config.metadata.settings else []
 
 
 def _sample(run: _Run, place: _Place, when: str) -> None:

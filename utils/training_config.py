@@ -12,6 +12,7 @@ from utils.checkpoints import SaveConfig
 from utils.flow_matching import TimestepConfig
 from utils.lr_schedules import ScheduleConfig
 from utils.optimizers import OptimizerConfig
+from utils.preservation import PreserveConfig
 from utils.sources import DatasetConfig
 from utils.swap_plan import SwapConfig
 from utils.training_samples import SampleConfig
@@ -47,6 +48,7 @@ class TrainConfig:
     metadata: MetadataConfig = field(default_factory=MetadataConfig)
     log: LogConfig = field(default_factory=LogConfig)
     samples: SampleConfig | None = None
+    preserve: PreserveConfig | None = None
     vae: Path | None = None  # named in the metadata
     mixed_precision: str = "no"
     save_precision: str | None = None  # None: the file's

@@ -10,15 +10,21 @@ from collections.abc import Sequence
 import torch
 
 from utils.dataset import TrainingDataset
+from utils.preservation import prompts_hash
 from utils.selective_finetune import TrainedSlice
 from utils.training_config import TrainConfig
 from utils.training_plan import TrainingPlan
 
 
 def deciding_settings(
-    config: TrainConfig, seed: int, dataset: TrainingDataset, batches: Sequence[Sequence[int]], processes: int
+    config: TrainConfig,
+    seed: int,
+    dataset: TrainingDataset,
+    batches: Sequence[Sequence[int]],
+    processes: int,
+    preserved: Sequence[str],
 ) -> dict[str, str]:
-    """All that decides the run's numbers; `batches` are those of epoch 0."""
+    """All that decides the run's numbers; `batches` are those of epoch 0, `preserved` the prompts to preserve."""
     timesteps, schedule, optimizer = config.timesteps, config.schedule, config.optimizer
     values = {
         "ff": config.ff,
@@ -50,6 +56,10 @@ def deciding_settings(
         "max_timestep": timesteps.max_timestep,
         "preserve_distribution_shape": timesteps.preserve_shape,
         "num_timestep_buckets": timesteps.buckets,
+        "num_preserve_prompts": len(preserved),
+        "preserve_prompts_sha256": prompts_hash(preserved) if preserved else None,
+        "preserve_every": config.preserve and config.preserve.every,
+        "preserve_weight": config.preserve and config.preserve.weight,
         "num_train_items": len(dataset.items),
         "dataset_sha256": _dataset_hash(dataset, batches),
     }

@@ -1,0 +1,259 @@
+"""Preservation: its gradient against plain autograd, its teacher against the start, exact resuming, its prompts."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import flags, run, write_dataset, write_dit, write_sample_models
+from torch.nn import functional as F
+
+from utils.block_swap import place_model
+from utils.cli_train import parse_train
+from utils.dataset import build_training_dataset
+from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
+from utils.preservation import CAPTIONS_KEPT, Preservation, ask_teacher, most_frequent
+from utils.selective_finetune import attach_slice, read_ledger, slice_indices
+from wan.errors import InputError
+from wan.loading import load_dit
+from wan.text_encoder import load_text_encoder
+
+PROMPTS = ("a red cat", "a cat", "red sits")
+SGD = ("--mixed_precision", "no", "--optimizer_type", "SGD", "--learning_rate", "0.1", "--max_grad_norm", "0")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_dit(folder / "base.safetensors")
+    write_dataset(folder)
+    write_sample_models(folder)
+    (folder / "old.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(files):
+    yield files
+    shutil.rmtree(files / "out", ignore_errors=True)
+
+
+def t5(folder):
+    return ("--t5", str(folder / "t5.safetensors"), "--tokenizer", str(folder / "spiece.model"))
+
+
+def preserving(folder, every=2, weight=3):
+    told = ("--preserve_every", str(every), "--preserve_weight", str(weight))
+    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told)
+
+
+def logged(folder, *more):
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    run(folder, "--logging_dir", str(folder / "logs"), *more)
+    return scalars(folder)
+
+
+def scalars(folder):
+    events = EventAccumulator(str(next((folder / "logs").glob("*/*")))).Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+class Reference:
+    """Plain autograd on whole weights, masked to the slice, with a second model as the teacher: SGD at 0.1."""
+
+    def __init__(self, folder, every=2, weight=3, window=1, ranks=1):
+        self.model, self.teacher = (load_dit(folder / "base.safetensors", torch.float32) for _ in range(2))
+        named = self.model.named_parameters()
+        self.sliced = {n: p.requires_grad_() for n, p in named if n.startswith("blocks.") and p.dim() == 2}
+        config = parse_train(flags(folder))
+        self.dataset, self.timesteps = build_training_dataset(config.dataset), config.timesteps
+        encoder = load_text_encoder(folder / "t5.safetensors", folder / "spiece.model", text_len=8)
+        self.old = [encoder([prompt])[0] for prompt in PROMPTS]
+        self.every, self.weight, self.window, self.ranks = every, weight, window, ranks
+
+    def losses(self, steps):
+        """[(loss, preservation loss, 0 where it is not due)] of every step."""
+        batches = [(n, b) for epoch in range(9) for n, b in enumerate(self.epoch(epoch))]
+        found, done = [], 0
+        while len(found) < steps:
+            size = min(self.window, len(self.epoch(0)) - batches[done][0])
+            preserves = (len(found) + 1) % self.every == 0
+            pairs = [
+                self.batch(batches[done + i][1][rank], done + i, rank, preserves)
+                for i in range(size)
+                for rank in range(self.ranks)
+            ]
+            loss, kept = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+            self.step(loss + self.weight * kept)
+            found.append((loss.item(), kept.item()))
+            done += size
+        return found
+
+    def epoch(self, epoch):
+        """Per process, the batches of the epoch; they wrap around where they do not come out even."""
+        batches = self.dataset.epoch_batches(3, epoch)
+        count = -(-len(batches) // self.ranks)
+        return [[batches[(i * self.ranks + r) % len(batches)] for r in range(self.ranks)] for i in range(count)]
+
+    def batch(self, items, place, rank, preserves):
+        batch = self.dataset[items]
+        generators = [draw_generator(3, place // len(self.epoch(0)), entry) for entry in batch["entries"]]
+        latents = batch["latents"]
+        u = draw_uniforms(self.timesteps, generators, 3, 0)
+        sigma = sigmas_of(self.timesteps, u, tuple(latents.shape[-2:]))
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
+        at = sigma.view(-1, 1, 1, 1, 1)
+        noisy, t = (1 - at) * latents + at * noise, 1000 * sigma
+        loss = F.mse_loss(self.model(noisy, t, batch["t5"]), noise - latents)
+        if not preserves:
+            return loss, torch.zeros(())
+        drawn = torch.randperm(len(self.old), generator=draw_generator(3, "preserve", place, rank))
+        old = [self.old[number] for number in drawn[: len(t)].tolist()]
+        with torch.no_grad():
+            answers = self.teacher(noisy, t, old)
+        return loss, F.mse_loss(self.model(noisy, t, old), answers)
+
+    def step(self, loss):
+        grads = torch.autograd.grad(loss, list(self.sliced.values()))
+        for (name, weight), grad in zip(self.sliced.items(), grads, strict=True):
+            at = slice_indices(name, weight.shape, "0.1", 2)
+            weight.data.view(-1)[at] -= 0.1 * grad.reshape(-1)[at]
+
+
+@pytest.mark.parametrize(
+    ("more", "window"),
+    [
+        ((), 1),
+        (("--gradient_checkpointing", "--blocks_to_swap", "1"), 1),
+        (("--gradient_checkpointing", "--blocks_to_swap", "2", "--gradient_accumulation_steps", "3"), 3),
+    ],
+    ids=["plain", "checkpointed and swapped", "accumulated"],
+)
+def test_both_losses_are_those_of_plain_autograd_with_a_second_model_as_the_teacher(folder, more, window):
+    found = logged(folder, *SGD, *preserving(folder), *more)
+    check_losses(found, Reference(folder, window=window).losses({1: 10, 3: 4}[window]))
+
+
+def check_losses(found, expected):
+    loss, kept = zip(*expected, strict=True)
+    torch.testing.assert_close(torch.tensor(list(found["loss/current"].values())), torch.tensor(loss))
+    assert list(found["loss/preserve"]) == list(range(2, len(loss) + 1, 2))
+    torch.testing.assert_close(
+        torch.tensor(list(found["loss/preserve"].values())), torch.tensor(kept[1::2]), rtol=1e-4, atol=0
+    )
+
+
+def train_rank(rank, folder, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    run(folder, *SGD, *preserving(folder), "--logging_dir", str(folder / "logs"))
+
+
+@pytest.mark.slow
+def test_two_processes_preserve_what_their_joint_batch_would(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=train_rank, args=(rank, folder, port)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    check_losses(scalars(folder), Reference(folder, ranks=2).losses(6))
+
+
+@pytest.mark.parametrize("swapped", [0, 1, 2])
+def test_the_teacher_is_the_start_bit_for_bit_and_the_student_comes_back(folder, swapped):
+    start = load_dit(folder / "base.safetensors", torch.bfloat16)
+    model = load_dit(folder / "base.safetensors", torch.bfloat16)
+    trained = attach_slice(model, "0.3", 1)
+    place_model(model, "cpu", swapped, trained)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    trained.write_back()
+    draw = torch.Generator().manual_seed(2)
+    noisy, t = torch.randn(3, 16, 1, 2, 4, generator=draw), torch.tensor([900.0, 500.0, 20.0])
+    preserved = Preservation(tuple(torch.randn(n, 48, generator=draw).bfloat16() for n in (3, 8)), 1, 1.0)
+    with torch.no_grad():
+        before = model(noisy, t, [preserved.texts[0]] * 3)
+        answers = ask_teacher(preserved, model, trained, noisy, t, torch.Generator().manual_seed(3))
+        assert torch.equal(answers.velocity_BCFHW, start(noisy, t, answers.context))
+        assert torch.equal(model(noisy, t, [preserved.texts[0]] * 3), before)
+        assert not torch.equal(start(noisy, t, [preserved.texts[0]] * 3), before)
+
+
+def test_a_batch_is_asked_different_prompts_as_long_as_there_are_any(folder):
+    model = load_dit(folder / "base.safetensors", torch.float32)
+    trained = attach_slice(model, "0.1", 2)
+    texts = tuple(torch.full((2, 48), float(n)) for n in range(3))
+    noisy, t = torch.zeros(5, 16, 1, 2, 2), torch.zeros(5)
+    asked = ask_teacher(Preservation(texts, 1, 1.0), model, trained, noisy, t, torch.Generator().manual_seed(0))
+    numbers = [int(text[0, 0]) for text in asked.context]
+    assert sorted(numbers[:3]) == [0, 1, 2] and len(set(numbers[3:])) == 2
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_resumed_run_that_preserves_is_the_uninterrupted_one_bit_for_bit(folder, step):
+    common = ["--mixed_precision", "bf16", *preserving(folder), "--save_state", "--save_every_n_steps", str(step)]
+    whole = logged(folder, *common)
+    shutil.rmtree(folder / "whole", ignore_errors=True)
+    (folder / "out").rename(folder / "whole")
+    resumed = logged(folder, *common, "--resume", str(folder / "whole" / f"one-step{step:08d}-state"))
+    for name in ("loss/current", "loss/preserve", "grad_norm"):
+        assert resumed[name] == {at: value for at, value in whole[name].items() if at > step}
+    one, other = (load_file(folder / name / "one.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_with_other_old_prompts_is_another_run(folder):
+    run(folder, *preserving(folder), "--save_state")
+    state = ("--resume", str(folder / "out" / "one-state"), "--max_train_epochs", "3")
+    (folder / "fewer.txt").write_text("a cat", encoding="utf-8")
+    with pytest.raises(InputError, match="preserve_prompts_sha256"):
+        run(folder, *preserving(folder), "--preserve_prompts", str(folder / "fewer.txt"), *state)
+    with pytest.raises(InputError, match=r"preserve_weight 3.0 \(now 5.0\)"):
+        run(folder, *preserving(folder, weight=5), *state)
+    with pytest.raises(InputError, match=r"preserve_every 2 \(now None\)"):
+        run(folder, *state)
+
+
+def entry_of(path):
+    with safe_open(path, "pt") as file:
+        return read_ledger(file.metadata())[-1]
+
+
+def test_captions_go_from_the_ledger_into_a_later_run(folder):
+    run(folder, "--max_train_epochs", "1")
+    captions = entry_of(folder / "out" / "one.safetensors")["captions"]
+    assert sorted(captions) == sorted(f"{name}{i}" for name, count in (("wide", 3), ("high", 5)) for i in range(count))
+    second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
+    told = "\n".join(run(folder, *second))
+    assert "was taught one;" in told and "--preserve_prompts auto" in told
+    kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--max_train_epochs", "1")
+    told = "\n".join(run(folder, *second, *kept))
+    assert "preserves the answers to 11 prompts, on one step in 4, with weight 4" in told
+    assert "was taught" not in told
+
+
+def test_without_metadata_no_captions_are_written_and_auto_says_so(folder):
+    run(folder, "--max_train_epochs", "1", "--no_metadata")
+    assert "captions" not in entry_of(folder / "out" / "one.safetensors")
+    second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
+    with pytest.raises(InputError, match="tells no captions"):
+        run(folder, *second, *t5(folder), "--preserve_prompts", "auto")
+
+
+def test_the_ledger_keeps_the_most_frequent_captions():
+    captions = [f"picture {n}" for n in range(20)] + ["character1"] * 3
+    assert most_frequent(captions) == ["character1", *captions[: CAPTIONS_KEPT - 1]]
+    assert json.loads(json.dumps(most_frequent(["é"]))) == ["é"]
