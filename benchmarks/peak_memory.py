@@ -26,6 +26,7 @@ from utils.block_swap import checkpoint_blocks, place_model  # noqa: E402
 from utils.selective_finetune import attach_slice  # noqa: E402
 from utils.swap_backend import HostBackend  # noqa: E402
 from utils.swap_plan import SwapConfig  # noqa: E402
+from utils.weight_streamer import Traffic  # noqa: E402
 from wan.configs import TASKS  # noqa: E402
 
 META = torch.device("meta")
@@ -54,13 +55,14 @@ CASES = (
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes on the device: placed, and at the highest point of each part of a step."""
+    """Bytes on the device: placed, and at the highest point of each part of a step; bytes copied to it by the step."""
 
     placed: int
     forward: int
     backward: int
     update: int
     sampling: int
+    copied: int
 
     @property
     def highest(self) -> int:
@@ -72,14 +74,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ff", default="0.001")
     parser.add_argument("--blocks", type=int, default=40, help="of the model (fewer: only to see that it works)")
     flags = parser.parse_args(argv)
-    print("| Wan 14B, bf16, ff " + flags.ff + " | placed | forward | backward | update | sampling | peak | to reach |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| Wan 14B, bf16, ff "
+        + flags.ff
+        + " | placed | forward | backward | update | sampling | peak | to reach | copied |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
         peaks = measure(case, flags.ff, flags.blocks)
         cells = [peaks.placed, peaks.forward, peaks.backward, peaks.update, peaks.sampling]
         limit = "" if case.limit is None else f"{case.limit:.1f}"
         row = " | ".join(f"{size / 1e9:.2f}" for size in cells)
-        print(f"| {case.name} | {row} | **{peaks.highest / 1e9:.2f} GB** | {limit} |", flush=True)
+        print(
+            f"| {case.name} | {row} | **{peaks.highest / 1e9:.2f} GB** | {limit} | {peaks.copied / 1e9:.1f} GB |",
+            flush=True,
+        )
 
 
 class DeviceBytes(LiveBytes):
@@ -114,7 +123,7 @@ class MetaBackend(HostBackend):
 
 
 def measure(case: Case, ff: str = "0.001", blocks: int = 40) -> Peaks:
-    """The peaks of the second of two steps, and of a sampling pass after it."""
+    """The peaks of the third step, and of a sampling pass after it."""
     config = TASKS["t2v-14B"].config
     config = wan.model.WanConfig(**{**vars(config), "num_layers": blocks})
     with META:
@@ -128,16 +137,21 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40) -> Peaks:
             inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
             checkpoint_blocks(model, inputs)
             swap = SwapConfig(ring_blocks=case.ring_blocks)
-            place_model(model, META, min(case.blocks_to_swap, blocks), trained, swap, mapped=True, backend=backend)
+            placement = place_model(
+                model, META, min(case.blocks_to_swap, blocks), trained, swap, mapped=True, backend=backend
+            )
             optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
             count.add(*model.parameters())
             placed = count.live
-            for _ in range(2):
+            traffic = placement.streamer.traffic if placement.streamer else Traffic()
+            for _ in range(3):  # one to learn the order, one to fill what the next one begins with
+                before = traffic.bytes
                 forward, backward, update = step(model, trained, optimizer, case.latents, count)
+            copied = traffic.bytes - before
             sampling = peak_of(count, lambda: sample(model, case.latents))
     finally:
         wan.model.attention = real_attention
-    return Peaks(placed, forward, backward, update, sampling)
+    return Peaks(placed, forward, backward, update, sampling, copied)
 
 
 def step(model, trained, optimizer, latents, count: DeviceBytes) -> tuple[int, int, int]:

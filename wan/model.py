@@ -47,12 +47,11 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class LinearFloat32(nn.Linear):
-    """A linear layer in float32 whatever its dtype; by pieces of rows, so that no whole float32 copy is made."""
+    """A linear layer in float32 whatever its dtype; by `pieces` of rows, so that no whole float32 copy is made."""
 
-    @property
-    def pieces(self) -> int:
-        """As many as make a piece of the weight square; 1 where it is no taller than wide."""
-        return max(1, self.out_features // self.in_features)
+    def __init__(self, in_features: int, out_features: int, pieces: int = 1):
+        super().__init__(in_features, out_features)
+        self.pieces = pieces
 
     def forward(self, x: Tensor) -> Tensor:
         weights, biases = self.weight.chunk(self.pieces), self.bias.chunk(self.pieces)
@@ -164,7 +163,7 @@ class WanModel(nn.Module):
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
         self.time_embedding = nn.Sequential(LinearFloat32(config.freq_dim, dim), nn.SiLU(), LinearFloat32(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), LinearFloat32(dim, 6 * dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), LinearFloat32(dim, 6 * dim, pieces=6))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
