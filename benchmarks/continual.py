@@ -61,7 +61,7 @@ def choose_rate(world: World, row: str) -> dict:
         for factor in RATE_STEPS:
             rate = factor * 10**exponent
             learn = functools.partial(LEARN[name], number=0)
-            preserve = world.listed if kept else ()
+            preserve = (world.listed,) if kept else ()
             weights, _ = methods.teach(world, world.base, learn, "character0", latents, rate, STEPS, 0, preserve)
             tried[f"{rate:g}"] = concept_loss(world, world.model(weights), "character0", latents)
             if tried[f"{rate:g}"] <= TARGET_LOSS:
@@ -82,7 +82,7 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
         started = time.monotonic()
         start = world.base if name == APART else weights
         learn = functools.partial(LEARN[name], number=number)
-        preserve = [*world.listed, *prompts[:number]] if kept else ()
+        preserve = (world.listed, prompts[:number]) if kept else ()
         learned, result["values"] = methods.teach(
             world, start, learn, prompt, latents[number], rate, STEPS, 100 * seed + number, preserve
         )

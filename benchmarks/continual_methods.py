@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from tiny_world import World, shifted
 from torch import Tensor, nn
 
+from utils.preservation import draw_texts
 from utils.selective_finetune import attach_slice, block_linears
 from wan.model import WanModel
 
@@ -127,10 +128,10 @@ def teach(
     rate: float,
     steps: int,
     seed: int,
-    preserve: Sequence[str] = (),
+    preserve: Sequence[Sequence[str]] = (),
     on_step: Callable[[int, WanModel], None] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Trains `prompt` to draw the latents, preserving the answers to old prompts; the weights, how many values train.
+    """Trains `prompt` to draw the latents; the weights, how many values train. `preserve`: old prompts, by source.
 
     The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine; the teacher is a copy of
     the start, since not every method can go back to it.
@@ -140,7 +141,7 @@ def teach(
     optimizer = torch.optim.AdamW(learner.parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draw = torch.Generator().manual_seed(seed)
-    old = [world.text(text) for text in preserve]
+    old = [[world.text(prompt) for prompt in prompts] for prompts in preserve if prompts]
     for step in range(1, steps + 1):
         clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (BATCH,), generator=draw)]
         sigma = shifted(torch.rand(BATCH, generator=draw))
@@ -148,7 +149,7 @@ def teach(
         noisy, t = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1)), 1000 * sigma
         F.mse_loss(model(noisy, t, [world.text(prompt)] * BATCH), noise - clean).backward()
         if old and step % PRESERVE_EVERY == 0:
-            asked = [old[number] for number in torch.randperm(len(old), generator=draw)[:BATCH].tolist()]
+            asked = draw_texts(old, BATCH, draw)
             with torch.no_grad():
                 answers = teacher(noisy, t, asked)
             (PRESERVE_EVERY * F.mse_loss(model(noisy, t, asked), answers)).backward()

@@ -18,7 +18,7 @@ from utils.block_swap import place_model
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
-from utils.preservation import CAPTIONS_KEPT, Preservation, ask_teacher, most_frequent
+from utils.preservation import CAPTIONS_KEPT, Preservation, ask_teacher, draw_texts, most_frequent
 from utils.selective_finetune import attach_slice, read_ledger, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -111,8 +111,7 @@ class Reference:
         loss = F.mse_loss(self.model(noisy, t, batch["t5"]), noise - latents)
         if not preserves:
             return loss, torch.zeros(())
-        drawn = torch.randperm(len(self.old), generator=draw_generator(3, "preserve", place, rank))
-        old = [self.old[number] for number in drawn[: len(t)].tolist()]
+        old = draw_texts([self.old], len(t), draw_generator(3, "preserve", place, rank))
         with torch.no_grad():
             answers = self.teacher(noisy, t, old)
         return loss, F.mse_loss(self.model(noisy, t, old), answers)
@@ -181,23 +180,28 @@ def test_the_teacher_is_the_start_bit_for_bit_and_the_student_comes_back(folder,
     trained.write_back()
     draw = torch.Generator().manual_seed(2)
     noisy, t = torch.randn(3, 16, 1, 2, 4, generator=draw), torch.tensor([900.0, 500.0, 20.0])
-    preserved = Preservation(tuple(torch.randn(n, 48, generator=draw).bfloat16() for n in (3, 8)), 1, 1.0)
+    texts = tuple(torch.randn(n, 48, generator=draw).bfloat16() for n in (3, 8))
+    preserved = Preservation((texts,), 1, 1.0)
     with torch.no_grad():
-        before = model(noisy, t, [preserved.texts[0]] * 3)
+        before = model(noisy, t, [texts[0]] * 3)
         answers = ask_teacher(preserved, model, trained, noisy, t, torch.Generator().manual_seed(3))
         assert torch.equal(answers.velocity_BCFHW, start(noisy, t, answers.context))
-        assert torch.equal(model(noisy, t, [preserved.texts[0]] * 3), before)
-        assert not torch.equal(start(noisy, t, [preserved.texts[0]] * 3), before)
+        assert torch.equal(model(noisy, t, [texts[0]] * 3), before)
+        assert not torch.equal(start(noisy, t, [texts[0]] * 3), before)
 
 
-def test_a_batch_is_asked_different_prompts_as_long_as_there_are_any(folder):
-    model = load_dit(folder / "base.safetensors", torch.float32)
-    trained = attach_slice(model, "0.1", 2)
-    texts = tuple(torch.full((2, 48), float(n)) for n in range(3))
-    noisy, t = torch.zeros(5, 16, 1, 2, 2), torch.zeros(5)
-    asked = ask_teacher(Preservation(texts, 1, 1.0), model, trained, noisy, t, torch.Generator().manual_seed(0))
-    numbers = [int(text[0, 0]) for text in asked.context]
-    assert sorted(numbers[:3]) == [0, 1, 2] and len(set(numbers[3:])) == 2
+def test_sources_are_asked_equally_often_and_a_prompt_again_only_after_all_others():
+    few, many = ([torch.tensor(n) for n in numbers] for numbers in (range(3), range(100, 130)))
+    asked = [int(text) for text in draw_texts([few, many], 12, torch.Generator().manual_seed(0))]
+    small = [number for number in asked if number < 3]
+    assert [number < 3 for number in asked] == [asked[0] < 3, asked[0] >= 3] * 6
+    assert sorted(small[:3]) == sorted(small[3:]) == [0, 1, 2]
+    assert len(set(asked)) == 3 + 6
+
+
+def test_batches_of_one_ask_every_source():
+    draws = [draw_texts(["a", "b"], 1, draw_generator(0, "preserve", step, 0))[0] for step in range(40)]
+    assert 10 < draws.count("a") < 30
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])

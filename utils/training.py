@@ -177,7 +177,7 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
 
 
 def _prepare_preservation(
-    config: TrainConfig, prompts: Sequence[str], text_len: int, accelerator: Accelerator
+    config: TrainConfig, prompts: Sequence[Sequence[str]], text_len: int, accelerator: Accelerator
 ) -> Preservation | None:
     """One process encodes for all: the text encoder of 14B models takes 11 GB."""
     if config.preserve is None:
