@@ -4,27 +4,21 @@
     python benchmarks/continual.py OUTPUT_FOLDER               # all parts that are not there yet, then the report
     python benchmarks/continual.py OUTPUT_FOLDER --report      # of the parts that are there
 
-Each part is a process of its own (so that its peak memory is its own) and leaves one JSON file; a part that was
-stopped is done anew. --only REGEX takes the parts whose names match.
+A part is one learning rate, or one chain of concepts; its process is its own, so that its peak memory is, too.
 """
 
 import argparse
 import functools
-import json
-import os
 import random
-import re
 import resource
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import continual_methods as methods
 import continual_report
 import torch
 import torch.nn.functional as F
+from parts import add_flags, read_part, run_parts
 from tiny_world import KNOWN, World, fixed_inputs, velocities
 
 from utils.outputs import save_image
@@ -159,62 +153,27 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
+def work(part: str, folder: Path) -> dict:
+    """The result of the part of that name."""
+    world = World()
+    match part.split():
+        case ["rate", row]:
+            return choose_rate(world, row)
+        case ["chain", row, seed, count]:
+            rate = read_part(folder, f"rate {'lora' if row == APART else row}")["rate"]
+            return chain(world, row, int(seed), int(count), rate, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="3 characters, 1 seed")
-    parser.add_argument("--only", default="", metavar="REGEX", help="the parts whose names match")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parts at a time, each on one thread")
-    parser.add_argument("--report", action="store_true", help="of the parts that are there")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
+    add_flags(parser)
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    if options.part:
-        run_part(options.part, options.folder)
-        return
-    if not options.report:
-        for stage in parts(options.quick):
-            run_stage([name for name in stage if re.search(options.only, name)], options)
-    continual_report.write(options.folder)
-
-
-def parts(quick: bool) -> list[list[str]]:
-    """The names of all parts, in stages: each stage needs the one before."""
+    count, seeds = (3, 1) if options.quick else (10, 3)
     rates = [f"rate {row}" for row in ROWS if row != APART]
-    count, seeds = (3, 1) if quick else (10, 3)
-    return [rates, [f"chain {row} {seed} {count}" for seed in range(seeds) for row in ROWS]]
-
-
-def run_stage(names: list[str], options: argparse.Namespace) -> None:
-    missing = [name for name in names if not part_file(options.folder, name).exists()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(options.folder), "--part"]
-
-    def run(name: str) -> None:
-        started = time.monotonic()
-        subprocess.run([*command, name], env=environment, check=True)
-        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, missing))
-
-
-def run_part(name: str, folder: Path) -> None:
-    world = World()
-    match name.split():
-        case ["rate", row]:
-            result = choose_rate(world, row)
-        case ["chain", row, seed, count]:
-            alike = "lora" if row == APART else row
-            rate = json.loads(part_file(folder, f"rate {alike}").read_text())["rate"]
-            result = chain(world, row, int(seed), int(count), rate, folder)
-    path = part_file(folder, name)
-    path.with_suffix(".tmp").write_text(json.dumps(result))
-    path.with_suffix(".tmp").replace(path)
-
-
-def part_file(folder: Path, name: str) -> Path:
-    return folder / f"{name.replace(' ', '-')}.json"
+    chains = [f"chain {row} {seed} {count}" for seed in range(seeds) for row in ROWS]
+    if run_parts(options, [rates, chains], work):
+        continual_report.write(options.folder)
 
 
 if __name__ == "__main__":
