@@ -149,7 +149,7 @@ def teach(
         noisy, t = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1)), 1000 * sigma
         F.mse_loss(model(noisy, t, [world.text(prompt)] * BATCH), noise - clean).backward()
         if old and step % PRESERVE_EVERY == 0:
-            asked = draw_texts(old, BATCH, draw)
+            asked = draw_texts(old, [draw] * BATCH)
             with torch.no_grad():
                 answers = teacher(noisy, t, asked)
             (PRESERVE_EVERY * F.mse_loss(model(noisy, t, asked), answers)).backward()

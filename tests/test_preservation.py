@@ -85,7 +85,7 @@ class Reference:
             size = min(self.window, len(self.epoch(0)) - batches[done][0])
             preserves = (len(found) + 1) % self.every == 0
             pairs = [
-                self.batch(batches[done + i][1][rank], done + i, rank, preserves)
+                self.batch(batches[done + i][1][rank], done + i, preserves)
                 for i in range(size)
                 for rank in range(self.ranks)
             ]
@@ -101,17 +101,20 @@ class Reference:
         count = -(-len(batches) // self.ranks)
         return [[batches[(i * self.ranks + r) % len(batches)] for r in range(self.ranks)] for i in range(count)]
 
-    def batch(self, items, place, rank, preserves):
-        batch, generator = self.dataset[items], draw_generator(3, place, rank)
+    def batch(self, items, place, preserves):
+        batch = self.dataset[items]
+        epoch = place // len(self.epoch(0))
+        generators = [draw_generator(3, epoch, entry) for entry in batch["entries"]]
         latents = batch["latents"]
-        u = draw_uniforms(self.timesteps, len(latents), 3, 0, generator)
+        u = draw_uniforms(self.timesteps, generators, 3, 0)
         sigma = sigmas_of(self.timesteps, u, tuple(latents.shape[-2:]))
-        noise, at = torch.randn(latents.shape, generator=generator), sigma.view(-1, 1, 1, 1, 1)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
+        at = sigma.view(-1, 1, 1, 1, 1)
         noisy, t = (1 - at) * latents + at * noise, 1000 * sigma
         loss = F.mse_loss(self.model(noisy, t, batch["t5"]), noise - latents)
         if not preserves:
             return loss, torch.zeros(())
-        old = draw_texts([self.old], len(t), draw_generator(3, "preserve", place, rank))
+        old = draw_texts([self.old], [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]])
         with torch.no_grad():
             answers = self.teacher(noisy, t, old)
         return loss, F.mse_loss(self.model(noisy, t, old), answers)
@@ -184,24 +187,18 @@ def test_the_teacher_is_the_start_bit_for_bit_and_the_student_comes_back(folder,
     preserved = Preservation((texts,), 1, 1.0)
     with torch.no_grad():
         before = model(noisy, t, [texts[0]] * 3)
-        answers = ask_teacher(preserved, model, trained, noisy, t, torch.Generator().manual_seed(3))
+        answers = ask_teacher(preserved, model, trained, noisy, t, [draw] * 3)
         assert torch.equal(answers.velocity_BCFHW, start(noisy, t, answers.context))
         assert torch.equal(model(noisy, t, [texts[0]] * 3), before)
         assert not torch.equal(start(noisy, t, [texts[0]] * 3), before)
 
 
-def test_sources_are_asked_equally_often_and_a_prompt_again_only_after_all_others():
-    few, many = ([torch.tensor(n) for n in numbers] for numbers in (range(3), range(100, 130)))
-    asked = [int(text) for text in draw_texts([few, many], 12, torch.Generator().manual_seed(0))]
-    small = [number for number in asked if number < 3]
-    assert [number < 3 for number in asked] == [asked[0] < 3, asked[0] >= 3] * 6
-    assert sorted(small[:3]) == sorted(small[3:]) == [0, 1, 2]
-    assert len(set(asked)) == 3 + 6
-
-
-def test_batches_of_one_ask_every_source():
-    draws = [draw_texts(["a", "b"], 1, draw_generator(0, "preserve", step, 0))[0] for step in range(40)]
-    assert 10 < draws.count("a") < 30
+def test_sources_are_asked_equally_often_and_all_their_prompts():
+    few, many = (list(range(3)), list(range(100, 130)))
+    asked = draw_texts([few, many], [draw_generator(0, "preserve", entry) for entry in range(900)])
+    assert set(asked) == {*few, *many}
+    assert 400 < sum(number < 3 for number in asked) < 500
+    assert all(110 < asked.count(number) < 190 for number in few)
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])

@@ -102,10 +102,10 @@ def reference_losses(folder, steps, window):
 
 
 def batch_loss(model, batch, timesteps, place):
-    generator = draw_generator(3, place, 0)
+    generators = [draw_generator(3, place // 5, entry) for entry in batch["entries"]]
     latents = batch["latents"]
-    sigma = sigmas_of(timesteps, draw_uniforms(timesteps, len(latents), 3, 0, generator), tuple(latents.shape[-2:]))
-    noise = torch.randn(latents.shape, generator=generator)
+    sigma = sigmas_of(timesteps, draw_uniforms(timesteps, generators, 3, 0), tuple(latents.shape[-2:]))
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
     at = sigma.view(-1, 1, 1, 1, 1)
     return F.mse_loss(model((1 - at) * latents + at * noise, 1000 * sigma, batch["t5"]), noise - latents)
 
@@ -204,9 +204,9 @@ def test_training_draws_nothing_from_the_global_generators(folder):
 def test_every_item_of_the_run_has_its_own_number(folder, monkeypatch):
     numbers = []
 
-    def record(timesteps, count, seed, first_item, generator):
-        numbers.extend(range(first_item, first_item + count))
-        return draw_uniforms(timesteps, count, seed, first_item, generator)
+    def record(timesteps, generators, seed, first_item):
+        numbers.extend(range(first_item, first_item + len(generators)))
+        return draw_uniforms(timesteps, generators, seed, first_item)
 
     monkeypatch.setattr(training, "draw_uniforms", record)
     run(folder, "--gradient_accumulation_steps", "2")

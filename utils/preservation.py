@@ -9,7 +9,7 @@ import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,17 +93,13 @@ def encode_prompts(
     return texts
 
 
-def draw_texts(sources: Sequence[Sequence[Tensor]], count: int, generator: torch.Generator) -> list[Tensor]:
-    """`count` texts, the sources in turn from a random one on; of each source all before any comes again."""
-    first = int(torch.randint(len(sources), (), generator=generator))
-    orders = [_endless_order(len(texts), generator) for texts in sources]
-    turns = [(first + i) % len(sources) for i in range(count)]
-    return [sources[turn][next(orders[turn])] for turn in turns]
-
-
-def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+def draw_texts(sources: Sequence[Sequence[Tensor]], generators: Sequence[torch.Generator]) -> list[Tensor]:
+    """One text from each generator: any source is as likely as another, and in it any text."""
+    drawn = []
+    for generator in generators:
+        source = sources[int(torch.randint(len(sources), (), generator=generator))]
+        drawn.append(source[int(torch.randint(len(source), (), generator=generator))])
+    return drawn
 
 
 @torch.no_grad()
@@ -113,14 +109,13 @@ def ask_teacher(
     trained: TrainedSlice,
     noisy_BCFHW: Tensor,
     t_B: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> Answers:
-    """What the model of the run's start answers to old prompts, drawn by `generator`, at these noisy latents.
+    """What the model of the run's start answers to old prompts, one from each generator, at these noisy latents.
 
     It writes weights, so it belongs before the student's forward or after its backward, never between.
     """
-    texts = draw_texts(preserved.sources, len(t_B), generator)
-    context = [text_SD.to(noisy_BCFHW.device) for text_SD in texts]
+    context = [text_SD.to(noisy_BCFHW.device) for text_SD in draw_texts(preserved.sources, generators)]
     with trained.at_strength(0):
         return Answers(context, model(noisy_BCFHW, t_B, context))
 

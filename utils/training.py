@@ -289,20 +289,22 @@ def _backward(
 ) -> Tensor:
     """Adds the batch's share of its step's gradient; its share of the loss and of the preservation loss come back.
 
-    Random numbers are the batch's own (seed, place in the run, process), so that a resumed run repeats them.
+    Random numbers are the entries' own (seed, epoch, entry): a resumed run repeats them, and so does one with the same
+    entries in more batches or on more processes.
     """
-    device, timesteps, rank = run.accelerator.device, run.config.timesteps, run.accelerator.process_index
+    device, timesteps = run.accelerator.device, run.config.timesteps
     latents_BCFHW = batch["latents"]
-    generator = draw_generator(run.seed, batches_done, rank)
-    u_B = draw_uniforms(timesteps, len(latents_BCFHW), run.seed, first_item, generator)
+    epoch = batches_done // run.plan.batches_per_epoch
+    generators = [draw_generator(run.seed, epoch, entry) for entry in batch["entries"]]
+    u_B = draw_uniforms(timesteps, generators, run.seed, first_item)
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
-    noise_BCFHW = torch.randn(latents_BCFHW.shape, generator=generator)
+    noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
     noisy_BCFHW, t_B, target_BCFHW = (x.to(device) for x in add_noise(latents_BCFHW, noise_BCFHW, sigma_B))
     pairs = [([text_SD.to(device) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
     if preserves:
         # Before the student's forward, since the teacher's weights are written into the student's.
-        prompts_of_batch = draw_generator(run.seed, "preserve", batches_done, rank)
-        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, prompts_of_batch)
+        of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
+        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, of_prompts)
         pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
     losses = torch.zeros(2, device=device)
     for number, (context, wanted_BCFHW, weight) in enumerate(pairs):

@@ -91,7 +91,7 @@ def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | No
 
 def timestep_lines(config: TimestepConfig, latent_size: tuple[int, int], seed: int) -> list[str]:
     """A histogram of the timesteps that training would draw, as text."""
-    u_B = draw_uniforms(config, 100_000, seed, 0, draw_generator(seed, "show timesteps"))
+    u_B = draw_uniforms(config, [draw_generator(seed, "show timesteps")] * 100_000, seed, 0)
     counts = torch.histc(sigmas_of(config, u_B, latent_size), bins=20, min=0, max=1).tolist()
     height, width = latent_size
     lines = [f"timesteps of 100,000 samples, {config.sampling}, latents of {height}x{width}:"]
