@@ -8,6 +8,7 @@ A part is one learning rate, or one chain of concepts; its process is its own, s
 """
 
 import argparse
+import bisect
 import functools
 import random
 import resource
@@ -37,7 +38,7 @@ LEARN = {
 }
 APART = "lora_apart"
 ROWS = [*LEARN, *(f"{name}+preserve" for name in LEARN if name != APART)]
-RATE_STEPS = (1, 2, 5)
+RATES = [factor * 10.0**exponent for exponent in (-5, -4, -3, -2) for factor in (1, 2, 5)]
 
 
 def concepts(world: World) -> tuple[list[str], str]:
@@ -47,20 +48,20 @@ def concepts(world: World) -> tuple[list[str], str]:
 
 
 def choose_rate(world: World, row: str) -> dict:
-    """The smallest of 1, 2, 5, 10, ... e-5 that brings the loss on the outside concept down to TARGET_LOSS."""
+    """The smallest of RATES that brings the loss on the outside concept down to TARGET_LOSS, found by bisection."""
     _, outside = concepts(world)
     name, _, kept = row.partition("+")
-    latents, tried = world.character(outside), {}
-    for exponent in (-4, -3, -2):
-        for factor in RATE_STEPS:
-            rate = factor * 10**exponent
-            learn = functools.partial(LEARN[name], number=0)
-            preserve = (world.listed,) if kept else ()
-            weights, _ = methods.teach(world, world.base, learn, "character0", latents, rate, STEPS, 0, preserve)
-            tried[f"{rate:g}"] = concept_loss(world, world.model(weights), "character0", latents)
-            if tried[f"{rate:g}"] <= TARGET_LOSS:
-                return {"rate": rate, "tried": tried}
-    raise SystemExit(f"error: {row} does not reach {TARGET_LOSS}: {tried}")
+    latents, learn, tried = world.character(outside), functools.partial(LEARN[name], number=0), {}
+
+    def reaches(rate: float) -> bool:
+        preserve = (world.listed,) if kept else ()
+        weights, _ = methods.teach(world, world.base, learn, "character0", latents, rate, STEPS, 0, preserve)
+        tried[f"{rate:g}"] = concept_loss(world, world.model(weights), "character0", latents)
+        return tried[f"{rate:g}"] <= TARGET_LOSS
+
+    place = bisect.bisect_left(RATES, True, key=reaches)
+    assert place < len(RATES), f"{row} does not reach {TARGET_LOSS}: {tried}"
+    return {"rate": RATES[place], "tried": tried}
 
 
 def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Path) -> dict:
