@@ -74,7 +74,7 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
     measure = Measure(world, order, prompts, latents)
     weights, result = world.base, {"row": row, "seed": seed, "rate": rate, "order": order, "seconds": [], "after": []}
     for number, prompt in enumerate(prompts):
-        started = time.monotonic()
+        started = time.process_time()
         start = world.base if name == APART else weights
         learn = functools.partial(LEARN[name], number=number)
         preserve = (world.listed, prompts[:number]) if kept else ()
@@ -82,7 +82,7 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
             world, start, learn, prompt, latents[number], rate, STEPS, 100 * seed + number, preserve
         )
         weights = _summed(weights, learned, start) if name == APART else learned
-        result["seconds"].append(time.monotonic() - started)
+        result["seconds"].append(time.process_time() - started)
         result["after"].append(measure.after(world.model(weights), number + 1, is_last=number + 1 == count))
     if name == "slices":
         without_one = [world.model(without(world, weights, number)) for number in range(count)]

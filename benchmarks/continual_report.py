@@ -66,7 +66,7 @@ def _table(rows: dict[str, list[dict]]) -> list[str]:
         "unlisted": _spread(lambda r: r["after"][-1]["known"]["unlisted"]["recognised"]),
         "leakage": _spread(leakage),
         "values": lambda results: f"{results[0]['values']:,}",
-        "s a concept": _spread(lambda r: mean(r["seconds"]), 1),
+        "CPU s a concept": _spread(lambda r: mean(r["seconds"]), 1),
         "peak MB": _spread(lambda r: r["peak_mb"], 0),
         "kB a concept": lambda results: f"{results[0]['values'] * BYTES / 1000:.0f}",
     }
