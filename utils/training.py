@@ -182,7 +182,7 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
 
 
 def _prepare_preservation(
-    config: TrainConfig, prompts: Sequence[str], text_len: int, accelerator: Accelerator
+    config: TrainConfig, prompts: Sequence[Sequence[str]], text_len: int, accelerator: Accelerator
 ) -> Preservation | None:
     """One process encodes for all: the text encoder of 14B models takes 11 GB."""
     if config.preserve is None:
@@ -297,7 +297,7 @@ def _backward(
     Random numbers are the entries' own (seed, epoch, entry): a resumed run repeats them, and so does one with the same
     entries in more batches or on more processes.
     """
-    device, timesteps, rank = run.accelerator.device, run.config.timesteps, run.accelerator.process_index
+    device, timesteps = run.accelerator.device, run.config.timesteps
     latents_BCFHW = batch["latents"]
     epoch = batches_done // run.plan.batches_per_epoch
     generators = [draw_generator(run.seed, epoch, entry) for entry in batch["entries"]]
@@ -308,8 +308,8 @@ def _backward(
     pairs = [([text_SD.to(device) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
     if preserves:
         # Before the student's forward, since the teacher's weights are written into the student's.
-        prompts_of_batch = draw_generator(run.seed, "preserve", batches_done, rank)
-        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, prompts_of_batch)
+        of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
+        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, of_prompts)
         pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
     losses = torch.zeros(2, device=device)
     for number, (context, wanted_BCFHW, weight) in enumerate(pairs):
