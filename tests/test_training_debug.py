@@ -144,6 +144,12 @@ def test_off_it_costs_no_call(folder, monkeypatch):
         run(folder, "--training_debug")
 
 
+def test_the_main_process_alone_watches(folder, monkeypatch):
+    monkeypatch.setattr(training, "TrainingDebug", None)
+    monkeypatch.setattr(training.Accelerator, "is_main_process", False)
+    run(folder, "--training_debug")
+
+
 def test_watching_changes_nothing_in_the_run(folder):
     run(folder, *DEBUG)
     watched = load_file(folder / "out" / "one.safetensors")
@@ -348,6 +354,8 @@ def test_a_run_ends_with_a_save_that_is_wrong_and_keeps_it_aside(folder, monkeyp
 
     def save_wrongly(self, base, path, *more, **named):
         save_checkpoint(self, base, path, *more, **named)
+        if path.stem == "one-000001":
+            return
         with path.open("r+b") as file:
             file.seek(-1, 2)
             last = file.read(1)[0]
@@ -356,9 +364,11 @@ def test_a_run_ends_with_a_save_that_is_wrong_and_keeps_it_aside(folder, monkeyp
 
     monkeypatch.setattr(TrainedSlice, "save_checkpoint", save_wrongly)
     keep = ("--save_every_n_epochs", "1", "--save_last_n_epochs", "1")
-    with pytest.raises(RuntimeError, match=r"ERROR: one-000001.safetensors differs .* 1 values, the first is \S+ \["):
-        run(folder, *DEBUG, *keep)
-    assert [path.name for path in (folder / "out").iterdir()] == ["one-000001.safetensors.wrong"]
+    with pytest.raises(RuntimeError, match=r"ERROR: one-000002.safetensors differs .* 1 values, the first is \S+ \["):
+        run(folder, *DEBUG, *keep, "--max_train_epochs", "3")
+    # What the wrong one would have replaced is still there.
+    found = sorted(path.name for path in (folder / "out").iterdir())
+    assert found == ["one-000001.safetensors", "one-000002.safetensors.wrong"]
 
 
 def test_each_save_has_its_table_and_its_counts_on_the_console(folder):
@@ -386,6 +396,7 @@ def test_a_heat_map_is_bright_where_values_are_large():
     colours = picture[16 + 6 :: 12][:3][:, [32 + 128, 32 + 384]].astype(int)
     brightness = colours.sum(-1)
     assert brightness[0, 0] < brightness[0, 1] < brightness[1, 0] == 253 + 231 + 37
+    assert colours[0, 1].tolist() == [32, 145, 140]  # half way, by the logarithm
     assert colours[1, 1].tolist() == [0] * 3 and colours[2].tolist() == [[128] * 3, [255] * 3]
 
 
