@@ -41,7 +41,7 @@ def folder(files):
 
 
 def two_blocks():
-    """Linears as blocks, and a slice of 28 and 77 values in them."""
+    """Linears as blocks, and a slice of 58 and 77 values in them."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(12, 16), nn.Linear(16, 16)])})
     return model, attach_slice(model, "0.3", 2)
