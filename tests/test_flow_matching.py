@@ -63,7 +63,7 @@ def clean(u):
 
 
 def random_sigmas(timesteps, count=20_000):
-    u = draw_uniforms(timesteps, count, 0, 0, draw_generator(0, "test"))
+    u = draw_uniforms(timesteps, [draw_generator(0, "test")] * count, 0, 0)
     return sigmas_of(timesteps, u, SIZE)
 
 
@@ -137,15 +137,15 @@ def test_logit_normal_and_mode_have_the_densities_of_the_paper():
 def test_buckets_are_visited_once_in_every_cycle(first):
     timesteps = TimestepConfig("uniform", buckets=8)
     start = first // 8 * 8
-    u = [draw_uniforms(timesteps, 1, 3, start + i, draw_generator(3, i)) for i in range(8)]
+    u = [draw_uniforms(timesteps, [draw_generator(3, i)], 3, start + i) for i in range(8)]
     assert sorted((torch.cat(u) * 8).long().tolist()) == list(range(8))
 
 
 def test_samples_of_a_batch_take_successive_buckets():
     timesteps = TimestepConfig("uniform", buckets=8)
-    together = draw_uniforms(timesteps, 4, 3, 6, draw_generator(0))
-    alone = torch.cat([draw_uniforms(timesteps, 1, 3, 6 + i, draw_generator(0)) for i in range(4)])
-    assert torch.equal((together * 8).long(), (alone * 8).long())
+    together = draw_uniforms(timesteps, [draw_generator(i) for i in range(4)], 3, 6)
+    alone = torch.cat([draw_uniforms(timesteps, [draw_generator(i)], 3, 6 + i) for i in range(4)])
+    assert torch.equal(together, alone)
 
 
 def test_generators_depend_on_every_part_of_their_place():

@@ -2,13 +2,19 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_run import ITEMS, flags, run, write_dataset, write_dit
 from torch import nn
 
 from utils.selective_finetune import attach_slice
 
+PLAIN = ("--optimizer_type", "SGD", "--learning_rate", "1", "--max_train_epochs", "4")
 ROWS = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
 
 
@@ -49,3 +55,25 @@ def test_gradients_of_two_processes_are_those_of_their_joint_batch_and_nothing_e
         assert sent == 4 * trained.count
         for parameter, gradient in zip(trained.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, torch.tensor(gradient))
+
+
+@pytest.mark.slow
+def test_two_launched_processes_train_the_slice_of_one_with_twice_the_batch(tmp_path):
+    write_dit(tmp_path / "base.safetensors", torch.float32)
+    data = write_dataset(tmp_path)
+    for stem in ITEMS.keys() - {"high0", "high1"}:
+        (tmp_path / "pics" / f"{stem}.png").unlink()
+    run(tmp_path, *PLAIN)
+    (tmp_path / "out" / "one.safetensors").rename(tmp_path / "alone.safetensors")
+    data.write_text(data.read_text().replace("batch_size = 2", "batch_size = 1"))
+    # accelerate's launcher starts one process on a CPU, whatever it is asked; this is what it calls for several GPUs.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(Path(__file__).parents[1] / "wan_train_network.py")
+    on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    subprocess.run([*launch, script, *flags(tmp_path, *PLAIN)], check=True, env=on_cpu)
+    base, alone, together = (
+        load_file(tmp_path / name) for name in ("base.safetensors", "alone.safetensors", "out/one.safetensors")
+    )
+    assert any(not torch.equal(base[name], alone[name]) for name in base)
+    for name, tensor in base.items():
+        torch.testing.assert_close(together[name] - tensor, alone[name] - tensor, rtol=1e-5, atol=1e-7)

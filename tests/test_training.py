@@ -102,10 +102,10 @@ def reference_losses(folder, steps, window):
 
 
 def batch_loss(model, batch, timesteps, place):
-    generator = draw_generator(3, place, 0)
+    generators = [draw_generator(3, place // 5, entry) for entry in batch["entries"]]
     latents = batch["latents"]
-    sigma = sigmas_of(timesteps, draw_uniforms(timesteps, len(latents), 3, 0, generator), tuple(latents.shape[-2:]))
-    noise = torch.randn(latents.shape, generator=generator)
+    sigma = sigmas_of(timesteps, draw_uniforms(timesteps, generators, 3, 0), tuple(latents.shape[-2:]))
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
     at = sigma.view(-1, 1, 1, 1, 1)
     return F.mse_loss(model((1 - at) * latents + at * noise, 1000 * sigma, batch["t5"]), noise - latents)
 
@@ -204,9 +204,9 @@ def test_training_draws_nothing_from_the_global_generators(folder):
 def test_every_item_of_the_run_has_its_own_number(folder, monkeypatch):
     numbers = []
 
-    def record(timesteps, count, seed, first_item, generator):
-        numbers.extend(range(first_item, first_item + count))
-        return draw_uniforms(timesteps, count, seed, first_item, generator)
+    def record(timesteps, generators, seed, first_item):
+        numbers.extend(range(first_item, first_item + len(generators)))
+        return draw_uniforms(timesteps, generators, seed, first_item)
 
     monkeypatch.setattr(training, "draw_uniforms", record)
     run(folder, "--gradient_accumulation_steps", "2")
@@ -246,7 +246,7 @@ def test_the_start_tells_what_will_happen(folder):
     told += ("20 steps: 4 epochs of 5 steps, 8 items in 5 batches", "9 of 10 ids at ff 0.1 are free")
     size = (folder / "base.safetensors").stat().st_size
     told += (f"4 times a checkpoint of {readable(size)}", f"{readable(4 * size)} in all", "share the timesteps at 875")
-    told += ("(1 blocks)", "base.safetensors: bf16\n")
+    told += ("2 blocks (", "stream from the checkpoint file", "base.safetensors: bf16\n")
     assert [part for part in told if part not in lines] == []
 
 

@@ -34,7 +34,10 @@ class _Bucket:
 
 
 class TrainingDataset(Dataset):
-    """All items of all datasets; indexed by a batch, a tuple of item numbers."""
+    """All items of all datasets; indexed by a batch, a tuple of entries.
+
+    An entry is one of the times that an epoch shows an item: the item's number, plus len(items) for each repeat.
+    """
 
     def __init__(self, items: Sequence[Item], buckets: Sequence[_Bucket], lines: Sequence[str]):
         self.items = tuple(items)
@@ -56,26 +59,29 @@ class TrainingDataset(Dataset):
         return max(item.text_shape[0] for item in self.items)
 
     def epoch_batches(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
-        """The epoch's batches of item numbers: each item num_repeats times, a bucket's last one may be short.
+        """The epoch's batches of entries: each item num_repeats times, a bucket's last one may be short.
 
         Depends on the items, `seed` and `epoch` alone.
         """
         generator = torch.Generator().manual_seed(_epoch_seed(seed, epoch))
         batches = []
         for bucket in self._buckets:
-            shuffled = _shuffled(bucket.items * bucket.num_repeats, generator)
+            repeats = range(bucket.num_repeats)
+            entries = [number + repeat * len(self.items) for repeat in repeats for number in bucket.items]
+            shuffled = _shuffled(entries, generator)
             size = bucket.batch_size
             batches += [tuple(shuffled[start : start + size]) for start in range(0, len(shuffled), size)]
         return _shuffled(batches, generator)
 
     def __getitem__(self, batch: tuple[int, ...]) -> dict:
-        """{"latents": [B, 16, F, H, W] in float32, "t5": list of [S, D] in the caches' dtype, "names": list of str}."""
-        items = [self.items[number] for number in batch]
+        """{"latents": [B, 16, F, H, W] float32, "t5": list of [S, D] in the caches' dtype, "names", "entries"}."""
+        items = [self.items[entry % len(self.items)] for entry in batch]
         return {
             "latents": torch.stack([read_latents(item.latents).float() for item in items]),
             # Copies, so that no file stays mapped while the batch lives.
             "t5": [read_text(item.text).clone() for item in items],
             "names": [item.name for item in items],
+            "entries": list(batch),
         }
 
 

@@ -89,21 +89,20 @@ def check_timesteps(config: TimestepConfig, latent_sizes: Sequence[tuple[int, in
 
 
 def draw_generator(seed: int, *place: int | str) -> torch.Generator:
-    """A CPU generator of its own for every `place` of a run (step, rank, purpose), so that a resumed run repeats it."""
+    """A CPU generator of its own for every `place` of a run (epoch, entry, purpose), so that they can be repeated."""
     words = hashlib.sha256(":".join(map(str, (seed, *place))).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(words[:8], "little") >> 1)
 
 
-def draw_uniforms(config: TimestepConfig, count: int, seed: int, first_item: int, generator: torch.Generator) -> Tensor:
-    """[count] float64 in (0, 1), for the samples number first_item, first_item + 1, ... of the run.
+def draw_uniforms(config: TimestepConfig, generators: Sequence[torch.Generator], seed: int, first_item: int) -> Tensor:
+    """[B] float64 in (0, 1), one from each generator, for samples number first_item, first_item + 1, ... of the run.
 
     With buckets, every run of `buckets` samples visits each of them once, in an order of its own (from `seed`).
     """
-    u_B = torch.rand(count, generator=generator, dtype=torch.float64)
+    u_B = torch.cat([torch.rand(1, generator=own, dtype=torch.float64) for own in generators])
     if config.buckets:
-        u_B = (
-            torch.tensor([_bucket(config.buckets, seed, first_item + i) for i in range(count)]) + u_B
-        ) / config.buckets
+        bucket_B = torch.tensor([_bucket(config.buckets, seed, first_item + i) for i in range(len(generators))])
+        u_B = (bucket_B + u_B) / config.buckets
     return u_B.clamp(2.0**-53, 1 - 2.0**-53)  # the quantiles of 0 and 1 would be infinite
 
 

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from utils.block_swap import checkpoint_blocks, place_model
+from utils.block_inputs import BlockInputs
+from utils.block_swap import checkpoint_blocks, memory_line, place_model
 from utils.checkpoint_metadata import checkpoint_metadata
 from utils.checkpoints import (
     Save,
@@ -48,15 +49,16 @@ from utils.selective_finetune import TrainedSlice, attach_slice
 from utils.slice_files import SlicesOnBase
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
+from utils.training_debug import TrainingDebug
 from utils.training_plan import TrainingPlan, first_items, plan_training
-from utils.training_report import memory_line, plan_line, slice_lines, timestep_lines
+from utils.training_report import inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
 from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
 from utils.training_slices import ledger_lines, read_slices, write_files
 from utils.training_state import check_state, load_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.loading import CheckpointHeader, load_dit
+from wan.loading import CheckpointHeader, file_dtype, load_dit
 from wan.model import WanModel
 
 _FRAMES_LOGGED = 4  # of a clip, in TensorBoard
@@ -95,6 +97,7 @@ class _Run:
     scaler: torch.amp.GradScaler
     samples: PreparedSamples | None
     preserved: Preservation | None
+    debug: TrainingDebug | None
     say: Callable[[str], None]
 
 
@@ -128,15 +131,18 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
     preserved = _prepare_preservation(config, prompts, model_config.text_len, accelerator)
 
-    model = load_dit(config.dit, COMPUTE_DTYPES[config.mixed_precision], "cpu", below.patches)
+    model = load_dit(config.dit, COMPUTE_DTYPES[config.mixed_precision], read_only=True, patches=below.patches)
     below.check_starts()
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
+    inputs = BlockInputs(len(model.blocks), accelerator.device) if config.offload_block_inputs else None
     if config.gradient_checkpointing:
-        checkpoint_blocks(model)
-    place_model(model, accelerator.device, config.blocks_to_swap, trained)
+        checkpoint_blocks(model, inputs)
+    mapped = file_dtype(header) == model.dtype and not config.slices
+    placement = place_model(model, accelerator.device, config.blocks_to_swap, trained, config.swap, mapped)
     optimizer = build_optimizer(config.optimizer, trained.parameters())
 
     settings |= start_hash(trained)
+    watches = config.training_debug and accelerator.is_main_process
     run = _Run(
         config=config,
         accelerator=accelerator,
@@ -154,12 +160,15 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
         samples=samples,
         preserved=preserved,
+        debug=TrainingDebug(trained, len(model.blocks), header.files) if watches else None,
         say=say,
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
     lines = [*ledger_lines(config, header, below), *slice_lines(trained, model, below.entries)]
     lines += preserve_lines(preserved, below.entries, config.dit)
-    lines.append(memory_line(model, trained, config.blocks_to_swap, accelerator.device))
+    lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
+    if inputs is not None:
+        lines.append(inputs_line(model, dataset, batches))
     for line in [*lines, plan_line(plan, processes), *saving_lines]:
         say(line)
     _start_trackers(run)
@@ -195,7 +204,7 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
 
 
 def _prepare_preservation(
-    config: TrainConfig, prompts: Sequence[str], text_len: int, accelerator: Accelerator
+    config: TrainConfig, prompts: Sequence[Sequence[str]], text_len: int, accelerator: Accelerator
 ) -> Preservation | None:
     """One process encodes for all: the text encoder of 14B models takes 11 GB."""
     if config.preserve is None:
@@ -284,6 +293,8 @@ def _loop(run: _Run, place: _Place, stop: StopRequest) -> None:
             losses_of_step = torch.zeros_like(losses_of_step)
             shown = {"loss/preserve": preserve_loss} if preserves else {}
             _show_step(run, place, {**shown, **rates, "grad_norm": grad_norm}, bar)
+            if run.debug and (lines := run.debug.after_step(place.step, accelerator.trackers)):
+                _say_beside_bar(run, *lines)
             if save := save_after_step(config.save, place.step):
                 _save(run, place, save)
             # An epoch's own samples come at its end; twice the same would help nobody.
@@ -324,20 +335,22 @@ def _backward(
 ) -> Tensor:
     """Adds the batch's share of its step's gradient; its share of the loss and of the preservation loss come back.
 
-    Random numbers are the batch's own (seed, place in the run, process), so that a resumed run repeats them.
+    Random numbers are the entries' own (seed, epoch, entry): a resumed run repeats them, and so does one with the same
+    entries in more batches or on more processes.
     """
-    device, timesteps, rank = run.accelerator.device, run.config.timesteps, run.accelerator.process_index
+    device, timesteps = run.accelerator.device, run.config.timesteps
     latents_BCFHW = batch["latents"]
-    generator = draw_generator(run.seed, batches_done, rank)
-    u_B = draw_uniforms(timesteps, len(latents_BCFHW), run.seed, first_item, generator)
+    epoch = batches_done // run.plan.batches_per_epoch
+    generators = [draw_generator(run.seed, epoch, entry) for entry in batch["entries"]]
+    u_B = draw_uniforms(timesteps, generators, run.seed, first_item)
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
-    noise_BCFHW = torch.randn(latents_BCFHW.shape, generator=generator)
+    noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
     noisy_BCFHW, t_B, target_BCFHW = (x.to(device) for x in add_noise(latents_BCFHW, noise_BCFHW, sigma_B))
     pairs = [([text_SD.to(device) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
     if preserves:
         # Before the student's forward, since the teacher's weights are written into the student's.
-        prompts_of_batch = draw_generator(run.seed, "preserve", batches_done, rank)
-        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, prompts_of_batch)
+        of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
+        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, of_prompts)
         pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
     losses = torch.zeros(2, device=device)
     for number, (context, wanted_BCFHW, weight) in enumerate(pairs):
@@ -354,6 +367,8 @@ def _update(run: _Run) -> float:
     if run.accelerator.num_processes > 1:
         run.trained.reduce_gradients()
     run.scaler.unscale_(run.optimizer)
+    if run.debug:
+        run.debug.before_update()
     limit = run.config.optimizer.max_grad_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(run.trained.parameters(), limit)
     scale = run.scaler.get_scale()
@@ -363,6 +378,8 @@ def _update(run: _Run) -> float:
         run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.trained.write_back()
+    if run.debug:
+        run.debug.after_update()
     return float(grad_norm)
 
 
@@ -402,6 +419,8 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
         concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
         lines = write_files(save.files, run.trained, run.header, run.below, metadata, concept)
+        if run.debug:
+            lines += run.debug.after_save(save.files["checkpoint"], place.step, run.accelerator.trackers)
         remove_expired(save)
         paths = [*map(str, save.files.values()), *([save.state.name] if save.state else [])]
         for line in [*lines, f"saved {' and '.join(paths)}"]:
@@ -435,6 +454,7 @@ def _layout(tracker) -> dict:
     return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
 
 
-def _say_beside_bar(run: _Run, line: str) -> None:
+def _say_beside_bar(run: _Run, *lines: str) -> None:
     with tqdm.external_write_mode():
-        run.say(line)
+        for line in lines:
+            run.say(line)

@@ -1,7 +1,9 @@
 """Wan transformers from safetensors files: what a file holds, which task it fits, the model itself."""
 
 import json
+import mmap
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from wan.configs import TASKS, WanConfig
@@ -138,12 +139,14 @@ def load_dit(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    read_only: bool = False,
     patches: Mapping[str, Callable[[Tensor], None]] | None = None,
 ) -> WanModel:
     """The frozen model of a checkpoint, all in `dtype`: the file's own by default, bfloat16 for fp8 files.
 
-    `patches` change copies of stored tensors, by original name. On the CPU, other tensors that are in `dtype` already
-    stay mapped from the file. Errors: as read_checkpoint_header's and config_from_header's.
+    On the CPU, tensors that are in `dtype` already stay mapped from the file: a page is copied when it is written to;
+    if `read_only`, as files larger than the RAM need, nothing may be written to them. `patches` change copies of the
+    tensors as they are stored, by original name. Errors: as read_checkpoint_header's and config_from_header's.
     """
     header = read_checkpoint_header(path)
     config = config_from_header(header)
@@ -151,9 +154,8 @@ def load_dit(
         dtype = torch.bfloat16 if is_fp8(header) else file_dtype(header)
     with torch.device("meta"):
         model = WanModel(config)
-    model.load_state_dict(
-        dict(_load_tensors(header, dtype, torch.device(device), patches or {})), strict=True, assign=True
-    )
+    tensors = dict(_load_tensors(header, dtype, torch.device(device), read_only, patches or {}))
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -268,18 +270,33 @@ def _shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def _load_tensors(
-    header: CheckpointHeader, dtype: torch.dtype, device: torch.device, patches: Mapping[str, Callable[[Tensor], None]]
+    header: CheckpointHeader, dtype: torch.dtype, device: torch.device, read_only: bool, patches: Mapping
 ) -> Iterator[tuple[str, Tensor]]:
     for file in header.files:
         inside = {name: entry for name, entry in header.tensors.items() if entry.file == file}
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name, entry in inside.items():
-                if is_companion(name):
-                    continue
-                stored = opened.get_tensor(entry.key)
-                if name in patches:
-                    patches[name](stored := stored.clone())
-                yield name, _load_tensor(stored, scale_of(name, header.tensors), dtype, device)
+        contents = _mapped(file, read_only)
+        for name, entry in inside.items():
+            if is_companion(name):
+                continue
+            stored = _stored_tensor(contents, entry)
+            if name in patches:
+                patches[name](stored := stored.clone())
+            yield name, _load_tensor(stored, scale_of(name, header.tensors), dtype, device)
+
+
+def _mapped(file: Path, read_only: bool) -> Tensor:
+    """The file's bytes, read as they are used."""
+    # What may be written to counts as memory from the start: Linux refuses it where the file is larger than the RAM.
+    access = mmap.ACCESS_READ if read_only else mmap.ACCESS_COPY
+    with file.open("rb") as opened, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mmap.mmap(opened.fileno(), 0, access=access), dtype=torch.uint8)
+
+
+def _stored_tensor(contents: Tensor, entry: TensorEntry) -> Tensor:
+    stored, dtype = contents[entry.start : entry.stop], DTYPES[entry.dtype]
+    aligned = entry.start % dtype.itemsize == 0  # not so in files of some writers
+    return (stored if aligned else stored.clone()).view(dtype).view(entry.shape)
 
 
 def _load_tensor(stored: Tensor, scale: TensorEntry | None, dtype: torch.dtype, device: torch.device) -> Tensor:
