@@ -40,7 +40,7 @@ ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")  # what slices are cut from, by its name in a file
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # bytes
 _PREFIX = r"^(model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|model\.|dit\.)+"
 _WRAPPERS = re.compile(_PREFIX + r"(?=blocks\.)|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 Ff = str | int | float | Decimal | Fraction
@@ -530,7 +530,8 @@ def write_safetensors(
     with whole_file(path, 8 + len(text) + size) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for chunk in chunks:
-            file.write(chunk)
+            for at in range(0, len(chunk), _CHUNK):
+                file.write(chunk[at : at + _CHUNK])
 
 
 @contextmanager
