@@ -246,7 +246,7 @@ def test_the_start_tells_what_will_happen(folder):
     told += ("20 steps: 4 epochs of 5 steps, 8 items in 5 batches", "9 of 10 ids at ff 0.1 are free")
     size = (folder / "base.safetensors").stat().st_size
     told += (f"4 checkpoints of {readable(size)}", f"{readable(4 * size)} in all", "share the timesteps at 875")
-    told += ("(1 blocks)", "base.safetensors: bf16\n")
+    told += ("2 blocks (", "stream from the checkpoint file", "base.safetensors: bf16\n")
     assert [part for part in told if part not in lines] == []
 
 

@@ -13,6 +13,7 @@ from utils.files import existing_file
 from utils.generation import OUTPUT_TYPES, GenerateConfig
 from utils.prompts import SamplePrompt, check_prompt, read_prompt_file
 from utils.sampling import SOLVERS
+from utils.swap_flags import add_swap_flags, read_swap
 from wan.configs import TASKS, WanTask
 from wan.errors import InputError
 
@@ -51,7 +52,6 @@ _REFUSED = {
     "--exclude_patterns": _NO_LORA,
     "--lycoris": _NO_LORA,
     "--save_merged_model": _NO_LORA,
-    "--use_pinned_memory_for_block_swap": "swapped blocks are copied from ordinary memory; --blocks_to_swap is enough",
     "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
     "--image_path": _NO_PICTURES,
     "--end_image_path": _NO_PICTURES,
@@ -102,6 +102,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         boundary=_boundary(flags, task),
         guidance_scale_high=_guidance_scale_high(flags, task),
         blocks_to_swap=flags.blocks_to_swap,
+        swap=read_swap(flags),
         device=flags.device or _default_device(),
         dit_dtype=flags.dit_dtype,
         vae_dtype=flags.vae_dtype,
@@ -158,7 +159,7 @@ def _add_computing(parser: Parser) -> None:
     group.add_argument("--dit_dtype", type=_dtype, help="default: the file's, bfloat16 for fp8 files")
     group.add_argument("--vae_dtype", type=_dtype, default=torch.bfloat16, help="default bfloat16")
     group.add_argument("--attn_mode", type=_attention, default="torch", help=" or ".join(_ATTENTION))
-    group.add_argument("--blocks_to_swap", type=int, default=0, help="blocks that wait in host memory")
+    add_swap_flags(group)
     for flag in ("--offload_inactive_dit", "--lazy_loading", "--force_v2_1_time_embedding"):
         group.add_argument(flag, action="store_true", help=_ALREADY_SO)
 
@@ -239,8 +240,6 @@ def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
         raise InputError(f"--dit_high_noise with --task {task.name} needs --timestep_boundary (or --task t2v-A14B)")
     if flags.fps is not None and flags.fps < 1:
         raise InputError(f"--fps {flags.fps} must be 1 or more")
-    if flags.blocks_to_swap < 0:
-        raise InputError(f"--blocks_to_swap {flags.blocks_to_swap} must be 0 or more")
     _check_models(flags)
 
 

@@ -19,6 +19,7 @@ from utils.optimizers import OptimizerConfig
 from utils.preservation import PreserveConfig
 from utils.prompts import read_prompt_file
 from utils.selective_finetune import check_slice, ids_available
+from utils.swap_flags import read_swap
 from utils.train_flags import REFUSED, add_flags
 from utils.training_config import COMPUTE_DTYPES, LogConfig, TrainConfig
 from utils.training_samples import SampleConfig
@@ -63,7 +64,9 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         max_train_epochs=flags.max_train_epochs,
         accumulation=flags.gradient_accumulation_steps,
         gradient_checkpointing=flags.gradient_checkpointing,
+        offload_block_inputs=_offloads_block_inputs(flags),
         blocks_to_swap=flags.blocks_to_swap,
+        swap=read_swap(flags),
         workers=_workers(flags),
         persistent_workers=flags.persistent_data_loader_workers,
         seed=flags.seed,
@@ -132,7 +135,7 @@ def _check_numbers(flags: Namespace) -> None:
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} must be 1 or more")
-    for name in ("blocks_to_swap", "max_data_loader_n_workers", "seed"):
+    for name in ("max_data_loader_n_workers", "seed"):
         value = getattr(flags, name)
         if value is not None and value < 0:
             raise InputError(f"--{name} {value} must be 0 or more")
@@ -344,6 +347,12 @@ def _mixed_precision(flags: Namespace) -> str:
     if precision not in COMPUTE_DTYPES:
         raise InputError(f"accelerate launch --mixed_precision {precision}: allowed are {', '.join(COMPUTE_DTYPES)}")
     return precision
+
+
+def _offloads_block_inputs(flags: Namespace) -> bool:
+    if flags.gradient_checkpointing_cpu_offload and not flags.gradient_checkpointing:
+        raise InputError("--gradient_checkpointing_cpu_offload needs --gradient_checkpointing")
+    return flags.gradient_checkpointing_cpu_offload
 
 
 def _workers(flags: Namespace) -> int:

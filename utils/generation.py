@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import outputs
-from utils.block_swap import place_model
+from utils.block_swap import check_swap, memory_line, place_model
 from utils.prompts import SamplePrompt, parse_prompt_line
 from utils.sampling import TIMESTEPS, Denoising, Sample, advance, decode_latent, encode_samples, resolve_sample
+from utils.swap_plan import SwapConfig
 from wan.configs import TASKS
 from wan.errors import InputError
 from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, load_dit, read_checkpoint_header
@@ -51,6 +52,7 @@ class GenerateConfig:
     boundary: float | None  # share of the timesteps above which dit_high_noise works
     guidance_scale_high: float | None
     blocks_to_swap: int
+    swap: SwapConfig
     device: torch.device
     dit_dtype: torch.dtype | None  # None: the file's
     vae_dtype: torch.dtype
@@ -62,6 +64,7 @@ class _Expert:
 
     path: Path
     dtype: torch.dtype
+    mapped: bool  # its weights on the CPU are the file's own bytes
     text_len: int
     guidance_scale: float | None  # None: the sample's
     t_end: float
@@ -101,7 +104,9 @@ def _read_expert(
         raise InputError(f"--blocks_to_swap {config.blocks_to_swap}: {path} has {widths.num_layers} blocks")
     dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}")
-    return _Expert(path, dtype, widths.text_len, guidance_scale, t_end)
+    mapped = file_dtype(header) == dtype
+    check_swap(widths, dtype, config.device, config.blocks_to_swap, config.swap, mapped)
+    return _Expert(path, dtype, mapped, widths.text_len, guidance_scale, t_end)
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -140,7 +145,7 @@ def _sample_all(
     denoisings = [Denoising(sample) for sample in samples]
     with tqdm(total=sum(sample.steps for sample in samples), desc="steps", unit="step") as bar:
         for expert in experts:
-            _run_expert(config, expert, denoisings, texts, bar.update)
+            _run_expert(config, expert, denoisings, texts, bar.update, say)
     return _save_all(config, denoisings, vae, say)
 
 
@@ -167,18 +172,20 @@ def _run_expert(
     denoisings: Sequence[Denoising],
     texts: Mapping[str, Tensor],
     on_step: Callable[[], object],
+    say: Callable[[str], None],
 ) -> None:
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
-    model = load_dit(expert.path, dtype=expert.dtype, device="cpu")
-    place_model(model, config.device, config.blocks_to_swap)
+    model = load_dit(expert.path, dtype=expert.dtype, read_only=True)
+    placement = place_model(model, config.device, config.blocks_to_swap, swap=config.swap, mapped=expert.mapped)
+    say(memory_line(placement, config.device))
     for denoising in denoisings:
         guidance_scale = expert.guidance_scale
         if guidance_scale is None:
             guidance_scale = denoising.sample.guidance_scale
         advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step)
-    del model
-    if config.blocks_to_swap:
+    del model, placement
+    if config.blocks_to_swap or config.swap.weights_vram:
         gc.collect()  # a swapped layer refers to itself through its forward, and the next model needs the memory
 
 

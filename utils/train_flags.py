@@ -8,6 +8,7 @@ import torch
 
 from utils.flow_matching import SAMPLINGS, WEIGHTINGS
 from utils.lr_schedules import SCHEDULES
+from utils.swap_flags import add_swap_flags
 
 VAE_DTYPES = {
     **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
@@ -24,7 +25,6 @@ _ONE_EXPERT = (
 _PICTURES = "only text-to-video trains here; leave it out"
 _HUB = "nothing is uploaded; upload the files of --output_dir yourself"
 _DDP = "no DDP wrapper is used, the slice's gradients are averaged directly; leave it out"
-_SWAP = "swapped blocks are always copied from the host to the device only; --blocks_to_swap is enough"
 
 _REFUSED_TOGETHER = {
     _ATTENTION: ("--flash_attn", "--sage_attn", "--xformers", "--flash3", "--split_attn"),
@@ -46,11 +46,9 @@ _REFUSED_TOGETHER = {
         "--async_upload",
     ),
     _DDP: ("--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
-    _SWAP: ("--use_pinned_memory_for_block_swap", "--block_swap_h2d_only", "--block_swap_ring_size"),
 }
 REFUSED = {
     **{flag: reason for reason, flags in _REFUSED_TOGETHER.items() for flag in flags},
-    "--gradient_checkpointing_cpu_offload": "use --gradient_checkpointing, and --blocks_to_swap to make room",
     "--img_in_txt_in_offloading": "it is for HunyuanVideo; use --blocks_to_swap",
     "--guidance_scale": "it is for HunyuanVideo; a sample's guidance is --l in its line of --sample_prompts",
     "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
@@ -94,7 +92,10 @@ def _add_slice_and_run(parser: ArgumentParser) -> None:
     group.add_argument("--max_train_epochs", type=int, help="decides instead of --max_train_steps")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches to an optimizer step")
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in backward")
-    group.add_argument("--blocks_to_swap", type=int, default=0, help="blocks that wait in host memory")
+    group.add_argument(
+        "--gradient_checkpointing_cpu_offload", action="store_true", help="keep their inputs on the host"
+    )
+    add_swap_flags(group)
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: the launcher's")
     group.add_argument("--seed", type=int, help="default: random, printed")
     group.add_argument("--max_data_loader_n_workers", type=int, default=8, help="processes that read caches ahead")

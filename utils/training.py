@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from utils.block_swap import checkpoint_blocks, place_model
+from utils.block_inputs import BlockInputs
+from utils.block_swap import checkpoint_blocks, memory_line, place_model
 from utils.checkpoint_metadata import checkpoint_metadata
 from utils.checkpoints import Save, remove_expired, save_after_epoch, save_after_step, save_at_end
 from utils.dataset import TrainingDataset, build_training_dataset, make_loader
@@ -40,13 +41,13 @@ from utils.training_checks import check_dataset, check_plan, latent_sizes, read_
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_debug import TrainingDebug
 from utils.training_plan import TrainingPlan, first_items, plan_training
-from utils.training_report import memory_line, plan_line, slice_lines, timestep_lines
+from utils.training_report import inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
 from utils.training_settings import deciding_settings, other_settings, start_hash
 from utils.training_state import check_state, load_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.loading import CheckpointHeader, load_dit
+from wan.loading import CheckpointHeader, file_dtype, load_dit
 from wan.model import WanModel
 
 _FRAMES_LOGGED = 4  # of a clip, in TensorBoard
@@ -116,11 +117,13 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
     preserved = _prepare_preservation(config, prompts, model_config.text_len, accelerator)
 
-    model = load_dit(config.dit, dtype=COMPUTE_DTYPES[config.mixed_precision], device="cpu")
+    model = load_dit(config.dit, dtype=COMPUTE_DTYPES[config.mixed_precision], read_only=True)
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
+    inputs = BlockInputs(len(model.blocks), accelerator.device) if config.offload_block_inputs else None
     if config.gradient_checkpointing:
-        checkpoint_blocks(model)
-    place_model(model, accelerator.device, config.blocks_to_swap, trained)
+        checkpoint_blocks(model, inputs)
+    mapped = file_dtype(header) == model.dtype
+    placement = place_model(model, accelerator.device, config.blocks_to_swap, trained, config.swap, mapped)
     optimizer = build_optimizer(config.optimizer, trained.parameters())
 
     settings |= start_hash(trained)
@@ -146,7 +149,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
     lines = slice_lines(trained, model, ledger) + preserve_lines(preserved, ledger, config.dit)
-    lines.append(memory_line(model, trained, config.blocks_to_swap, accelerator.device))
+    lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
+    if inputs is not None:
+        lines.append(inputs_line(model, dataset, batches))
     for line in [*lines, plan_line(plan, processes), *saving_lines]:
         say(line)
     _start_trackers(run)
@@ -181,7 +186,7 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
 
 
 def _prepare_preservation(
-    config: TrainConfig, prompts: Sequence[str], text_len: int, accelerator: Accelerator
+    config: TrainConfig, prompts: Sequence[Sequence[str]], text_len: int, accelerator: Accelerator
 ) -> Preservation | None:
     """One process encodes for all: the text encoder of 14B models takes 11 GB."""
     if config.preserve is None:
@@ -298,7 +303,7 @@ def _backward(
     Random numbers are the entries' own (seed, epoch, entry): a resumed run repeats them, and so does one with the same
     entries in more batches or on more processes.
     """
-    device, timesteps, rank = run.accelerator.device, run.config.timesteps, run.accelerator.process_index
+    device, timesteps = run.accelerator.device, run.config.timesteps
     latents_BCFHW = batch["latents"]
     epoch = batches_done // run.plan.batches_per_epoch
     generators = [draw_generator(run.seed, epoch, entry) for entry in batch["entries"]]
@@ -309,8 +314,8 @@ def _backward(
     pairs = [([text_SD.to(device) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
     if preserves:
         # Before the student's forward, since the teacher's weights are written into the student's.
-        prompts_of_batch = draw_generator(run.seed, "preserve", batches_done, rank)
-        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, prompts_of_batch)
+        of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
+        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, of_prompts)
         pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
     losses = torch.zeros(2, device=device)
     for number, (context, wanted_BCFHW, weight) in enumerate(pairs):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from utils.block_swap import check_swap
 from utils.checkpoints import check_saves, disk_use, planned_saves
 from utils.dataset import TrainingDataset
 from utils.flow_matching import check_timesteps
@@ -43,8 +44,10 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
             f"{dtype_name(file_dtype(header))}, since only the slice is written anew; leave it out"
         )
     model_config = config_from_header(header)
-    if config.blocks_to_swap > model_config.num_layers:
-        raise InputError(f"--blocks_to_swap {config.blocks_to_swap}: this model has {model_config.num_layers} blocks")
+    dtype = COMPUTE_DTYPES[config.mixed_precision]
+    check_swap(model_config, dtype, device, config.blocks_to_swap, config.swap, mapped=file_dtype(header) == dtype)
+    if config.offload_block_inputs and device.type == "cpu":
+        raise InputError("--gradient_checkpointing_cpu_offload has no effect where the CPU trains: leave it out")
     return header, model_config
 
 

@@ -14,6 +14,7 @@ from utils.lr_schedules import ScheduleConfig
 from utils.optimizers import OptimizerConfig
 from utils.preservation import PreserveConfig
 from utils.sources import DatasetConfig
+from utils.swap_plan import SwapConfig
 from utils.training_samples import SampleConfig
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
@@ -55,7 +56,9 @@ class TrainConfig:
     max_train_epochs: int | None = None
     accumulation: int = 1
     gradient_checkpointing: bool = False
+    offload_block_inputs: bool = False  # to the host, between forward and backward
     blocks_to_swap: int = 0
+    swap: SwapConfig = field(default_factory=SwapConfig)
     workers: int = 0
     persistent_workers: bool = False
     seed: int | None = None  # None: random

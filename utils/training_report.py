@@ -6,9 +6,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from utils.cached_items import Item
 from utils.checkpoints import DiskUse, readable
+from utils.dataset import TrainingDataset
 from utils.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
 from utils.selective_finetune import TrainedSlice, exact_fraction, ids_available
 from utils.training_plan import TrainingPlan
@@ -33,16 +34,21 @@ def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Mapping
     return [*lines, _ids_line(trained, ledger)]
 
 
-def memory_line(model: WanModel, trained: TrainedSlice, blocks_to_swap: int, device: torch.device) -> str:
-    """Where the weights lie, and what the slice needs; activations are not in it."""
-    first_swapped = len(model.blocks) - blocks_to_swap
-    swapped = sum(_weight_bytes(block) for block in model.blocks[first_swapped:])
+def slice_memory(trained: TrainedSlice, model: WanModel) -> str:
+    """What the slice needs on the device beside the weights."""
     # difference, gradient, the start values; then two fp32 values of state in Adam's family.
     slice_bytes = trained.count * (8 + model.dtype.itemsize)
+    optimizer = f"AdamW {readable(8 * trained.count)}"
+    return f"the slice takes {readable(slice_bytes)} there, {optimizer} more; activations come on top"
+
+
+def inputs_line(model: WanModel, dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> str:
+    """What the inputs of all blocks but the last take on the host, for the largest batch."""
+    tokens = max(sum(_tokens(dataset.items[number], model) for number in batch) for batch in batches)
+    size = tokens * model.config.dim * model.dtype.itemsize
     return (
-        f"memory: {readable(_all_bytes(model) - swapped)} of weights on {device}, {readable(swapped)} swapped from "
-        f"the host ({blocks_to_swap} blocks); the slice takes {readable(slice_bytes)} there, AdamW "
-        f"{readable(8 * trained.count)} more; activations come on top"
+        f"block inputs wait on the host: up to {readable((len(model.blocks) - 1) * size)} of RAM, "
+        f"{readable(2 * size)} of buffers on the device"
     )
 
 
@@ -124,10 +130,7 @@ def _ids_line(trained: TrainedSlice, ledger: Sequence[Mapping]) -> str:
     return f"after this run {last - taken} of {last} ids at ff {trained.ff} are free{following}"
 
 
-def _weight_bytes(module: nn.Module) -> int:
-    """Of its matrices, the part of a block that is swapped."""
-    return sum(linear.weight.nbytes for linear in module.modules() if isinstance(linear, nn.Linear))
-
-
-def _all_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+def _tokens(item: Item, model: WanModel) -> int:
+    width, height = item.bucket
+    frames, rows, columns = model.config.patch_size
+    return ((item.frames - 1) // 4 + 1) // frames * (height // 8 // rows) * (width // 8 // columns)

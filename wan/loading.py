@@ -1,7 +1,9 @@
 """Wan transformers from safetensors files: what a file holds, which task it fits, the model itself."""
 
 import json
+import mmap
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from wan.configs import TASKS, WanConfig
@@ -133,11 +134,17 @@ def is_fp8(header: CheckpointHeader) -> bool:
     return any(entry.dtype in FP8 for entry in header.tensors.values())
 
 
-def load_dit(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> WanModel:
+def load_dit(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    read_only: bool = False,
+) -> WanModel:
     """The frozen model of a checkpoint, all in `dtype`: the file's own by default, bfloat16 for fp8 files.
 
-    On the CPU, tensors that are in `dtype` already stay mapped from the file. Errors: as read_checkpoint_header's and
-    config_from_header's.
+    On the CPU, tensors that are in `dtype` already stay mapped from the file: a page is copied when it is written to;
+    if `read_only`, as files larger than the RAM need, nothing may be written to them. Errors: as
+    read_checkpoint_header's and config_from_header's.
     """
     header = read_checkpoint_header(path)
     config = config_from_header(header)
@@ -145,7 +152,7 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, device: str | t
         dtype = torch.bfloat16 if is_fp8(header) else file_dtype(header)
     with torch.device("meta"):
         model = WanModel(config)
-    model.load_state_dict(dict(_load_tensors(header, dtype, torch.device(device))), strict=True, assign=True)
+    model.load_state_dict(dict(_load_tensors(header, dtype, torch.device(device), read_only)), strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -259,16 +266,31 @@ def _shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
 
 
-def _load_tensors(header: CheckpointHeader, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def _load_tensors(
+    header: CheckpointHeader, dtype: torch.dtype, device: torch.device, read_only: bool
+) -> Iterator[tuple[str, Tensor]]:
     for file in header.files:
         inside = {name: entry for name, entry in header.tensors.items() if entry.file == file}
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name, entry in inside.items():
-                if not is_companion(name):
-                    yield (
-                        name,
-                        _load_tensor(opened.get_tensor(entry.key), scale_of(name, header.tensors), dtype, device),
-                    )
+        contents = _mapped(file, read_only)
+        for name, entry in inside.items():
+            if not is_companion(name):
+                scale = scale_of(name, header.tensors)
+                yield name, _load_tensor(_stored_tensor(contents, entry), scale, dtype, device)
+
+
+def _mapped(file: Path, read_only: bool) -> Tensor:
+    """The file's bytes, read as they are used."""
+    # What may be written to counts as memory from the start: Linux refuses it where the file is larger than the RAM.
+    access = mmap.ACCESS_READ if read_only else mmap.ACCESS_COPY
+    with file.open("rb") as opened, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mmap.mmap(opened.fileno(), 0, access=access), dtype=torch.uint8)
+
+
+def _stored_tensor(contents: Tensor, entry: TensorEntry) -> Tensor:
+    stored, dtype = contents[entry.start : entry.stop], DTYPES[entry.dtype]
+    aligned = entry.start % dtype.itemsize == 0  # not so in files of some writers
+    return (stored if aligned else stored.clone()).view(dtype).view(entry.shape)
 
 
 def _load_tensor(stored: Tensor, scale: TensorEntry | None, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -46,11 +46,16 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)` in float32 whatever the weight's dtype; square pieces, so that no whole float32 copy is made."""
-    pieces = max(1, layer.out_features // layer.in_features)
-    weights, biases = layer.weight.chunk(pieces), layer.bias.chunk(pieces)
-    return torch.cat([F.linear(x, w.float(), b.float()) for w, b in zip(weights, biases, strict=True)], dim=-1)
+class LinearFloat32(nn.Linear):
+    """A linear layer in float32 whatever its dtype; by `pieces` of rows, so that no whole float32 copy is made."""
+
+    def __init__(self, in_features: int, out_features: int, pieces: int = 1):
+        super().__init__(in_features, out_features)
+        self.pieces = pieces
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, biases = self.weight.chunk(self.pieces), self.bias.chunk(self.pieces)
+        return torch.cat([F.linear(x, w.float(), b.float()) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
 
 def modulated_norm(x_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -138,11 +143,11 @@ class Head(nn.Module):
         frames, rows, columns = config.patch_size
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-        self.head = nn.Linear(config.dim, frames * rows * columns * config.out_dim)
+        self.head = LinearFloat32(config.dim, frames * rows * columns * config.out_dim)
 
     def forward(self, x_BLD: Tensor, e: Tensor) -> Tensor:
         shift, scale = (self.modulation.float()[:, row] + e for row in range(2))
-        return linear_float32(self.head, modulated_norm(x_BLD, shift, scale, self.eps))
+        return self.head(modulated_norm(x_BLD, shift, scale, self.eps))
 
 
 class WanModel(nn.Module):
@@ -157,8 +162,8 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.time_embedding = nn.Sequential(LinearFloat32(config.freq_dim, dim), nn.SiLU(), LinearFloat32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), LinearFloat32(dim, 6 * dim, pieces=6))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
@@ -196,9 +201,8 @@ class WanModel(nn.Module):
         """float32 [B, T, D] for the head and [B, T, 6, D] for the blocks."""
         # Timesteps per token hold few different values, and the projection is 6*D wide.
         values, index = t.unique(return_inverse=True) if t.dim() == 2 else (t, None)
-        first, silu, second = self.time_embedding
-        e = linear_float32(second, silu(linear_float32(first, sinusoidal_embedding(values, self.config.freq_dim))))
-        e0 = linear_float32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))
+        e = self.time_embedding(sinusoidal_embedding(values, self.config.freq_dim))
+        e0 = self.time_projection(e).unflatten(-1, (6, -1))
         return (e.unsqueeze(1), e0.unsqueeze(1)) if index is None else (e[index], e0[index])
 
     def embed_text(self, context: list[Tensor]) -> Tensor:

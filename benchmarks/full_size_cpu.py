@@ -1,0 +1,194 @@
+"""Does Wan 14B train on a machine that could not hold it? On the CPU, from the checkpoint file, in a few GB of memory.
+
+Writes a random bf16 checkpoint with the official names and shapes (28.6 GB of disk), runs the training script on it for
+two steps of one 64x64 picture with all blocks swapped, and checks what the slice became. Linux only (/proc).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.cache_files import image_latents_path, text_path, write_latents, write_text  # noqa: E402
+from utils.selective_finetune import TrainedSlice, slice_indices  # noqa: E402
+from wan.configs import TASKS, WanConfig  # noqa: E402
+from wan.loading import read_checkpoint_header  # noqa: E402
+from wan.model import WanModel  # noqa: E402
+from wan.safetensors_header import read_tensor  # noqa: E402
+
+FF, FFID = "0.001", 1
+STEPS = 2
+SHIFT = 1 << 24
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(argv)
+    if flags.train:
+        train_and_keep_the_slice(flags.folder, flags.blocks_to_swap)
+        return
+    flags.folder.mkdir(parents=True, exist_ok=True)
+    config = TASKS["t2v-14B"].config
+    base = flags.folder / "random_14B_bf16.safetensors"
+    if not base.exists():
+        seconds = timed(lambda: write_random_checkpoint(base, config))
+        print(f"wrote {base}: {base.stat().st_size / 1e9:.1f} GB in {seconds:.0f} s", flush=True)
+    write_dataset(flags.folder, config)
+    before = fingerprint(base)
+    peaks, seconds = measure([sys.executable, __file__, "--train", *(argv or sys.argv[1:])])
+    report(peaks, seconds, flags.blocks_to_swap)
+    check_slice(flags.folder, base, STEPS)
+    assert fingerprint(base) == before, "the checkpoint file was written to"
+    if not flags.keep:
+        base.unlink()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint: 29 GB free")
+    parser.add_argument("--blocks_to_swap", default="40")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoint for another run")
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def timed(action) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def write_random_checkpoint(path: Path, config: WanConfig) -> None:
+    """Tensor by tensor, so that the model is never in memory; norms are 1, matrices of standard deviation 0.02."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in WanModel(config).state_dict().items()}
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, position + 2 * shape.numel()]}
+        position += 2 * shape.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    draws = random_values(max(shape.numel() for shape in shapes.values()))
+    with path.with_suffix(".tmp").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            file.write(values_of(name, shape, draws).view(torch.uint8).numpy())
+    path.with_suffix(".tmp").rename(path)
+
+
+def random_values(largest: int) -> Iterator[torch.Tensor]:
+    """Windows of one drawn table at changing places: drawing 14 billion values would take longer than the run."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(largest + SHIFT, generator=generator).mul_(0.02).bfloat16()
+    while True:
+        yield table[int(torch.randint(SHIFT, (), generator=generator)) :]
+
+
+def values_of(name: str, shape: torch.Size, draws: Iterator[torch.Tensor]) -> torch.Tensor:
+    if "norm" in name and name.endswith("weight"):
+        return torch.ones(shape.numel(), dtype=torch.bfloat16)
+    return next(draws)[: shape.numel()]
+
+
+def write_dataset(folder: Path, config: WanConfig) -> None:
+    """One captioned 64x64 picture, with caches of random latents and text."""
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64)).save(pictures / "a.png")
+    (pictures / "a.txt").write_text("a")
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(16, 1, 8, 8, generator=generator).bfloat16()
+    write_latents(image_latents_path(pictures, "a", (64, 64)), latents, (64, 64))
+    write_text(text_path(pictures, "a"), torch.randn(20, config.text_dim, generator=generator).bfloat16(), "a")
+    table = {"image_directory": pictures.as_posix(), "caption_extension": ".txt", "resolution": [64, 64]}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    (folder / "data.toml").write_text("\n".join(["[[datasets]]", *lines]))
+
+
+def train_and_keep_the_slice(folder: Path, blocks_to_swap: str) -> None:
+    """The training script itself, but that a save keeps the slice's values alone: a checkpoint has 28.6 GB."""
+    from wan_train_network import main as train_script
+
+    def keep_slice(trained: TrainedSlice, *_, **__) -> None:
+        values = {f"difference.{name}": matrix.difference.detach() for name, matrix in trained.matrices.items()}
+        values |= {f"start.{name}": matrix.start for name, matrix in trained.matrices.items()}
+        save_file(values, folder / "slice.safetensors")
+
+    TrainedSlice.save_checkpoint = keep_slice
+    train_script([
+        *("--task", "t2v-14B", "--dit", str(folder / "random_14B_bf16.safetensors"), "--ff", FF, "--ffid", str(FFID)),
+        *("--dataset_config", str(folder / "data.toml"), "--output_dir", str(folder), "--output_name", "full_size"),
+        *("--mixed_precision", "bf16", "--gradient_checkpointing", "--max_train_steps", str(STEPS), "--seed", "1"),
+        *("--learning_rate", "1e-4", "--max_data_loader_n_workers", "0", "--logging_dir", str(folder / "logs")),
+        *("--blocks_to_swap", blocks_to_swap, "--host_weights", "mapped"),
+    ])  # fmt: skip
+
+
+def measure(command: Sequence[str]) -> tuple[dict[str, int], float]:
+    """The command's peaks of memory in bytes, by kind, and the seconds that it took."""
+    started = time.perf_counter()
+    child = subprocess.Popen(command)
+    peaks = {"RssAnon": 0, "RssShmem": 0, "RssFile": 0}
+    while child.poll() is None:
+        for kind, size in memory_of(child.pid).items():
+            peaks[kind] = max(peaks[kind], size)
+        time.sleep(0.05)
+    if child.returncode:
+        sys.exit(f"training ended with code {child.returncode}")
+    return peaks, time.perf_counter() - started
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Bytes that the process holds now; nothing where it has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except ProcessLookupError:
+        return {}
+    pairs = [line.split(":") for line in lines if line.startswith(("RssAnon", "RssShmem", "RssFile"))]
+    return {kind: int(size.split()[0]) * 1024 for kind, size in pairs}
+
+
+def fingerprint(path: Path) -> tuple[int, int]:
+    return path.stat().st_mtime_ns, path.stat().st_size
+
+
+def check_slice(folder: Path, base: Path, steps: int) -> None:
+    """Every matrix has its share; it began with the file's values, and every step moved it by about the rate."""
+    found = load_file(folder / "slice.safetensors")
+    names = sorted(name.removeprefix("start.") for name in found if name.startswith("start."))
+    assert len(names) == 400, len(names)
+    tensors = read_checkpoint_header(base).tensors
+    for name in names[::13]:
+        weight = read_tensor(tensors[name])
+        expected = weight.flatten()[slice_indices(name, weight.shape, FF, FFID)]
+        assert torch.equal(found[f"start.{name}"], expected), name
+    moved = torch.cat([found[f"difference.{name}"] for name in names])
+    assert moved.isfinite().all() and len(moved) == 14_050_720, len(moved)
+    share, farthest = (moved != 0).float().mean().item(), moved.abs().max().item()
+    print(f"the slice: {len(moved):,} values in {len(names)} matrices, {share:.1%} moved, by up to {farthest:.1e}")
+    assert share > 0.9 and farthest < 1.5e-4 * steps
+
+
+def report(peaks: dict[str, int], seconds: float, blocks_to_swap: str) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    print()
+    print(f"| {STEPS} steps, {blocks_to_swap} blocks swapped, {os.cpu_count()} cores, {memory:.0f} GiB of RAM | |")
+    print("|---|---|")
+    print(f"| time, with loading | {seconds / 60:.1f} minutes |")
+    print(f"| peak anonymous memory | {peaks['RssAnon'] / 1e9:.2f} GB |")
+    print(f"| peak shared memory | {peaks['RssShmem'] / 1e9:.2f} GB |")
+    print(f"| peak of the file's pages (the system may take them back) | {peaks['RssFile'] / 1e9:.2f} GB |")
+
+
+if __name__ == "__main__":
+    main()

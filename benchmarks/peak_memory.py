@@ -1,0 +1,210 @@
+"""How much device memory does a training step of Wan 14B take? Counted, not measured, so that no GPU is needed.
+
+The full-size model runs on the `meta` device, where tensors have shapes and no bytes, through the same placing,
+streaming and training code; the storages that are alive are added up. Attention is a stand-in that keeps what a flash
+kernel keeps.
+What a GPU adds: its context (0.3-0.6 GB) and scratch memory inside kernels.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from live_bytes import LiveBytes  # noqa: E402
+
+import wan.model  # noqa: E402
+from utils.block_inputs import BlockInputs  # noqa: E402
+from utils.block_swap import checkpoint_blocks, place_model  # noqa: E402
+from utils.selective_finetune import attach_slice  # noqa: E402
+from utils.swap_backend import HostBackend  # noqa: E402
+from utils.swap_plan import SwapConfig  # noqa: E402
+from utils.weight_streamer import Traffic  # noqa: E402
+from wan.configs import TASKS  # noqa: E402
+
+META = torch.device("meta")
+IMAGE, CLIP = (1, 64, 64), (21, 60, 104)  # latents: one 512x512 frame, 81 frames of 832x480
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    latents: tuple[int, int, int]  # frames, height, width
+    blocks_to_swap: int
+    ring_blocks: int = 2
+    offload_inputs: bool = False
+    limit: float | None = None  # GB, the figure to reach
+
+
+CASES = (
+    Case("512x512x1, S = 0", IMAGE, 0, limit=29.7),
+    Case("512x512x1, S = 24", IMAGE, 24, limit=12.9),
+    Case("512x512x1, S = 40, ring of 2 blocks", IMAGE, 40, limit=2.5),
+    Case("512x512x1, S = 40, one block-sized buffer", IMAGE, 40, ring_blocks=1, limit=1.8),
+    Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, limit=13.0),
+    Case("832x480x81, S = 40", CLIP, 40),
+)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes on the device: placed, and at the highest point of each part of a step; bytes copied to it by the step."""
+
+    placed: int
+    forward: int
+    backward: int
+    update: int
+    sampling: int
+    copied: int
+
+    @property
+    def highest(self) -> int:
+        return max(self.forward, self.backward, self.update, self.sampling)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ff", default="0.001")
+    parser.add_argument("--blocks", type=int, default=40, help="of the model (fewer: only to see that it works)")
+    flags = parser.parse_args(argv)
+    print(
+        "| Wan 14B, bf16, ff "
+        + flags.ff
+        + " | placed | forward | backward | update | sampling | peak | to reach | copied |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for case in CASES:
+        peaks = measure(case, flags.ff, flags.blocks)
+        cells = [peaks.placed, peaks.forward, peaks.backward, peaks.update, peaks.sampling]
+        limit = "" if case.limit is None else f"{case.limit:.1f}"
+        row = " | ".join(f"{size / 1e9:.2f}" for size in cells)
+        print(
+            f"| {case.name} | {row} | **{peaks.highest / 1e9:.2f} GB** | {limit} | {peaks.copied / 1e9:.1f} GB |",
+            flush=True,
+        )
+
+
+class DeviceBytes(LiveBytes):
+    """Live bytes without those of tensors that stand for host memory."""
+
+    def __init__(self, host: Sequence[Tensor]):
+        super().__init__()
+        self.host = list(host)  # held, so that no other storage gets one of their keys
+        self._host_keys = {tensor.untyped_storage()._cdata for tensor in self.host}
+
+    def leave_out(self, tensor: Tensor) -> None:
+        self.host.append(tensor)
+        key = tensor.untyped_storage()._cdata
+        self._host_keys.add(key)
+        self.live -= self._sizes[key]
+
+    def add(self, *tensors: Tensor) -> None:
+        super().add(*(t for t in tensors if t.is_meta and t.untyped_storage()._cdata not in self._host_keys))
+
+
+class MetaBackend(HostBackend):
+    """The meta device with host memory beside it."""
+
+    def __init__(self, count: "DeviceBytes | None" = None):
+        super().__init__(META)
+        self.count = count
+
+    def host_buffer(self, size: int) -> Tensor:
+        buffer = super().host_buffer(size)
+        self.count.leave_out(buffer)
+        return buffer
+
+
+def measure(case: Case, ff: str = "0.001", blocks: int = 40) -> Peaks:
+    """The peaks of the third step, and of a sampling pass after it."""
+    config = TASKS["t2v-14B"].config
+    config = wan.model.WanConfig(**{**vars(config), "num_layers": blocks})
+    with META:
+        model = wan.model.WanModel(config).bfloat16().requires_grad_(False)
+    count = DeviceBytes([parameter.data for parameter in model.parameters()])
+    backend = MetaBackend(count)
+    real_attention, wan.model.attention = wan.model.attention, flash_like_attention
+    try:
+        with count:
+            trained = attach_slice(model, ff, 1, device=META)
+            inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
+            checkpoint_blocks(model, inputs)
+            swap = SwapConfig(ring_blocks=case.ring_blocks)
+            placement = place_model(
+                model, META, min(case.blocks_to_swap, blocks), trained, swap, mapped=True, backend=backend
+            )
+            optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+            count.add(*model.parameters())
+            placed = count.live
+            traffic = placement.streamer.traffic if placement.streamer else Traffic()
+            for _ in range(3):  # one to learn the order, one to fill what the next one begins with
+                before = traffic.bytes
+                forward, backward, update = step(model, trained, optimizer, case.latents, count)
+            copied = traffic.bytes - before
+            sampling = peak_of(count, lambda: sample(model, case.latents))
+    finally:
+        wan.model.attention = real_attention
+    return Peaks(placed, forward, backward, update, sampling, copied)
+
+
+def step(model, trained, optimizer, latents, count: DeviceBytes) -> tuple[int, int, int]:
+    losses = []
+    forward = peak_of(count, lambda: losses.append(predict(model, latents).square().mean()))
+    backward = peak_of(count, lambda: losses.pop().backward())
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        trained.write_back()
+
+    return forward, backward, peak_of(count, update)
+
+
+def peak_of(count: DeviceBytes, action) -> int:
+    count.restart_peak()
+    action()
+    return count.peak
+
+
+@torch.no_grad()
+def sample(model, latents) -> None:
+    predict(model, latents)
+
+
+def predict(model, latents: tuple[int, int, int]) -> Tensor:
+    x = torch.empty(1, 16, *latents, device=META)
+    return model(x, torch.empty(1, device=META), [torch.empty(40, 4096, dtype=torch.bfloat16, device=META)])
+
+
+class _FlashLike(torch.autograd.Function):
+    """Keeps q, k, v, the output and one float32 per head and token; backward adds up dq in float32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, _, _ = ctx.saved_tensors
+        sum_dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        return sum_dq.to(q.dtype), torch.empty_like(k), torch.empty_like(v)
+
+
+def flash_like_attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
+    return _FlashLike.apply(q_BLNK, k_BSNK, v_BSNK).flatten(2)
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    main()
+    print(f"\n{time.perf_counter() - started:.0f} s")

@@ -1,0 +1,246 @@
+"""Streamed blocks against resident ones: the same bits for every budget and timing, and no byte copied twice."""
+
+import gc
+
+import pytest
+import torch
+from fake_device import TIMINGS, FakeDevice
+from torch import nn
+
+from utils.block_swap import checkpoint_blocks, memory_line, place_model, weight_sizes
+from utils.checkpoints import readable
+from utils.selective_finetune import attach_slice, block_linears
+from utils.swap_plan import SwapConfig
+from utils.weight_streamer import WeightStreamer
+from wan.configs import WanConfig
+from wan.model import WanModel
+
+BLOCKS = 5
+TINY = WanConfig("t2v", 48, 96, 4, BLOCKS, 4, 4, text_dim=24, freq_dim=32, text_len=7)
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    model = WanModel(TINY).to(torch.bfloat16).requires_grad_(False)
+    nn.init.normal_(model.head.head.weight, std=0.1)
+    return model
+
+
+def loss_of(model, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x, target = torch.randn(2, 2, 4, 1, 4, 4, generator=draw)
+    context = [torch.randn(n, 24, generator=draw) for n in (3, 7)]
+    return (model(x, torch.tensor([300.0, 800.0]), context) - target).square().mean()
+
+
+class Run:
+    """A tiny training run, its blocks on a fake device."""
+
+    def __init__(self, backend=None, swapped=0, checkpointed=True, ff="0.02", host_weights="pinned", **swap):
+        self.backend = backend or FakeDevice()
+        self.model = tiny_model()
+        self.trained = attach_slice(self.model, ff, 1)
+        if checkpointed:
+            checkpoint_blocks(self.model)
+        config = SwapConfig(host_weights=host_weights, **swap)
+        self.placement = place_model(self.model, "cpu", swapped, self.trained, config, True, self.backend)
+        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1e-2)
+
+    def step(self, seed, accumulate=1):
+        losses = []
+        for part in range(accumulate):
+            loss = loss_of(self.model, 10 * seed + part)
+            loss.backward()
+            losses.append(loss.item())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.trained.write_back()
+        return losses
+
+    def train(self, steps=4):
+        losses = [self.step(seed) for seed in range(steps)]
+        return losses, [parameter.detach().clone() for parameter in self.trained.parameters()]
+
+    def traffic(self, action):
+        """Bytes copied and misses during `action`."""
+        before = self.placement.streamer.traffic
+        copied, misses = before.bytes, before.misses
+        action()
+        return before.bytes - copied, before.misses - misses
+
+
+def same(run, other):
+    return run[0] == other[0] and all(torch.equal(a, b) for a, b in zip(run[1], other[1], strict=True))
+
+
+@pytest.fixture(scope="module")
+def resident():
+    return {checkpointed: Run(checkpointed=checkpointed).train() for checkpointed in (False, True)}
+
+
+SIZES = weight_sizes(tiny_model())
+BUDGETS = {
+    "0.3 blocks": {"weights_vram": SIZES.small + int(0.3 * SIZES.block)},
+    "0.7 blocks": {"weights_vram": SIZES.small + int(0.7 * SIZES.block)},
+    "1 block": {"swapped": BLOCKS, "ring_blocks": 1},
+    "1.5 blocks": {"weights_vram": SIZES.small + int(1.5 * SIZES.block)},
+    "2 blocks": {"swapped": BLOCKS},
+    "N-1 blocks": {"swapped": 1},
+    "N blocks": {"swapped": BLOCKS, "ring_blocks": BLOCKS},
+    "all in bytes": {"weights_vram": SIZES.small + SIZES.outside + BLOCKS * SIZES.block},
+}
+
+
+@pytest.fixture(autouse=True)
+def uses_are_told(monkeypatch):
+    """The fake device learns what computing reads, so that it notices a copy into it."""
+    use = WeightStreamer.use
+
+    def told(streamer, weight):
+        used = use(streamer, weight)
+        streamer.backend.used(used)
+        return used
+
+    monkeypatch.setattr(WeightStreamer, "use", told)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "not checkpointed"])
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_budget_and_timing_trains_bit_for_bit_like_a_resident_model(budget, timing, checkpointed, resident):
+    run = Run(FakeDevice(timing), checkpointed=checkpointed, **BUDGETS[budget])
+    assert same(run.train(), resident[checkpointed])
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("gpu", [True, False], ids=["through buffers", "directly"])
+@pytest.mark.parametrize("mode", ["mapped", "staged"])
+def test_copies_in_the_background_train_like_a_resident_model(mode, gpu, timing, resident):
+    run = Run(FakeDevice(timing, page_locks=gpu), BLOCKS, host_weights=mode)
+    assert same(run.train(), resident[True])
+
+
+def test_where_page_locks_fail_the_run_goes_on_staged(resident):
+    run = Run(FakeDevice(locks=0), BLOCKS)
+    assert run.placement.host_mode == "staged" and same(run.train(), resident[True])
+
+
+@pytest.mark.parametrize(("swapped", "ring"), [(1, 2), (2, 2), (3, 1), (4, 1), (4, 2), (3, 3)])
+def test_a_step_copies_twice_what_does_not_fit_and_nothing_back(swapped, ring):
+    run = Run(FakeDevice("random"), swapped, ring_blocks=ring)
+    buffers = max(BLOCKS - swapped, ring)
+    first, _ = run.traffic(lambda: run.step(0))
+    assert first == (2 * (BLOCKS - buffers) + min(buffers, ring)) * SIZES.block
+    for seed in (1, 2, 3):
+        assert run.traffic(lambda seed=seed: run.step(seed)) == (2 * (BLOCKS - buffers) * SIZES.block, 0)
+    assert sum(size for _, size in run.backend.copied) == run.placement.streamer.traffic.bytes
+
+
+def test_with_all_blocks_what_lies_outside_streams_too_at_the_price_of_two_matrices():
+    run = Run(FakeDevice("random"), BLOCKS)
+    run.train(3)
+    copied, misses = run.traffic(lambda: run.step(4))
+    # Used once a step, it passes through two slots, whose matrices have to come again.
+    passing = SIZES.outside + 2 * 48 * 48 * 2
+    assert (copied, misses) == (2 * (BLOCKS - 2) * SIZES.block + passing, 0)
+
+
+def pass_without_gradient(run, strength=1.0):
+    with torch.no_grad(), run.trained.at_strength(strength):
+        return loss_of(run.model, 99).item()
+
+
+def fail_in_the_middle(run):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = run.model.blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss_of(run.model, 98)
+    hook.remove()
+
+
+def skip_a_block(run):
+    skipped, run.model.blocks[1].forward = run.model.blocks[1].forward, lambda x, *_: x
+    loss_of(run.model, 97).backward()
+    run.optimizer.zero_grad()
+    run.model.blocks[1].forward = skipped
+
+
+INTERRUPTIONS = {
+    "a sample": pass_without_gradient,
+    "the teacher": lambda run: pass_without_gradient(run, 0.0),
+    "no backward": lambda run: loss_of(run.model, 96).item(),
+    "an exception": fail_in_the_middle,
+    "a skipped block": skip_a_block,
+    "accumulation": lambda run: run.step(5, accumulate=3),
+}
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
+def test_after_an_interruption_training_goes_on_bit_for_bit_and_finds_its_order_again(interrupt, timing):
+    results = []
+    for swapped in (0, 3):
+        run = Run(FakeDevice(timing), swapped)
+        run.train(2)
+        seen = interrupt(run)
+        results.append((seen, run.train(3)))
+    assert results[0][0] == results[1][0] and same(results[0][1], results[1][1])
+    assert run.traffic(lambda: run.step(9)) == (2 * 3 * SIZES.block, 0)
+
+
+def test_steps_with_a_teacher_pass_before_each_copy_nothing_late():
+    run = Run(FakeDevice("random"), 3)
+    for seed in range(3):
+        pass_without_gradient(run, 0.0)
+        run.step(seed)
+    # Forward only: every block that streams, but for those that are still there from the pass before.
+    assert run.traffic(lambda: pass_without_gradient(run, 0.0)) == (3 * SIZES.block, 0)
+    assert run.traffic(lambda: run.step(8)) == (2 * 3 * SIZES.block, 0)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "not checkpointed"])
+def test_autograd_keeps_no_weight(checkpointed):
+    run = Run(swapped=BLOCKS, checkpointed=checkpointed)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        loss_of(run.model, 0).backward()
+    matrices = {linear.weight.shape for linear in block_linears(run.model).values()}
+    assert matrices.isdisjoint(saved) and matrices.isdisjoint(shape[::-1] for shape in saved)
+
+
+def test_weights_without_a_slice_stream_too():
+    losses = []
+    for swapped in (0, BLOCKS):
+        run = Run(FakeDevice("lazy"), swapped, ff="0.0003")  # less than a value of the smaller matrices
+        assert len(run.trained.matrices) == 2 * BLOCKS
+        losses.append(run.train(3))
+    assert same(*losses)
+
+
+def test_nothing_is_written_into_the_masters():
+    run = Run(FakeDevice("lazy"), BLOCKS)
+    before = {name: parameter.clone() for name, parameter in tiny_model().named_parameters()}
+    run.train(2)
+    after = dict(run.model.named_parameters())
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
+
+
+def test_the_line_tells_what_is_where():
+    placement = Run(swapped=BLOCKS).placement
+    line = memory_line(placement, torch.device("cpu"))
+    buffers = readable(2 * SIZES.block)
+    assert f"{readable(SIZES.small + 2 * SIZES.block)} of weights on cpu, buffers of {buffers}" in line
+    assert f"5 blocks ({readable(BLOCKS * SIZES.block + SIZES.outside)}) stream from page-locked RAM (" in line
+
+
+@pytest.mark.parametrize("mode", ["pinned", "staged"])
+def test_a_model_that_goes_waits_for_its_copies_and_leaves_nothing_locked(mode):
+    device = FakeDevice("lazy")
+    run = Run(device, BLOCKS, host_weights=mode)
+    run.train(3)
+    assert device.queue or mode == "staged"  # what the next pass would need first
+    del run
+    gc.collect()
+    assert device.queue == [] and device.locked == {}

@@ -1,0 +1,118 @@
+"""Where streamed weights wait: the choice, page locks and their failures, staging through small buffers."""
+
+import gc
+
+import pytest
+import torch
+from fake_device import TIMINGS, FakeDevice
+
+from utils import host_memory, host_store
+from utils.host_store import BackgroundCopies, LockedMemory, choose_mode, make_host_store
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("mode", "total", "gpu", "mapped", "available", "cheap"),
+    [
+        ("pinned", 17, True, True, 30, True),
+        ("mapped", 28, True, True, 30, True),  # would not leave the system its share
+        ("staged", 28, True, False, 30, True),  # cast weights are in RAM already
+        ("staged", 17, True, True, 60, False),  # Windows: page locks count as GPU memory
+        ("mapped", 28, True, True, 30, False),
+        ("mapped", 17, False, True, 60, True),  # on a CPU
+        ("staged", 17, False, False, 60, True),
+    ],
+)
+def test_the_mode_follows_memory_platform_and_device(mode, total, gpu, mapped, available, cheap):
+    assert choose_mode(total * GB, gpu, mapped, available * GB, cheap) == mode
+
+
+def weights(count=6, size=5000):
+    return [torch.randn(size // 2 + i, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(count)]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(host_store, "PIECE_BYTES", 3 * 5376)
+
+
+def test_page_locks_are_pieces_of_whole_weights_and_go_with_the_store(small_pieces):
+    device = FakeDevice(page_locks=True)
+    store = make_host_store(weights(), "pinned", device, mapped=True)
+    assert store.mode == "pinned" and store.note == "" and len(device.locked) == 2
+    for stored, weight in zip(store.weights, weights(), strict=True):
+        assert torch.equal(stored, weight)
+        inside = [a for a, size in device.locked.items() if a <= stored.data_ptr() <= a + size - stored.nbytes]
+        assert len(inside) == 1 and stored.data_ptr() % 256 == 0
+    assert all(address % 4096 == 0 and size % 4096 == 0 for address, size in device.locked.items())
+    del store, stored
+    gc.collect()
+    assert device.locked == {}
+
+
+def test_no_piece_is_as_large_as_a_gibibyte():
+    sizes = [702_545_920] * 3 + [141_557_760] * 20
+    pieces = host_store._pieces([torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes])
+    assert max(sum(weight.nbytes for weight in piece) for piece in pieces) < 2**30
+    assert [weight.nbytes for piece in pieces for weight in piece] == sizes
+
+
+@pytest.mark.parametrize("locks", [0, 1])
+def test_a_page_lock_that_fails_ends_in_staging_with_nothing_locked(locks, small_pieces):
+    device = FakeDevice(page_locks=True, locks=locks)
+    store = make_host_store(weights(), "pinned", device, mapped=True)
+    assert store.mode == "staged" and "ulimit -l" in store.note and device.locked == {}
+    assert len(device.lock_calls) == locks + 1  # none is tried after the failure
+    assert all(torch.equal(a, b) for a, b in zip(store.weights, weights(), strict=True))
+
+
+def test_mapped_weights_stay_in_place_and_staged_ones_are_copied():
+    for mode, in_place in {"mapped": True, "staged": False}.items():
+        given = weights()
+        store = make_host_store(given, mode, FakeDevice(page_locks=True), mapped=True)
+        assert all((a.data_ptr() == b.data_ptr()) == in_place for a, b in zip(store.weights, given, strict=True))
+        assert store.bytes == (0 if in_place else sum(weight.nbytes for weight in given))
+
+
+def test_locked_memory_is_locked_once_and_freed_after_its_lock():
+    device = FakeDevice(page_locks=True)
+    memory = LockedMemory(device)
+    region = memory.region(10_000)
+    assert region.nbytes >= 10_000 and device.locked == {region.data_ptr(): region.nbytes}
+    memory.release()
+    assert device.locked == {}
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_staging_brings_weights_larger_than_its_buffers(timing, monkeypatch):
+    monkeypatch.setattr(host_store, "STAGING_BYTES", 1024)
+    device = FakeDevice(timing)
+    link, targets = BackgroundCopies(device), [torch.zeros_like(weight) for weight in weights()]
+    pairs = zip(targets, weights(), strict=True)
+    copies = [link.copy(target, weight, device.mark()) for target, weight in pairs]
+    for copied in reversed(copies):
+        link.wait(copied)
+    assert all(torch.equal(a, b) for a, b in zip(targets, weights(), strict=True))
+
+
+def test_a_failure_in_the_staging_thread_is_not_lost():
+    link = BackgroundCopies(FakeDevice(page_locks=True))
+    copied = link.copy(torch.zeros(4), torch.zeros(5), FakeDevice().mark())
+    with pytest.raises(RuntimeError):
+        link.wait(copied)
+
+
+def test_the_room_in_a_container_counts_not_the_machine(tmp_path):
+    (tmp_path / "memory.max").write_text("8000\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 1500\n")
+    assert host_memory._cgroup_room(tmp_path) == 8000 - (5000 - 1500)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory._cgroup_room(tmp_path) >= 10**18
+
+
+def test_local_processes_share_the_memory(monkeypatch):
+    monkeypatch.setattr(host_memory, "_cgroup_room", lambda root: 10_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert host_memory.available_bytes() == 2500

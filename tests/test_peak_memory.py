@@ -1,0 +1,40 @@
+"""The counted device memory of the full-size model: the figures that the README promises."""
+
+import pytest
+from peak_memory import CASES, CLIP, IMAGE, Case, measure
+
+BLOCK = 2 * (8 * 5120 * 5120 + 2 * 5120 * 13824)
+SQUARE = 2 * 5120 * 5120
+OUTSIDE = 2 * (5120 * 256 + 7 * 5120 * 5120 + 5120 * 4096 + 5120 * 5120)
+U = 2 * 1024 * 5120  # one activation of a 512x512 picture
+FEW = 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case.limit], ids=lambda case: case.name)
+def test_wan_14b_stays_within_the_promised_memory(case):
+    assert measure(case).highest <= case.limit * 1e9
+
+
+def test_weights_on_the_device_are_the_buffers_and_what_is_small():
+    """And what is copied to it is twice what they do not hold, with what lies outside once."""
+    for swapped, ring, blocks, outside in ((0, 2, FEW, OUTSIDE), (2, 1, 1, OUTSIDE), (3, 2, 2, 0), (3, 1, 1, 0)):
+        peaks = measure(Case("", IMAGE, swapped, ring), blocks=FEW)
+        slice_bytes = (4 + 2) * FEW * BLOCK // 2 // 1000  # difference and start
+        assert 0 < peaks.placed - blocks * BLOCK - outside - slice_bytes < 8e6
+        passing = 0 if outside else OUTSIDE + 2 * SQUARE
+        assert peaks.copied == 2 * (FEW - blocks) * BLOCK + passing
+        # One block's backward, the inputs of all; gradients, and 0.2 GB that is in use before them at the most.
+        assert peaks.highest - peaks.placed < (FEW + 33) * U + 0.05e9
+
+
+def test_the_time_path_and_the_text_do_not_set_the_peak():
+    alone = measure(Case("", IMAGE, 1, 1), blocks=1)
+    assert alone.forward - alone.placed < (1 + 31) * U
+
+
+def test_block_inputs_on_the_host_leave_a_few_of_them_on_the_device():
+    on_device, on_host = (measure(Case("", CLIP, 8, offload_inputs=offload), blocks=8) for offload in (False, True))
+    u = 2 * 32_760 * 5120
+    assert 5 * u <= on_device.backward - on_host.backward <= 6 * u
+    assert on_device.update <= on_host.update <= on_device.update + 2 * u

@@ -1,0 +1,173 @@
+"""The flags of block swapping, and whole runs with them: the same checkpoint, the base untouched, little memory."""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
+
+from utils.block_swap import weight_sizes
+from utils.cli_train import parse_train
+from utils.swap_flags import add_swap_flags, read_swap, size
+from utils.swap_plan import SwapConfig
+from wan.errors import InputError
+from wan.model import WanModel
+
+BF16 = ("--mixed_precision", "bf16", "--gradient_checkpointing")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_dit(folder / "base.safetensors")
+    write_dataset(folder)
+    return folder
+
+
+def swap(*given):
+    parser = argparse.ArgumentParser()
+    add_swap_flags(parser)
+    return read_swap(parser.parse_args(given))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("2GB", 2e9), ("1.8G", 1.8e9), ("1500 MB", 1.5e9), ("900m", 9e8), ("1GiB", 2**30), ("700000000", 7e8)],
+)
+def test_sizes_are_read_as_people_write_them(text, count):
+    assert size(text) == count
+
+
+@pytest.mark.parametrize("text", ["two", "2TBB", "", "-1G", "1.5.2G", "iB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="no size: write 2GB"):
+        size(text)
+
+
+def test_flags_of_musubi_tuner_mean_what_they_meant():
+    musubi = ["--use_pinned_memory_for_block_swap", "--block_swap_h2d_only", "--block_swap_ring_size", "3"]
+    assert swap("--blocks_to_swap", "24", *musubi) == SwapConfig(ring_blocks=3, host_weights="pinned")
+    assert swap("--blocks_to_swap", "24") == swap() == SwapConfig()
+    assert swap("--weights_vram", "2G", "--host_weights", "mapped") == SwapConfig(2, 2 * 10**9, "mapped")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--blocks_to_swap -1", "0 or more"),
+        ("--blocks_to_swap 2 --block_swap_ring_size 0", "1 or more"),
+        ("--blocks_to_swap 2 --weights_vram 2G", "give one of them"),
+        ("--weights_vram 2G --block_swap_ring_size 1", "leave it out"),
+        ("--blocks_to_swap 2 --use_pinned_memory_for_block_swap --host_weights mapped", "contradicts"),
+        ("--use_pinned_memory_for_block_swap", "no effect without --blocks_to_swap"),
+        ("--block_swap_h2d_only", "no effect without --blocks_to_swap"),
+        ("--block_swap_ring_size 2", "no effect without --blocks_to_swap"),
+        ("--host_weights staged", "no effect without --blocks_to_swap"),
+    ],
+)
+def test_flags_that_contradict_or_do_nothing_are_refused(given, told):
+    with pytest.raises(InputError, match=told):
+        swap(*given.split())
+
+
+def test_block_inputs_go_to_the_host_of_checkpointed_runs_only(folder):
+    offload = "--gradient_checkpointing_cpu_offload"
+    assert parse_train(flags(folder, *BF16, offload)).offload_block_inputs
+    with pytest.raises(InputError, match="needs --gradient_checkpointing"):
+        parse_train(flags(folder, offload))
+
+
+def test_what_the_device_cannot_do_is_refused_before_the_model_loads(folder):
+    write_dit(folder / "wide.safetensors", torch.float32)
+    for more, told in {
+        ("--blocks_to_swap", "2", "--use_pinned_memory_for_block_swap"): "the device is cpu",
+        ("--blocks_to_swap", "2", "--host_weights", "mapped", "--dit", f"{folder}/wide.safetensors"): "cast at load",
+        ("--weights_vram", "20kB"): "at the least",
+        ("--gradient_checkpointing_cpu_offload",): "no effect where the CPU trains",
+    }.items():
+        with pytest.raises(InputError, match=told):
+            run(folder, *BF16, *more)
+
+
+def hash_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def with_models(folder):
+    return [*write_sample_models(folder), "--vae_dtype", "fp32", "--sample_every_n_steps", "2"]
+
+
+def test_swapped_runs_with_samples_write_the_checkpoint_of_a_resident_one(folder):
+    """Every way to keep weights; samples are drawn between steps, with the teacher of none."""
+    more = [*BF16, *with_models(folder), "--max_train_epochs", "1"]
+    base = hash_of(folder / "base.safetensors")
+    run(folder, *more, "--output_name", "plain")
+    with torch.device("meta"):
+        sizes = weight_sizes(WanModel(CONFIG).bfloat16())
+    vram = str(sizes.small + sizes.block * 7 // 10)
+    ways = {
+        "mapped": ("--blocks_to_swap", "2"),
+        "ring": ("--blocks_to_swap", "2", "--block_swap_ring_size", "1", "--host_weights", "staged"),
+        "single": ("--blocks_to_swap", "1"),
+        "bytes": ("--weights_vram", vram),
+    }
+    for name, way in ways.items():
+        lines = run(folder, *more, *way, "--output_name", name)
+        assert any("stream from" in line for line in lines)
+        plain, swapped = (read_tensors(folder / "out" / f"{stem}.safetensors") for stem in ("plain", name))
+        assert plain == swapped, name
+        pictures = [sorted((folder / "out" / "sample").glob(f"{stem}_*")) for stem in ("plain", name)]
+        assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]] != []
+    assert hash_of(folder / "base.safetensors") == base
+
+
+def read_tensors(path):
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content[start:]
+
+
+PROBE = """
+import json, sys, torch
+from pathlib import Path
+from utils.block_swap import checkpoint_blocks, place_model
+from utils.selective_finetune import attach_slice
+from wan.loading import load_dit
+
+def anonymous():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+torch.set_num_threads(1)
+before = anonymous()
+model = load_dit(sys.argv[1], torch.bfloat16, read_only=True)
+trained = attach_slice(model, "0.001", 1)
+checkpoint_blocks(model)
+place_model(model, "cpu", len(model.blocks), trained, mapped=True)
+optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+for _ in range(2):
+    model(torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), [torch.randn(4, 64)]).square().mean().backward()
+    optimizer.step()
+    trained.write_back()
+print(json.dumps(anonymous() - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_mapped_model_takes_no_memory_of_its_own(tmp_path):
+    """640 MB of weights in 20 blocks: two of them in buffers, and what a step needs besides."""
+    path = tmp_path / "base.safetensors"
+    config = CONFIG.__class__("t2v", 1024, 2048, 8, 20, 16, 16, text_dim=64, freq_dim=256, text_len=8)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in WanModel(config).state_dict().items()}
+    save_file({name: torch.ones(shape).mul_(0.01).bfloat16() for name, shape in shapes.items()}, path)
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", PROBE, str(path)], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert path.stat().st_size > 500e6 and json.loads(done.stdout) < 200e6
