@@ -31,14 +31,14 @@ PLACES = 3  # of a picture, at which its loss is measured
 TARGET_LOSS = 0.15  # of the concept outside the ten, at which methods are compared: the base's on what it knows
 LEARN = {
     "slices": methods.disjoint_slices,
-    "one_slice": methods.one_slice,
-    "whole_tensors": methods.whole_tensors,
     "lora": methods.lora,
+    "one_slice": methods.one_slice,
     "full": methods.everything,
+    "whole_tensors": methods.whole_tensors,
     "lora_apart": methods.lora,
 }
 APART = "lora_apart"
-ROWS = [*LEARN, *(f"{name}+preserve" for name in LEARN if name != APART)]
+ROWS = [f"{name}{kept}" for name in LEARN for kept in ("", "+preserve") if (name, kept) != (APART, "+preserve")]
 RATES = [factor * 10.0**exponent for exponent in (-5, -4, -3, -2) for factor in (1, 2, 5)]
 
 
