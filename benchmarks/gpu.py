@@ -161,7 +161,7 @@ def measure(
     backend = TimedBackend(device) if is_gpu else HostBackend(device)
     model = random_model(config)
     trained = attach_slice(model, "0.001" if is_gpu else "0.05", 1, device=device)
-    inputs = OptionalInputs(len(model.blocks), device)
+    inputs = OptionalInputs(len(model.blocks), device, TimedBackend(device) if is_gpu else None)
     checkpoint_blocks(model, inputs)
     swap = SwapConfig(placing.ring_blocks, host_weights=placing.host_weights)
     blocks = round(placing.blocks * len(model.blocks))
@@ -171,7 +171,7 @@ def measure(
         f"# {placing.name}: placed in {time.perf_counter() - started:.0f} s; {memory_line(placement, device)}",
         flush=True,
     )
-    placed = Placed(placing.name, model, trained, placement, backend)
+    placed = Placed(placing.name, model, trained, placement, [backend, inputs.backend])
     equal = equality(placed, PICTURE if is_gpu else SMALL, reference)
     second = 0.0
     for size, optimizer in cases_of(placing, is_gpu):
@@ -198,7 +198,11 @@ class Placed:
     model: WanModel
     trained: TrainedSlice
     placement: Placement
-    backend: "TimedBackend | HostBackend"
+    backends: Sequence["TimedBackend | HostBackend"]  # of the weights, of the block inputs
+
+    @property
+    def device(self) -> torch.device:
+        return self.backends[0].device
 
 
 class OptionalInputs(BlockInputs):
@@ -259,14 +263,16 @@ def loss_of(model: WanModel, size: Size, device: torch.device, seed: int) -> Ten
 def equality(placed: Placed, size: Size, reference: dict[str, list[Tensor]]) -> str:
     """Two steps at the same values: loss and gradients while the order is learned, and when it is replayed."""
     found = []
-    # Attention's backward adds up in any order unless it is told not to; timing goes without.
+    # Attention's backward adds up in any order unless it is told not to, and cuDNN's cannot be; timing goes without.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     for _ in range(2):
-        loss = loss_of(placed.model, size, placed.backend.device, 0)
+        loss = loss_of(placed.model, size, placed.device, 0)
         loss.backward()
         found.append([loss.detach().cpu(), *(p.grad.cpu() for p in placed.trained.parameters())])
         placed.trained.zero_grad()
     torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     if not reference:
         reference["values"] = found[0]
         reference["name"] = placed.name
@@ -285,7 +291,7 @@ def time_steps(placed: Placed, size: Size, optimizer_name: str, equal: str) -> I
         yield Row(placed.name, size.name, optimizer_name, None, None, 0, None, None, "bitsandbytes is not installed")
         return
     model, trained, streamer = placed.model, placed.trained, placed.placement.streamer
-    device = placed.backend.device
+    device = placed.device
     is_gpu = device.type == "cuda"
     optimizer = build_optimizer(OptimizerConfig(optimizer_name, 1e-5), trained.parameters())
     if is_gpu:
@@ -302,7 +308,7 @@ def time_steps(placed: Placed, size: Size, optimizer_name: str, equal: str) -> I
         if is_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-        stalls.append(placed.backend.waited() if is_gpu else None)
+        stalls.append(sum(backend.waited() for backend in placed.backends) if is_gpu else None)
         copied = streamer.traffic.bytes - before if streamer else 0
     middle = sorted(range(1, 1 + size.steps), key=seconds.__getitem__)[size.steps // 2]
     yield Row(

@@ -86,7 +86,7 @@ def compare(world: World, kind: str, seed: int) -> dict:
         for number, prompt in enumerate(prompts):
             learn = functools.partial(methods.masked, choose=choose(kind, number))
             weights, _ = methods.teach(world, weights, learn, prompt, latents[number], rate, STEPS, seed + number)
-            after.append(measure.after(world.model(weights), number + 1, is_last=False))
+            after.append(measure.after(world.model(weights), number + 1, is_last=number == 1))
         result[f"{rate:g}"] = after
     return {"kind": kind, "seed": seed, "rates": result}
 

@@ -104,12 +104,17 @@ def uses_are_told(monkeypatch):
     monkeypatch.setattr(WeightStreamer, "use", told)
 
 
-@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "not checkpointed"])
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_every_budget_and_timing_trains_bit_for_bit_like_a_resident_model(budget, timing, checkpointed, resident):
-    run = Run(FakeDevice(timing), checkpointed=checkpointed, **BUDGETS[budget])
-    assert same(run.train(), resident[checkpointed])
+def test_every_budget_and_timing_trains_bit_for_bit_like_a_resident_model(budget, timing, resident):
+    assert same(Run(FakeDevice(timing), **BUDGETS[budget]).train(), resident[True])
+
+
+@pytest.mark.parametrize("timing", ["lazy", "random"])
+@pytest.mark.parametrize("budget", ["0.7 blocks", "1 block", "2 blocks"])
+def test_without_checkpointing_it_is_bit_for_bit_the_same_too(budget, timing, resident):
+    run = Run(FakeDevice(timing), checkpointed=False, **BUDGETS[budget])
+    assert same(run.train(), resident[False])
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
@@ -118,6 +123,12 @@ def test_every_budget_and_timing_trains_bit_for_bit_like_a_resident_model(budget
 def test_copies_in_the_background_train_like_a_resident_model(mode, gpu, timing, resident):
     run = Run(FakeDevice(timing, page_locks=gpu), BLOCKS, host_weights=mode)
     assert same(run.train(), resident[True])
+
+
+def test_a_step_never_makes_the_host_wait(resident, monkeypatch):
+    monkeypatch.setattr(FakeDevice, "finish", None)
+    monkeypatch.setattr(FakeDevice, "drain", lambda device: None)
+    assert same(Run(FakeDevice("lazy"), BLOCKS).train(), resident[True])
 
 
 def test_where_page_locks_fail_the_run_goes_on_staged(resident):

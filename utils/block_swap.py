@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.block_inputs import BlockInputs
 from utils.checkpoints import readable
-from utils.host_store import BackgroundCopies, aligned, make_host_store
+from utils.host_store import BackgroundCopies, HostStore, aligned, make_host_store
 from utils.selective_finetune import SlicedMatrix, TrainedSlice
 from utils.swap_backend import CudaBackend, HostBackend, make_backend
 from utils.swap_plan import SwapConfig, SwapPlan, WeightSizes, plan_swap
@@ -66,21 +66,6 @@ def place_model(
         return Placement(resident_bytes)
 
     store = make_host_store([linear.weight.data for linear in streamed], swap.host_weights, backend, mapped)
-    for linear, stored in zip(streamed, store.weights, strict=True):
-        linear.weight.data = stored
-    matrices = {} if trained is None else {matrix.linear: matrix for matrix in trained.matrices.values()}
-    streamer = WeightStreamer(
-        [StreamedWeight(piece, matrices.get(linear)) for linear in streamed for piece in _pieces(linear)],
-        plan.slots,
-        backend,
-        backend if store.mode == "pinned" else BackgroundCopies(backend),
-        version=lambda: 0 if trained is None else trained.version,
-        store=store,
-    )
-    _attach(streamed, matrices, streamer)
-    model.register_forward_pre_hook(
-        lambda *_: streamer.begin_pass("training" if torch.is_grad_enabled() else "no grad")
-    )
     return Placement(
         device_bytes=resident_bytes + plan.slot_bytes,
         buffer_bytes=plan.slot_bytes,
@@ -89,7 +74,7 @@ def place_model(
         host_bytes=store.bytes,
         host_mode=store.mode,
         note=store.note,
-        streamer=streamer,
+        streamer=_stream(model, streamed, plan, store, backend, trained),
     )
 
 
@@ -139,6 +124,33 @@ def weight_sizes(model: WanModel) -> WeightSizes:
     outside = sum(linear.weight.nbytes for linear in _outside(model))
     in_all = sum(parameter.nbytes for parameter in model.parameters())
     return WeightSizes(len(model.blocks), matrices, outside, in_all - outside - len(model.blocks) * sum(matrices))
+
+
+def _stream(
+    model: WanModel,
+    linears: Sequence[nn.Linear],
+    plan: SwapPlan,
+    store: HostStore,
+    backend: HostBackend | CudaBackend,
+    trained: TrainedSlice | None,
+) -> WeightStreamer:
+    """Has these layers take their weights from a streamer, which learns of every pass of the model."""
+    for linear, stored in zip(linears, store.weights, strict=True):
+        linear.weight.data = stored
+    matrices = {} if trained is None else {matrix.linear: matrix for matrix in trained.matrices.values()}
+    streamer = WeightStreamer(
+        [StreamedWeight(piece, matrices.get(linear)) for linear in linears for piece in _pieces(linear)],
+        plan.slots,
+        backend,
+        backend if store.mode == "pinned" else BackgroundCopies(backend),
+        version=lambda: 0 if trained is None else trained.version,
+        store=store,
+    )
+    _attach(linears, matrices, streamer)
+    model.register_forward_pre_hook(
+        lambda *_: streamer.begin_pass("training" if torch.is_grad_enabled() else "no grad")
+    )
+    return streamer
 
 
 def _streamed_linears(model: WanModel, plan: SwapPlan) -> list[nn.Linear]:

@@ -208,7 +208,8 @@ def _run_expert(
     model = load_dit(expert.path, expert.dtype, read_only=True, patches=expert.slices.patches)
     expert.slices.check_starts()
     placement = place_model(model, config.device, config.blocks_to_swap, swap=config.swap, mapped=expert.mapped)
-    say(memory_line(placement, config.device))
+    with tqdm.external_write_mode():
+        say(memory_line(placement, config.device))
     for denoising in denoisings:
         guidance_scale = expert.guidance_scale
         if guidance_scale is None:

@@ -96,6 +96,8 @@ def _page_locked(weights: Sequence[Tensor], total: int, backend: CudaBackend) ->
     locks = LockedMemory(backend)
     stored = []
     for piece in _pieces(weights):
+        for weight in piece:
+            read_ahead(weight)
         region = locks.region(sum(aligned(weight.nbytes) for weight in piece))
         stored += _laid_out(piece, region)
         if locks.failed:
