@@ -1,67 +1,184 @@
-import copy
+"""Ten characters, one after another: what does each way of teaching keep of what was learned before?
+
+    python benchmarks/continual.py OUTPUT_FOLDER --quick       # 3 characters, 1 seed
+    python benchmarks/continual.py OUTPUT_FOLDER               # all parts that are not there yet, then the report
+    python benchmarks/continual.py OUTPUT_FOLDER --report      # of the parts that are there
+
+A part is one learning rate, or one chain of concepts; its process is its own, so that its peak memory is, too.
+"""
+
+import argparse
+import bisect
+import functools
+import random
+import resource
+import time
+from pathlib import Path
+
+import continual_methods as methods
+import continual_report
 import torch
 import torch.nn.functional as F
-from tiny_world import World, shifted, fixed_inputs, velocities
-from continual_methods import METHODS
+from parts import add_flags, read_part, run_parts
+from tiny_world import KNOWN, World, fixed_inputs, velocities
 
-BATCH = 16
+from utils.outputs import save_image
+from utils.selective_finetune import block_linears, slice_indices
+
+STEPS = 120
+SAMPLES, SAMPLES_AT_END = 4, 8  # a prompt
+PLACES = 3  # of a picture, at which its loss is measured
+TARGET_LOSS = 0.15  # of the concept outside the ten, at which methods are compared: the base's on what it knows
+LEARN = {
+    "slices": methods.disjoint_slices,
+    "lora": methods.lora,
+    "one_slice": methods.one_slice,
+    "full": methods.everything,
+    "whole_tensors": methods.whole_tensors,
+    "lora_apart": methods.lora,
+}
+APART = "lora_apart"
+ROWS = [f"{name}{kept}" for name in LEARN for kept in ("", "+preserve") if (name, kept) != (APART, "+preserve")]
+RATES = [factor * 10.0**exponent for exponent in (-5, -4, -3, -2) for factor in (1, 2, 5)]
 
 
-def teach(
-    world,
-    start,
-    method,
-    number,
-    name,
-    latents,
-    rate,
-    seed,
-    steps=200,
-    preserve=(),
-    every=4,
-    weight=4.0,
-    batch=BATCH,
-    replay=None,
-    mix=None,
-):
-    model = world.model(start)
-    learner = method(model, number)
-    teacher = world.model(start) if preserve else None
-    opt = torch.optim.AdamW(learner.parameters, lr=rate)
-    sched = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda s: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item())
-    )
-    g = torch.Generator().manual_seed(1000 * seed + number)
-    text = world.text(name)
-    for step in range(1, steps + 1):
-        rows = torch.randint(len(latents), (batch,), generator=g)
-        x0 = latents[rows]
-        sigma = shifted(torch.rand(batch, generator=g))
-        s = sigma.view(-1, 1, 1, 1, 1)
-        noise = torch.randn(x0.shape, generator=g)
-        noisy = (1 - s) * x0 + s * noise
-        F.mse_loss(model(noisy, 1000 * sigma, [text] * batch), noise - x0).backward()
-        if preserve and step % every == 0:
-            who = torch.randperm(len(preserve), generator=g)[:batch].tolist()
-            if mix:  # share of characters: mix = number of trailing prompts that are characters
-                nchar = mix
-                if nchar:
-                    k = batch // 2
-                    a = torch.randint(len(preserve) - nchar, (batch - k,), generator=g).tolist()
-                    b = (torch.randint(nchar, (k,), generator=g) + len(preserve) - nchar).tolist()
-                    who = a + b
-            pn = noisy
-            if replay is not None:
-                n2 = torch.randn(x0.shape, generator=g)
-                pn = (1 - s) * replay[who] + s * n2
-            texts = [world.text(preserve[i]) for i in who]
-            b = len(who)
-            with torch.no_grad():
-                ans = teacher(pn[:b], 1000 * sigma[:b], texts)
-            (weight * F.mse_loss(model(pn[:b], 1000 * sigma[:b], texts), ans)).backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
-        opt.step()
-        opt.zero_grad()
-        sched.step()
-        learner.after_step()
-    return learner.weights(), learner.values
+def concepts(world: World) -> tuple[list[str], str]:
+    """The ten held-out pictures that are taught, and the one on which learning rates are chosen."""
+    *ten, outside = random.Random("continual").sample(world.held_out, 11)
+    return ten, outside
+
+
+def choose_rate(world: World, row: str) -> dict:
+    """The smallest of RATES that brings the loss on the outside concept down to TARGET_LOSS, found by bisection."""
+    _, outside = concepts(world)
+    name, _, kept = row.partition("+")
+    latents, learn, tried = world.character(outside), functools.partial(LEARN[name], number=0), {}
+
+    def reaches(rate: float) -> bool:
+        preserve = (world.listed,) if kept else ()
+        weights, _ = methods.teach(world, world.base, learn, "character0", latents, rate, STEPS, 0, preserve)
+        tried[f"{rate:g}"] = concept_loss(world, world.model(weights), "character0", latents)
+        return tried[f"{rate:g}"] <= TARGET_LOSS
+
+    place = bisect.bisect_left(RATES, True, key=reaches)
+    assert place < len(RATES), f"{row} does not reach {TARGET_LOSS}: {tried}"
+    return {"rate": RATES[place], "tried": tried}
+
+
+def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Path) -> dict:
+    """Teaches the concepts one after another and measures after each; the order and all noise follow the seed."""
+    name, _, kept = row.partition("+")
+    ten, _ = concepts(world)
+    order = random.Random(seed).sample(ten, len(ten))[:count]
+    prompts = [f"character{number}" for number in range(count)]
+    latents = [world.character(picture) for picture in order]
+    measure = Measure(world, order, prompts, latents)
+    weights, result = world.base, {"row": row, "seed": seed, "rate": rate, "order": order, "seconds": [], "after": []}
+    for number, prompt in enumerate(prompts):
+        started = time.process_time()
+        start = world.base if name == APART else weights
+        learn = functools.partial(LEARN[name], number=number)
+        preserve = (world.listed, prompts[:number]) if kept else ()
+        learned, result["values"] = methods.teach(
+            world, start, learn, prompt, latents[number], rate, STEPS, 100 * seed + number, preserve
+        )
+        weights = _summed(weights, learned, start) if name == APART else learned
+        result["seconds"].append(time.process_time() - started)
+        result["after"].append(measure.after(world.model(weights), number + 1, is_last=number + 1 == count))
+    if name == "slices":
+        without_one = [world.model(without(world, weights, number)) for number in range(count)]
+        result["removed"] = [measure.recognised(model, count, SAMPLES) for model in without_one]
+    drawn = world.decode(world.sample(world.model(weights), prompts, seed=1))
+    save_image(folder / f"{row}-{seed}.png", torch.cat(list(drawn), dim=-1))
+    return result | {"peak_mb": peak_mb(), "steps": STEPS, "threads": torch.get_num_threads()}
+
+
+def _summed(weights: dict, learned: dict, start: dict) -> dict:
+    return {name: value + learned[name] - start[name] for name, value in weights.items()}
+
+
+class Measure:
+    """What a model keeps: recognition of its samples, losses on fixed noise, drift from the base's answers."""
+
+    def __init__(self, world: World, order, prompts, latents):
+        self.world, self.order, self.prompts, self.latents = world, order, prompts, latents
+        base = world.model(world.base)
+        self.known = {}
+        for which, names in (("listed", world.listed), ("unlisted", world.unlisted)):
+            inputs, texts = fixed_inputs(world.latents_of(names)), [world.text(name) for name in names]
+            self.known[which] = (names, texts, inputs, velocities(base, *inputs[:2], texts))
+
+    def after(self, model, taught: int, is_last: bool) -> dict:
+        """What is kept once `taught` concepts were taught; of what the base knew, at the end alone."""
+        result = {}
+        if is_last:
+            result["known"] = {which: self._known(model, *fixed) for which, fixed in self.known.items()}
+        pairs = list(zip(self.prompts, self.latents, strict=True))[:taught]
+        losses = [concept_loss(self.world, model, prompt, latents[:PLACES]) for prompt, latents in pairs]
+        samples = SAMPLES_AT_END if is_last else SAMPLES
+        return result | {"recognised": self.recognised(model, taught, samples), "loss": losses}
+
+    def _known(self, model, names, texts, inputs, before) -> dict:
+        now = velocities(model, *inputs[:2], texts)
+        found = self.world.recognise(self.world.sample(model, names, seed=0))
+        right = sum(a == b for a, b in zip(found, names, strict=True))
+        return {"loss": mse(now, inputs[2]), "drift": mse(now, before), "recognised": right / KNOWN}
+
+    def recognised(self, model, taught: int, samples: int) -> list[list[float]]:
+        """[i][j]: the share of prompt i's samples that show concept j."""
+        prompts = [prompt for prompt in self.prompts[:taught] for _ in range(samples)]
+        found = self.world.recognise(self.world.sample(model, prompts, seed=1))
+        rows = [found[start : start + samples] for start in range(0, len(found), samples)]
+        return [[row.count(picture) / samples for picture in self.order[:taught]] for row in rows]
+
+
+def without(world: World, weights: dict, number: int) -> dict:
+    """The weights with the base's values in the slice of concept `number`."""
+    removed = {name: value.clone() for name, value in weights.items()}
+    for name in block_linears(world.model(weights)):
+        key = f"{name}.weight"
+        at = slice_indices(key, weights[key].shape, methods.FF, number + 1)
+        removed[key].view(-1)[at] = world.base[key].flatten()[at]
+    return removed
+
+
+def concept_loss(world: World, model, prompt: str, latents) -> float:
+    """The mean squared error on fixed noise, over all the latents."""
+    noisy, t, target = fixed_inputs(latents)
+    return mse(velocities(model, noisy, t, [world.text(prompt)] * len(latents)), target)
+
+
+def mse(a, b) -> float:
+    return F.mse_loss(a, b).item()
+
+
+def peak_mb() -> float:
+    """Resident memory of this process at its highest, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def work(part: str, folder: Path) -> dict:
+    """The result of the part of that name."""
+    world = World()
+    match part.split():
+        case ["rate", row]:
+            return choose_rate(world, row)
+        case ["chain", row, seed, count]:
+            rate = read_part(folder, f"rate {'lora' if row == APART else row}")["rate"]
+            return chain(world, row, int(seed), int(count), rate, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="3 characters, 1 seed")
+    add_flags(parser)
+    options = parser.parse_args()
+    count, seeds = (3, 1) if options.quick else (10, 3)
+    rates = [f"rate {row}" for row in ROWS if row != APART]
+    chains = [f"chain {row} {seed} {count}" for seed in range(seeds) for row in ROWS]
+    if run_parts(options, [rates, chains], work):
+        continual_report.write(options.folder)
+
+
+if __name__ == "__main__":
+    main()

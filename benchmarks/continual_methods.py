@@ -1,22 +1,27 @@
 """The ways to teach a model one more concept: what trains, and what the weights are afterwards.
 
-Each is a function of a model and the concept's number (from 0); a Learner comes back.
+Each is a function of a model, which is its own to change, and the concept's number (from 0).
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from tiny_world import World, shifted
 from torch import Tensor, nn
 
-from utils.selective_finetune import attach_slice, block_linears, slice_interval
+from utils.preservation import draw_texts
+from utils.selective_finetune import attach_slice, block_linears
 from wan.model import WanModel
 
 FF = "0.1"  # ten disjoint slices are the whole line
-LORA_RANK = 10  # 249,600 values, the slice has 245,760
+LORA_RANK = 10  # 249,600 values; the slice has 245,760
+BATCH = 8
+PRESERVE_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,19 @@ class Learner:
     """What trains, what has to follow each optimizer step, the model's weights at the end."""
 
     parameters: list[nn.Parameter]
-    values: int
     after_step: Callable[[], None]
     weights: Callable[[], dict[str, Tensor]]
+
+    @property
+    def values(self) -> int:
+        """How many values train."""
+        return sum(map(torch.numel, self.parameters))
 
 
 def disjoint_slices(model: WanModel, number: int, ff: str = FF) -> Learner:
     """Every concept in a slice of its own."""
     trained = attach_slice(model, ff, number + 1)
-    return Learner(trained.parameters(), trained.count, trained.write_back, model.state_dict)
+    return Learner(list(trained.parameters()), trained.write_back, model.state_dict)
 
 
 def one_slice(model: WanModel, number: int) -> Learner:
@@ -41,7 +50,7 @@ def one_slice(model: WanModel, number: int) -> Learner:
 
 
 def whole_tensors(model: WanModel, number: int) -> Learner:
-    """The predecessor's second selection: tensors of any kind in a random order, cut into runs of the slice's size."""
+    """After the predecessor: tensors of any kind in a random order, cut into runs that begin within the budget."""
     named = dict(model.named_parameters())
     order = sorted(named, key=lambda name: hashlib.sha256(name.encode()).digest())
     budget = float(FF) * sum(parameter.numel() for parameter in named.values())
@@ -50,75 +59,105 @@ def whole_tensors(model: WanModel, number: int) -> Learner:
         if number * budget <= begin < (number + 1) * budget:
             chosen.append(named[name])
         begin += named[name].numel()
-    return _plain(model, chosen)
+    return _unfrozen(model, chosen)
 
 
 def everything(model: WanModel, number: int) -> Learner:
     """All matrices of the blocks."""
-    return _plain(model, [linear.weight for linear in block_linears(model).values()])
+    return _unfrozen(model, [linear.weight for linear in block_linears(model).values()])
 
 
 def lora(model: WanModel, number: int) -> Learner:
-    """A LoRA on all matrices of the blocks (PEFT), merged at the end."""
-    targets = list(block_linears(model))
-    generator = torch.random.get_rng_state()
-    torch.manual_seed(number)
-    inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets), model)
-    torch.random.set_rng_state(generator)
-    parameters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    """A LoRA on all matrices of the blocks (PEFT), merged into them at the end."""
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(block_linears(model)))
+    with torch.random.fork_rng():
+        torch.manual_seed(number)
+        inject_adapter_in_model(config, model)
 
     def merged() -> dict[str, Tensor]:
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.merge()
         kept = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
-        return {name.replace(".base_layer", ""): value.detach().clone() for name, value in kept.items()}
+        return {name.replace(".base_layer", ""): value for name, value in kept.items()}
 
-    return Learner(parameters, sum(map(torch.numel, parameters)), _nothing, merged)
+    return Learner([p for name, p in model.named_parameters() if "lora_" in name], _nothing, merged)
 
 
 def masked(model: WanModel, choose: Callable[[str, Sequence[int]], Tensor]) -> Learner:
-    """Any choice of values: `choose` gives the flat indices in the weight of a name and shape."""
+    """Any choice of values: `choose` gives flat indices in the weight of a name and shape."""
     weights = {f"{name}.weight": linear.weight for name, linear in block_linears(model).items()}
     chosen = {name: choose(name, weight.shape) for name, weight in weights.items()}
     start = {name: weight.flatten()[chosen[name]].clone() for name, weight in weights.items()}
-    parameters = [nn.Parameter(torch.zeros(len(chosen[name]))) for name in weights]
-
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    for (name, weight), parameter in zip(weights.items(), parameters, strict=True):
-        weight.register_post_accumulate_grad_hook(_gather(parameter, chosen[name]))
+    differences = {name: nn.Parameter(torch.zeros(len(at))) for name, at in chosen.items()}
+    for name, weight in weights.items():
+        weight.requires_grad_(True).register_post_accumulate_grad_hook(_gather(differences[name], chosen[name]))
 
     def write() -> None:
-        for (name, weight), parameter in zip(weights.items(), parameters, strict=True):
-            weight.data.view(-1)[chosen[name]] = start[name] + parameter.detach()
+        for name, weight in weights.items():
+            weight.data.view(-1)[chosen[name]] = start[name] + differences[name].detach()
 
-    return Learner(parameters, sum(map(torch.numel, parameters)), write, model.state_dict)
+    return Learner(list(differences.values()), write, model.state_dict)
 
 
-def _gather(parameter: nn.Parameter, chosen: Tensor) -> Callable[[Tensor], None]:
-    def hook(weight: Tensor) -> None:
-        grad = weight.grad.flatten()[chosen]
-        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+def _gather(difference: nn.Parameter, at: Tensor) -> Callable[[Tensor], None]:
+    def move(weight: Tensor) -> None:
+        grad = weight.grad.flatten()[at]
+        difference.grad = grad if difference.grad is None else difference.grad + grad
         weight.grad = None
 
-    return hook
+    return move
 
 
-def _plain(model: WanModel, parameters: Sequence[nn.Parameter]) -> Learner:
+def _unfrozen(model: WanModel, parameters: Sequence[nn.Parameter]) -> Learner:
     for parameter in parameters:
         parameter.requires_grad_(True)
-    return Learner(list(parameters), sum(map(torch.numel, parameters)), _nothing, model.state_dict)
+    return Learner(list(parameters), _nothing, model.state_dict)
 
 
 def _nothing() -> None:
     pass
 
 
-METHODS = {
-    "slices": disjoint_slices,
-    "one_slice": one_slice,
-    "whole_tensors": whole_tensors,
-    "lora": lora,
-    "full": everything,
-}
+def teach(
+    world: World,
+    start: Mapping[str, Tensor],
+    learn: Callable[[WanModel], Learner],
+    prompt: str,
+    latents_NCFHW: Tensor,
+    rate: float,
+    steps: int,
+    seed: int,
+    preserve: Sequence[Sequence[str]] = (),
+    on_step: Callable[[int, WanModel], None] | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """Trains `prompt` to draw the latents; the weights, how many values train. `preserve`: old prompts, by source.
+
+    The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine; the teacher is a copy of
+    the start, since not every method can go back to it.
+    """
+    model, teacher = world.model(start), world.model(start)
+    learner = learn(model)
+    optimizer = torch.optim.AdamW(learner.parameters, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    draw = torch.Generator().manual_seed(seed)
+    old = [[world.text(prompt) for prompt in prompts] for prompts in preserve if prompts]
+    for step in range(1, steps + 1):
+        clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (BATCH,), generator=draw)]
+        sigma = shifted(torch.rand(BATCH, generator=draw))
+        noise = torch.randn(clean.shape, generator=draw)
+        noisy, t = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1)), 1000 * sigma
+        F.mse_loss(model(noisy, t, [world.text(prompt)] * BATCH), noise - clean).backward()
+        if old and step % PRESERVE_EVERY == 0:
+            asked = draw_texts(old, [draw] * BATCH)
+            with torch.no_grad():
+                answers = teacher(noisy, t, asked)
+            (PRESERVE_EVERY * F.mse_loss(model(noisy, t, asked), answers)).backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        learner.after_step()
+        if on_step:
+            on_step(step, model)
+    return {name: value.detach().clone() for name, value in learner.weights().items()}, learner.values

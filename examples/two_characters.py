@@ -37,7 +37,7 @@ VAE = TINY_WAN / "tiny_wan_vae.safetensors"
 T5 = TINY_WAN / "models_t5_tiny.safetensors"
 FF = "0.2"
 STEPS = 200
-REMINDERS = 40
+PRESERVED = 40
 SHIFTS = ((0, 0), (-2, 0), (2, 0), (0, -2), (0, 2), (1, 1), (-1, -1), (1, -1), (-1, 1))  # pixels down, right
 LEARNING_RATE = "2e-3"
 SEEDS = 8
@@ -81,23 +81,23 @@ def _run(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> None:
 
 
 def _write_pictures(name: str, folder: Path) -> Path:
-    """A character's captioned pictures with reminders of what the model should keep, and their toml.
-
-    Reminders are forty named pictures that the model knows (none of those it is asked for afterwards), and the
-    characters taught before: without them a small model forgets both.
-    """
+    """A character's captioned pictures and their toml."""
     data = folder / "data" / name
-    taught = list(CHARACTERS)[: list(CHARACTERS).index(name) + 1]
-    for character in taught:
-        picture = read_picture(TINY_WAN / "held_out" / f"{CHARACTERS[character].replace(' ', '_')}.png")
-        for number, shift in enumerate(SHIFTS):
-            moved = picture.roll(shift, dims=(-2, -1))  # the margins are white
-            _write_captioned(data / f"{character}_{number}.png", moved, character)
-    names, tiles = read_atlas(TINY_WAN)
-    known = [row for row in range(len(names) - HELD_OUT) if names[row] not in OLD]
-    for row in random.Random(name).sample(known, REMINDERS):
-        _write_captioned(data / f"known_{row}.png", tiles[row], names[row])
+    picture = read_picture(TINY_WAN / "held_out" / f"{CHARACTERS[name].replace(' ', '_')}.png")
+    for number, shift in enumerate(SHIFTS):
+        moved = picture.roll(shift, dims=(-2, -1))  # the margins are white
+        _write_captioned(data / f"{name}_{number}.png", moved, name)
     return _write_dataset(folder, name, f"image_directory = '{data.as_posix()}'\nnum_repeats = 16")
+
+
+def _write_preserved(folder: Path) -> Path:
+    """Prompts for what the model should keep: forty names that it knows, none of those it is asked for afterwards."""
+    names, _ = read_atlas(TINY_WAN)
+    known = [name for name in names[:-HELD_OUT] if name not in OLD]
+    path = folder / "data" / "preserved.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(random.Random("preserved").sample(known, PRESERVED)), encoding="utf-8")
+    return path
 
 
 def _write_captioned(path: Path, picture_CHW: torch.Tensor, caption: str) -> None:
@@ -119,14 +119,17 @@ def _write_clip(folder: Path) -> tuple[Path, torch.Tensor]:
 
 def _write_dataset(folder: Path, name: str, source: str) -> Path:
     path = folder / "data" / f"{name}.toml"
-    general = '[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\nbatch_size = 16\n'
+    general = '[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\nbatch_size = 8\n'
     cache = f"cache_directory = '{(folder / 'cache' / name).as_posix()}'\n"
     path.write_text(f"{general}\n[[datasets]]\n{source}\n{cache}", encoding="utf-8")
     return path
 
 
 def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path:
-    """Caches the dataset and trains slice `ffid` of `dit` on it; the new checkpoint's path."""
+    """Caches the dataset and trains slice `ffid` of `dit` on it; the new checkpoint's path.
+
+    Old prompts are preserved: the forty names, and whatever concepts `dit` was taught before.
+    """
     _run("wan_cache_latents.py", "--dataset_config", dataset, "--vae", VAE)
     _run("wan_cache_text_encoder_outputs.py", "--dataset_config", dataset, "--t5", T5, "--batch_size", 16)
     flags = [
@@ -134,7 +137,8 @@ def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path
         *("--optimizer_type", "adamW", "--learning_rate", LEARNING_RATE, "--lr_scheduler", "cosine"),
         *("--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--max_train_steps", STEPS, "--seed", 1234),
         *("--max_data_loader_n_workers", 0, "--output_dir", folder / "saves", "--output_name", name),
-        *("--ff", FF, "--ffid", ffid),
+        *("--ff", FF, "--ffid", ffid, "--t5", T5),
+        *("--preserve_prompts", _write_preserved(folder), *(["auto"] if ffid > 1 else [])),
     ]
     threads = str(torch.get_num_threads())
     launcher = ("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", threads, "--num_processes", "1")

@@ -18,7 +18,7 @@ from utils.block_swap import place_model
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
-from utils.preservation import CAPTIONS_KEPT, Preservation, ask_teacher, most_frequent
+from utils.preservation import CAPTIONS_KEPT, Preservation, ask_teacher, draw_texts, most_frequent
 from utils.selective_finetune import attach_slice, read_ledger, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -85,7 +85,7 @@ class Reference:
             size = min(self.window, len(self.epoch(0)) - batches[done][0])
             preserves = (len(found) + 1) % self.every == 0
             pairs = [
-                self.batch(batches[done + i][1][rank], done + i, rank, preserves)
+                self.batch(batches[done + i][1][rank], done + i, preserves)
                 for i in range(size)
                 for rank in range(self.ranks)
             ]
@@ -101,9 +101,10 @@ class Reference:
         count = -(-len(batches) // self.ranks)
         return [[batches[(i * self.ranks + r) % len(batches)] for r in range(self.ranks)] for i in range(count)]
 
-    def batch(self, items, place, rank, preserves):
+    def batch(self, items, place, preserves):
         batch = self.dataset[items]
-        generators = [draw_generator(3, place // len(self.epoch(0)), entry) for entry in batch["entries"]]
+        epoch = place // len(self.epoch(0))
+        generators = [draw_generator(3, epoch, entry) for entry in batch["entries"]]
         latents = batch["latents"]
         u = draw_uniforms(self.timesteps, generators, 3, 0)
         sigma = sigmas_of(self.timesteps, u, tuple(latents.shape[-2:]))
@@ -113,8 +114,7 @@ class Reference:
         loss = F.mse_loss(self.model(noisy, t, batch["t5"]), noise - latents)
         if not preserves:
             return loss, torch.zeros(())
-        drawn = torch.randperm(len(self.old), generator=draw_generator(3, "preserve", place, rank))
-        old = [self.old[number] for number in drawn[: len(t)].tolist()]
+        old = draw_texts([self.old], [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]])
         with torch.no_grad():
             answers = self.teacher(noisy, t, old)
         return loss, F.mse_loss(self.model(noisy, t, old), answers)
@@ -183,23 +183,22 @@ def test_the_teacher_is_the_start_bit_for_bit_and_the_student_comes_back(folder,
     trained.write_back()
     draw = torch.Generator().manual_seed(2)
     noisy, t = torch.randn(3, 16, 1, 2, 4, generator=draw), torch.tensor([900.0, 500.0, 20.0])
-    preserved = Preservation(tuple(torch.randn(n, 48, generator=draw).bfloat16() for n in (3, 8)), 1, 1.0)
+    texts = tuple(torch.randn(n, 48, generator=draw).bfloat16() for n in (3, 8))
+    preserved = Preservation((texts,), 1, 1.0)
     with torch.no_grad():
-        before = model(noisy, t, [preserved.texts[0]] * 3)
-        answers = ask_teacher(preserved, model, trained, noisy, t, torch.Generator().manual_seed(3))
+        before = model(noisy, t, [texts[0]] * 3)
+        answers = ask_teacher(preserved, model, trained, noisy, t, [draw] * 3)
         assert torch.equal(answers.velocity_BCFHW, start(noisy, t, answers.context))
-        assert torch.equal(model(noisy, t, [preserved.texts[0]] * 3), before)
-        assert not torch.equal(start(noisy, t, [preserved.texts[0]] * 3), before)
+        assert torch.equal(model(noisy, t, [texts[0]] * 3), before)
+        assert not torch.equal(start(noisy, t, [texts[0]] * 3), before)
 
 
-def test_a_batch_is_asked_different_prompts_as_long_as_there_are_any(folder):
-    model = load_dit(folder / "base.safetensors", torch.float32)
-    trained = attach_slice(model, "0.1", 2)
-    texts = tuple(torch.full((2, 48), float(n)) for n in range(3))
-    noisy, t = torch.zeros(5, 16, 1, 2, 2), torch.zeros(5)
-    asked = ask_teacher(Preservation(texts, 1, 1.0), model, trained, noisy, t, torch.Generator().manual_seed(0))
-    numbers = [int(text[0, 0]) for text in asked.context]
-    assert sorted(numbers[:3]) == [0, 1, 2] and len(set(numbers[3:])) == 2
+def test_sources_are_asked_equally_often_and_all_their_prompts():
+    few, many = (list(range(3)), list(range(100, 130)))
+    asked = draw_texts([few, many], [draw_generator(0, "preserve", entry) for entry in range(900)])
+    assert set(asked) == {*few, *many}
+    assert 400 < sum(number < 3 for number in asked) < 500
+    assert all(110 < asked.count(number) < 190 for number in few)
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])

@@ -71,6 +71,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         persistent_workers=flags.persistent_data_loader_workers,
         seed=flags.seed,
         resume=flags.resume,
+        training_debug=flags.training_debug,
         show_timesteps=_show_timesteps(flags),
         allow_tf32=flags.cuda_allow_tf32,
         cudnn_benchmark=flags.cuda_cudnn_benchmark,

@@ -7,6 +7,7 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 
 import gc
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,9 +38,12 @@ class PreserveConfig:
 
 @dataclass(frozen=True)
 class Preservation:
-    """Old prompts, encoded (each [S, D], on the CPU), and when and how strongly their answers are kept."""
+    """Old prompts, encoded (each [S, D], on the CPU), and when and how strongly their answers are kept.
 
-    texts: tuple[Tensor, ...]
+    The sources, files and ledger, are asked equally often: few concepts beside many general prompts would fade.
+    """
+
+    sources: tuple[tuple[Tensor, ...], ...]
     every: int
     weight: float
 
@@ -61,31 +65,41 @@ def most_frequent(captions: Sequence[str]) -> list[str]:
     return [caption for caption, _ in Counter(captions).most_common(CAPTIONS_KEPT)]
 
 
-def old_prompts(config: PreserveConfig, ledger: Sequence[Mapping], dit: Path) -> tuple[str, ...]:
-    """The prompts to preserve, each once; InputError where the ledger of `dit` is asked for captions and has none."""
+def old_prompts(config: PreserveConfig, ledger: Sequence[Mapping], dit: Path) -> tuple[tuple[str, ...], ...]:
+    """The prompts to preserve, by source; InputError where the ledger of `dit` is asked for captions and has none."""
     captions = [caption for entry in ledger for caption in entry.get("captions", ())]
     if config.from_ledger and not captions:
         raise InputError(
             f"--preserve_prompts auto: {dit} tells no captions of concepts that it was taught before; give a file of "
             "prompts, one a line"
         )
-    return tuple(dict.fromkeys([*config.prompts, *(captions if config.from_ledger else ())]))
+    sources = [config.prompts, captions if config.from_ledger else ()]
+    return tuple(tuple(dict.fromkeys(source)) for source in sources if source)
 
 
-def prompts_hash(prompts: Sequence[str]) -> str:
+def prompts_hash(sources: Sequence[Sequence[str]]) -> str:
     """One SHA-256 of all prompts, in order."""
-    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def encode_prompts(
-    config: PreserveConfig, prompts: Sequence[str], text_len: int, device: torch.device
-) -> tuple[Tensor, ...]:
+    config: PreserveConfig, sources: Sequence[Sequence[str]], text_len: int, device: torch.device
+) -> tuple[tuple[Tensor, ...], ...]:
     """The text [S, D] (CPU) of every prompt, up to text_len tokens; the text encoder is freed."""
     text_encoder = load_text_encoder(config.t5, config.tokenizer, device=device, text_len=text_len)
-    texts = tuple(text_encoder([prompt])[0].cpu() for prompt in prompts)
+    texts = tuple(tuple(text_encoder([prompt])[0].cpu() for prompt in prompts) for prompts in sources)
     del text_encoder
     gc.collect()  # its memory is needed for the transformer
     return texts
+
+
+def draw_texts(sources: Sequence[Sequence[Tensor]], generators: Sequence[torch.Generator]) -> list[Tensor]:
+    """One text from each generator: any source is as likely as another, and in it any text."""
+    drawn = []
+    for generator in generators:
+        source = sources[int(torch.randint(len(sources), (), generator=generator))]
+        drawn.append(source[int(torch.randint(len(source), (), generator=generator))])
+    return drawn
 
 
 @torch.no_grad()
@@ -95,15 +109,13 @@ def ask_teacher(
     trained: TrainedSlice,
     noisy_BCFHW: Tensor,
     t_B: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> Answers:
-    """What the model of the run's start answers to old prompts, drawn by `generator`, at these noisy latents.
+    """What the model of the run's start answers to old prompts, one from each generator, at these noisy latents.
 
     It writes weights, so it belongs before the student's forward or after its backward, never between.
     """
-    count = len(preserved.texts)
-    drawn = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-len(t_B) // count))])
-    context = [preserved.texts[number].to(noisy_BCFHW.device) for number in drawn[: len(t_B)].tolist()]
+    context = [text_SD.to(noisy_BCFHW.device) for text_SD in draw_texts(preserved.sources, generators)]
     with trained.at_strength(0):
         return Answers(context, model(noisy_BCFHW, t_B, context))
 
@@ -112,8 +124,8 @@ def preserve_lines(preserved: Preservation | None, ledger: Sequence[Mapping], di
     """What is preserved; or, where concepts were taught before and nothing is, what is at stake."""
     if preserved is not None:
         return [
-            f"preserves the answers to {len(preserved.texts)} prompts, on one step in {preserved.every}, with weight "
-            f"{preserved.weight:g}"
+            f"preserves the answers to {sum(map(len, preserved.sources))} prompts, on one step in {preserved.every}, "
+            f"with weight {preserved.weight:g}"
         ]
     if not ledger:
         return []

@@ -200,6 +200,7 @@ def _add_logging(parser: ArgumentParser) -> None:
     group.add_argument("--log_tracker_config", type=Path, help="toml file with a table of arguments for each tracker")
     group.add_argument("--log_config", action="store_true", help="log the settings too")
     group.add_argument("--wandb_run_name")
+    group.add_argument("--training_debug", action="store_true", help="show what moves in each block; check each save")
 
 
 def _vae_dtype(text: str) -> torch.dtype:

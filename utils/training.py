@@ -39,6 +39,7 @@ from utils.preservation import (
 from utils.selective_finetune import TrainedSlice, attach_slice, read_ledger
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
+from utils.training_debug import TrainingDebug
 from utils.training_plan import TrainingPlan, first_items, plan_training
 from utils.training_report import inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
@@ -84,6 +85,7 @@ class _Run:
     scaler: torch.amp.GradScaler
     samples: PreparedSamples | None
     preserved: Preservation | None
+    debug: TrainingDebug | None
     say: Callable[[str], None]
 
 
@@ -125,6 +127,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     optimizer = build_optimizer(config.optimizer, trained.parameters())
 
     settings |= start_hash(trained)
+    watches = config.training_debug and accelerator.is_main_process
     run = _Run(
         config=config,
         accelerator=accelerator,
@@ -141,6 +144,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
         samples=samples,
         preserved=preserved,
+        debug=TrainingDebug(trained, len(model.blocks), header.files) if watches else None,
         say=say,
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
@@ -182,7 +186,7 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
 
 
 def _prepare_preservation(
-    config: TrainConfig, prompts: Sequence[str], text_len: int, accelerator: Accelerator
+    config: TrainConfig, prompts: Sequence[Sequence[str]], text_len: int, accelerator: Accelerator
 ) -> Preservation | None:
     """One process encodes for all: the text encoder of 14B models takes 11 GB."""
     if config.preserve is None:
@@ -268,6 +272,8 @@ def _loop(run: _Run, place: _Place) -> None:
             losses_of_step = torch.zeros_like(losses_of_step)
             shown = {"loss/preserve": preserve_loss} if preserves else {}
             _show_step(run, place, {**shown, **rates, "grad_norm": grad_norm}, bar)
+            if run.debug and (lines := run.debug.after_step(place.step, accelerator.trackers)):
+                _say_beside_bar(run, *lines)
             if save := save_after_step(config.save, place.step):
                 _save(run, place, save)
             # An epoch's own samples come at its end; twice the same would help nobody.
@@ -297,7 +303,7 @@ def _backward(
     Random numbers are the entries' own (seed, epoch, entry): a resumed run repeats them, and so does one with the same
     entries in more batches or on more processes.
     """
-    device, timesteps, rank = run.accelerator.device, run.config.timesteps, run.accelerator.process_index
+    device, timesteps = run.accelerator.device, run.config.timesteps
     latents_BCFHW = batch["latents"]
     epoch = batches_done // run.plan.batches_per_epoch
     generators = [draw_generator(run.seed, epoch, entry) for entry in batch["entries"]]
@@ -308,8 +314,8 @@ def _backward(
     pairs = [([text_SD.to(device) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
     if preserves:
         # Before the student's forward, since the teacher's weights are written into the student's.
-        prompts_of_batch = draw_generator(run.seed, "preserve", batches_done, rank)
-        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, prompts_of_batch)
+        of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
+        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, of_prompts)
         pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
     losses = torch.zeros(2, device=device)
     for number, (context, wanted_BCFHW, weight) in enumerate(pairs):
@@ -326,6 +332,8 @@ def _update(run: _Run) -> float:
     if run.accelerator.num_processes > 1:
         run.trained.reduce_gradients()
     run.scaler.unscale_(run.optimizer)
+    if run.debug:
+        run.debug.before_update()
     limit = run.config.optimizer.max_grad_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(run.trained.parameters(), limit)
     scale = run.scaler.get_scale()
@@ -335,6 +343,8 @@ def _update(run: _Run) -> float:
         run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.trained.write_back()
+    if run.debug:
+        run.debug.after_update()
     return float(grad_norm)
 
 
@@ -375,6 +385,9 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         run.trained.save_checkpoint(
             run.header.files, save.checkpoint, metadata, concept=name, steps=place.step, captions=_captions(run)
         )
+        if run.debug:
+            trackers = run.accelerator.trackers
+            _say_beside_bar(run, *run.debug.after_save(save.checkpoint, place.step, trackers))
         remove_expired(save)
         _say_beside_bar(run, f"saved {save.checkpoint}" + (f" and {save.state.name}" if save.state else ""))
     run.accelerator.wait_for_everyone()
@@ -406,6 +419,7 @@ def _layout(tracker) -> dict:
     return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
 
 
-def _say_beside_bar(run: _Run, line: str) -> None:
+def _say_beside_bar(run: _Run, *lines: str) -> None:
     with tqdm.external_write_mode():
-        run.say(line)
+        for line in lines:
+            run.say(line)

@@ -63,6 +63,7 @@ class TrainConfig:
     persistent_workers: bool = False
     seed: int | None = None  # None: random
     resume: Path | None = None
+    training_debug: bool = False  # tell what moves in each block, compare each save with its base
     show_timesteps: bool = False  # and end
     allow_tf32: bool = False
     cudnn_benchmark: bool = False

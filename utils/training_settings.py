@@ -22,9 +22,9 @@ def deciding_settings(
     dataset: TrainingDataset,
     batches: Sequence[Sequence[int]],
     processes: int,
-    preserved: Sequence[str],
+    preserved: Sequence[Sequence[str]],
 ) -> dict[str, str]:
-    """All that decides the run's numbers; `batches` are those of epoch 0, `preserved` the prompts to preserve."""
+    """All that decides the run's numbers; `batches` are those of epoch 0, `preserved` the old prompts."""
     timesteps, schedule, optimizer = config.timesteps, config.schedule, config.optimizer
     values = {
         "ff": config.ff,
@@ -56,7 +56,7 @@ def deciding_settings(
         "max_timestep": timesteps.max_timestep,
         "preserve_distribution_shape": timesteps.preserve_shape,
         "num_timestep_buckets": timesteps.buckets,
-        "num_preserve_prompts": len(preserved),
+        "num_preserve_prompts": sum(map(len, preserved)),
         "preserve_prompts_sha256": prompts_hash(preserved) if preserved else None,
         "preserve_every": config.preserve and config.preserve.every,
         "preserve_weight": config.preserve and config.preserve.weight,

@@ -1,0 +1,153 @@
+"""The table and the figures of continual.py, from whatever parts are there."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LABELS = {
+    "slices": "slices, disjoint ids (ours)",
+    "one_slice": "one slice reused",
+    "whole_tensors": "whole tensors (predecessor)",
+    "lora": "LoRA, merged one after another",
+    "full": "all block matrices",
+    "lora_apart": "LoRAs trained apart, summed",
+}
+BYTES = 2  # a value, in a bf16 file
+
+
+def write(folder: Path) -> None:
+    """Prints and writes table.md, and the figures, into `folder`."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("chain-*.json"))]
+    if not results:
+        raise SystemExit(f"error: {folder} holds no results of chains yet")
+    count = max(len(result["after"]) for result in results)
+    by_row = defaultdict(list)
+    for result in results:
+        if len(result["after"]) == count:
+            by_row[result["row"]].append(result)
+    rows = {row: by_row[row] for row in sorted(by_row, key=_place)}
+    text = "\n".join([*_table(rows), "", *_removal(rows)])
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    _forgetting_curve(rows, folder / "forgetting.png")
+    _pictures(rows, folder)
+
+
+def _place(row: str) -> tuple[bool, int]:
+    name, _, kept = row.partition("+")
+    return bool(kept), list(LABELS).index(name)
+
+
+def _label(row: str) -> str:
+    name, _, kept = row.partition("+")
+    return LABELS[name] + (", preserved" if kept else "")
+
+
+def _table(rows: dict[str, list[dict]]) -> list[str]:
+    columns = {
+        "seeds": lambda results: str(len(results)),
+        "recognised right after": _spread(right_after),
+        "at the end": _spread(at_end),
+        "kept": _spread(lambda r: at_end(r) / right_after(r)),
+        "loss right after": _spread(lambda r: mean(a["loss"][-1] for a in r["after"]), 3),
+        "loss at the end": _spread(lambda r: mean(r["after"][-1]["loss"]), 3),
+        "drift, listed": _spread(lambda r: r["after"][-1]["known"]["listed"]["drift"], 3),
+        "drift, unlisted": _spread(lambda r: r["after"][-1]["known"]["unlisted"]["drift"], 3),
+        "known recognised, listed": _spread(lambda r: r["after"][-1]["known"]["listed"]["recognised"]),
+        "unlisted": _spread(lambda r: r["after"][-1]["known"]["unlisted"]["recognised"]),
+        "leakage": _spread(leakage),
+        "values": lambda results: f"{results[0]['values']:,}",
+        "CPU s a concept": _spread(lambda r: mean(r["seconds"]), 1),
+        "peak MB": _spread(lambda r: r["peak_mb"], 0),
+        "kB a concept": lambda results: f"{results[0]['values'] * BYTES / 1000:.0f}",
+    }
+    lines = [f"| method | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for row, results in rows.items():
+        lines.append(f"| {_label(row)} | {' | '.join(column(results) for column in columns.values())} |")
+    return lines
+
+
+def right_after(result: dict) -> float:
+    """The share of samples that show their concept, each concept right after it was taught."""
+    return mean(after["recognised"][-1][-1] for after in result["after"])
+
+
+def at_end(result: dict) -> float:
+    """The same for all concepts after the last one."""
+    return mean(row[i] for i, row in enumerate(result["after"][-1]["recognised"]))
+
+
+def leakage(result: dict) -> float:
+    """The share of samples that show another one of the concepts, at the end."""
+    return mean(sum(row) - row[i] for i, row in enumerate(result["after"][-1]["recognised"]))
+
+
+def _spread(value: Callable[[dict], float], digits: int = 2) -> Callable[[Sequence[dict]], str]:
+    """Mean and standard deviation over the seeds."""
+
+    def column(results: Sequence[dict]) -> str:
+        values = [value(result) for result in results]
+        deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{deviation}"
+
+    return column
+
+
+def _removal(rows: dict[str, list[dict]]) -> list[str]:
+    """What the other concepts lose, and what is left of a concept, when its slice gets the base's values back."""
+    lines = ["| one slice taken out | seeds | that concept | the others | the others before |", "|---|---|---|---|---|"]
+    for row, results in rows.items():
+        if "removed" in results[0]:
+            columns = [_spread(lambda r: _own(r)), _spread(_others), _spread(at_end)]
+            lines.append(f"| {_label(row)} | {len(results)} | {' | '.join(column(results) for column in columns)} |")
+    return lines
+
+
+def _own(result: dict) -> float:
+    return mean(matrix[i][i] for i, matrix in enumerate(result["removed"]))
+
+
+def _others(result: dict) -> float:
+    return mean(matrix[j][j] for i, matrix in enumerate(result["removed"]) for j in range(len(matrix)) if j != i)
+
+
+def _forgetting_curve(rows: dict[str, list[dict]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for row, results in rows.items():
+        name, _, kept = row.partition("+")
+        curves = np.array([[_taught(after) for after in result["after"]] for result in results])
+        x = np.arange(1, curves.shape[1] + 1)
+        colour = f"C{list(LABELS).index(name)}"
+        axes.plot(
+            x, curves.mean(0), colour, linestyle="-" if kept else ":", marker="." if kept else "", label=_label(row)
+        )
+        axes.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.08)
+    axes.set(xlabel="concepts taught", ylabel="recognised, mean of all taught so far", ylim=(0, 1.02))
+    axes.legend(fontsize=7, loc="lower left")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _taught(after: dict) -> float:
+    return mean(row[i] for i, row in enumerate(after["recognised"]))
+
+
+def _pictures(rows: dict[str, list[dict]], folder: Path) -> None:
+    """The first sample of every concept at the end, one row a method, of seed 0."""
+    strips = [(row, folder / f"{row}-0.png") for row in rows if (folder / f"{row}-0.png").exists()]
+    figure, axes = plt.subplots(len(strips), 1, figsize=(9, 0.95 * len(strips)), squeeze=False)
+    for (row, path), axis in zip(strips, axes[:, 0], strict=True):
+        axis.imshow(np.asarray(Image.open(path)))
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(_label(row), rotation=0, ha="right", va="center", fontsize=8)
+    figure.savefig(folder / "pictures.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)

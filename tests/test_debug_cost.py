@@ -1,0 +1,15 @@
+"""The benchmark of what debugging costs: it runs, and its rows are whole."""
+
+import debug_cost
+
+from utils.selective_finetune import attach_slice
+from wan.configs import WanConfig
+
+TINY = debug_cost.Size(WanConfig("t2v", 96, 560, 4, 3, 4, 4), side=16, text_len=32)
+
+
+def test_a_row_has_the_share_the_ratio_and_the_seconds_of_a_save():
+    cells = debug_cost.row(TINY, "fp32", "0.02", rounds=2).strip("| ").split(" | ")
+    model = debug_cost.Blocks(TINY, debug_cost.DTYPES["fp32"], checkpointed=False)
+    assert cells[:3] == ["fp32", "0.02", f"{attach_slice(model, '0.02', 1).count:,}"]
+    assert 0 < float(cells[3].split()[0]) < 100 and float(cells[4].split()[0]) > 0 and cells[5].endswith("MB")

@@ -1,0 +1,72 @@
+"""How a saved checkpoint differs from its base: streamed, with less than one tensor in memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.selective_finetune import SliceUnits, TrainedSlice, contract_name, slice_units
+from wan.safetensors_header import TensorEntry, read_file_header
+
+_CHUNK = 1 << 20  # values
+
+
+@dataclass(frozen=True)
+class SavedChanges:
+    """How many values differ in the slice and beside it, and what is wrong, in words, if something is."""
+
+    inside: int
+    outside: int = 0
+    fault: str | None = None
+
+
+def compare_save(bases: Sequence[Path], saved: Path, trained: TrainedSlice) -> SavedChanges:
+    """Compares every tensor of `saved` with that of its base (one file, or its shards), bit for bit."""
+    before = {key: entry for base in bases for key, entry in read_file_header(base)[0].items()}
+    after, _ = read_file_header(saved)
+    for key in [*before, *after]:
+        if _form(before, key) != _form(after, key):
+            return SavedChanges(0, 0, f"{key} is {_form(after, key)}, in the base {_form(before, key)}")
+    inside = outside = 0
+    first = None
+    for key, entry in before.items():
+        name = contract_name(key)
+        # Chosen anew, so that a slice that was attached wrongly shows.
+        units = slice_units(name, entry.shape, trained.ff, trained.ffid) if name in trained.matrices else None
+        in_slice = _slice_mask(units, entry.numel)
+        for position, differs in _differences(entry, after[key]):
+            beyond = differs & ~in_slice[position : position + len(differs)]
+            if first is None and beyond.any():
+                place = np.unravel_index(position + int(beyond.argmax()), entry.shape)
+                first = f"{key} {[int(index) for index in place]}"
+            inside += int(np.count_nonzero(differs)) - int(np.count_nonzero(beyond))
+            outside += int(np.count_nonzero(beyond))
+    return SavedChanges(inside, outside, f"{outside:,} values, the first is {first}" if outside else None)
+
+
+def _form(entries: dict[str, TensorEntry], key: str) -> str:
+    return f"{entries[key].dtype} {list(entries[key].shape)}" if key in entries else "missing"
+
+
+def _slice_mask(units: SliceUnits | None, numel: int) -> np.ndarray:
+    """Which of a tensor's values are in the slice, [numel]."""
+    if units is None:
+        return np.broadcast_to(np.False_, numel)
+    mask = torch.zeros(units.shape, dtype=torch.bool)
+    units.write(mask, torch.ones(units.count, dtype=torch.bool))
+    return mask.view(-1).numpy()
+
+
+def _differences(before: TensorEntry, after: TensorEntry) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts of a tensor where bits differ: a part's first position, and for each of its values whether it does."""
+    size = (before.stop - before.start) // max(before.numel, 1)
+    with before.file.open("rb") as one, after.file.open("rb") as other:
+        one.seek(before.start)
+        other.seek(after.start)
+        for position in range(0, before.numel, _CHUNK):
+            count = min(_CHUNK, before.numel - position) * size
+            a, b = one.read(count), other.read(count)
+            if a != b:
+                yield position, np.frombuffer(a, f"u{size}") != np.frombuffer(b, f"u{size}")

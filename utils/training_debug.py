@@ -1,0 +1,241 @@
+"""What the steps of a run do to each block of the model: its gradient, its update, what has moved.
+
+A few small operations around each optimizer step leave their results on the device and wait for none of them; they are
+read after each of the run's first steps, then after every tenth.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.heat_map import heat_map
+from utils.saved_changes import compare_save
+from utils.selective_finetune import SlicedMatrix, TrainedSlice
+
+READ_EVERY = 10  # steps; of the first ones, each is read
+DRAW_EVERY = 100  # steps; every save has heat maps and histograms too
+_TABLE_ROWS = 10  # at most: of more blocks, neighbours share a row
+_QUANTITIES = {
+    "gradient": "gradient norm",
+    "update": "update norm / weight norm",
+    "moved": "share of values that moved, fp32",
+    "moved_in_use": "share of values that moved, in use",
+}
+_BINS = torch.arange(-14, 1.01, 0.25)  # edges for log10 of an update's size
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What one optimizer step did, per block: tensors [blocks] on the CPU. Moved is counted from the run's base."""
+
+    step: int
+    gradient: Tensor  # norm over all processes' batches, before clipping
+    update: Tensor  # norm of what the step added to the differences
+    moved: Tensor  # values whose fp32 difference is not 0
+    moved_in_use: Tensor  # values in use, so rounded, whose bits are not the base's
+
+
+class TrainingDebug:
+    """Watches a run's steps; holds one fp32 copy of the slice, on its device, and a few numbers for each step."""
+
+    def __init__(self, trained: TrainedSlice, blocks: int, bases: Sequence[Path]):
+        self.trained = trained
+        self.bases = bases
+        self.matrices = list(trained.matrices.values())
+        self.by_block = [[matrix for matrix in self.matrices if _block(matrix) == number] for number in range(blocks)]
+        self.device = self.matrices[0].start.device
+        self.block_of_matrix = torch.tensor([_block(matrix) for matrix in self.matrices], device=self.device)
+        self.counts = torch.tensor([sum(matrix.units.count for matrix in matrices) for matrices in self.by_block])
+        starts = [torch.linalg.vector_norm(matrix.start, dtype=torch.float32) for matrix in self.matrices]
+        self.weight_norms = self._per_block(starts).cpu()
+        self.no_gradient = torch.zeros(1, device=self.device)
+        self.updates = [torch.zeros_like(matrix.difference) for matrix in self.matrices]  # of the last step, negative
+        self.seen = 0  # steps
+        self.told = -1  # the last step with a table
+        self.unread: list[tuple[Tensor, Tensor]] = []
+        self.history: list[StepFigures] = []
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Takes in the step's gradients: averaged over the processes, unscaled, not clipped yet."""
+        gradients = [matrix.difference.grad for matrix in self.matrices]
+        gradients = [self.no_gradient if gradient is None else gradient for gradient in gradients]
+        self.gradient_norms = self._per_block(torch._foreach_norm(gradients))
+        torch._foreach_copy_(self.updates, [matrix.difference for matrix in self.matrices])
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Takes in what the optimizer did with them."""
+        torch._foreach_sub_(self.updates, [matrix.difference for matrix in self.matrices])
+        norms = torch.stack([self.gradient_norms, self._per_block(torch._foreach_norm(self.updates))])
+        counts = torch.stack([self._count_moved(matrices) for matrices in self.by_block], dim=1)
+        self.unread.append((norms, counts))
+        self.seen += 1
+
+    def after_step(self, step: int, trackers: Sequence) -> list[str]:
+        """Tells accelerate's `trackers` what it is their turn to hear; lines for the console come back."""
+        if self.seen > READ_EVERY and self.seen % READ_EVERY:
+            return []
+        self._read(step, trackers)
+        if self.seen % DRAW_EVERY == 0:
+            self._draw(trackers)
+        return self._table() if self.seen in (1, READ_EVERY) else []
+
+    def after_save(self, checkpoint: Path, step: int, trackers: Sequence) -> list[str]:
+        """Compares the checkpoint with the run's base, and tells what has moved so far.
+
+        RuntimeError, and the file gets another name, where something outside the slice has changed.
+        """
+        changes = compare_save(self.bases, checkpoint, self.trained)
+        if changes.fault:
+            aside = checkpoint.with_name(f"{checkpoint.name}.wrong")
+            checkpoint.replace(aside)
+            raise RuntimeError(
+                f"ERROR: {checkpoint.name} differs from --dit outside the slice: {changes.fault}. This is a bug of "
+                f"the trainer, please report it; the file is now {aside}, do not use it"
+            )
+        self._read(step, trackers)
+        if self.history:
+            self._draw(trackers)
+        changed = f"{changes.inside:,} of {self.counts.sum():,} values in the slice"
+        return [*self._table(), f"{checkpoint.name} against --dit: {changed} changed, none outside it"]
+
+    def _per_block(self, norms: Sequence[Tensor]) -> Tensor:
+        """Norms of matrices to norms of blocks."""
+        squares = torch.stack(list(norms)).square()
+        return squares.new_zeros(len(self.by_block)).index_add_(0, self.block_of_matrix, squares).sqrt()
+
+    def _count_moved(self, matrices: Sequence[SlicedMatrix]) -> Tensor:
+        """How many of a block's values moved: in fp32, in use."""
+        if not matrices:
+            return torch.zeros(2, dtype=torch.int64, device=self.device)
+        # A block at a time: few operations, and little memory.
+        starts, differences = torch.cat([m.start for m in matrices]), torch.cat([m.difference for m in matrices])
+        in_use = (starts.float() + differences).to(starts.dtype)
+        bits = torch.int32 if starts.dtype.itemsize == 4 else torch.int16
+        moved = differences != 0
+        moved_in_use = moved & (in_use.view(bits) != starts.view(bits))
+        return torch.stack([moved.count_nonzero(), moved_in_use.count_nonzero()])
+
+    def _read(self, step: int, trackers: Sequence) -> None:
+        """Waits for the device; the last unread step has the number `step`, and is logged."""
+        if not self.unread:
+            return
+        norms, counts = (torch.stack(tensors).cpu() for tensors in zip(*self.unread, strict=True))
+        self.unread.clear()
+        first = step + 1 - len(norms)
+        self.history += [StepFigures(first + i, *norms[i], *counts[i]) for i in range(len(norms))]
+        values = {
+            f"debug_{quantity}/{block:02d}": value
+            for quantity, per_block in self._shown(self.history[-1]).items()
+            for block, value in enumerate(per_block.tolist())
+            if self.counts[block]
+        }
+        for tracker in trackers:
+            if tracker.name == "tensorboard" and len(self.history) == len(norms):
+                tracker.tracker.add_custom_scalars({"training debug": _charts()})
+            tracker.log(values, step=step)
+
+    def _shown(self, figures: StepFigures) -> dict[str, Tensor]:
+        """The quantities as they are shown, [blocks]; NaN where a block holds nothing of the slice."""
+        return {
+            "gradient": figures.gradient.where(self.counts > 0, math.nan),
+            "update": figures.update / self.weight_norms,
+            "moved": figures.moved / self.counts,
+            "moved_in_use": figures.moved_in_use / self.counts,
+        }
+
+    def _draw(self, trackers: Sequence) -> None:
+        """Heat maps of all steps so far, histograms of the last step's updates."""
+        if not trackers:
+            return
+        first, last = self.history[0].step, self.history[-1].step
+        shown = [self._shown(figures) for figures in self.history]
+        blocks = [str(number) for number in range(len(self.by_block))]
+        histograms = self._histograms()
+        for quantity, title in _QUANTITIES.items():
+            values_RC = torch.stack([figures[quantity] for figures in shown], dim=1)
+            picture = heat_map(values_RC, title, blocks, f"step {first}", f"step {last}")
+            for tracker in trackers:
+                _log_picture(tracker, f"debug/{quantity}", picture, last)
+        for tracker in trackers:
+            for block, counts in histograms.items():
+                _log_histogram(tracker, f"debug_log10_of_update/{block:02d}", counts, last)
+
+    def _histograms(self) -> dict[int, Tensor]:
+        """How many values of each block the last step moved by so much: [bins] for each block with a slice."""
+        edges, places = _BINS[1:-1].to(self.device), len(_BINS) - 1
+        found = torch.zeros(len(self.by_block), places, dtype=torch.int64, device=self.device)
+        for block, update in zip(self.block_of_matrix.tolist(), self.updates, strict=True):
+            sizes = update[update != 0].abs().log10()
+            found[block] += torch.bincount(torch.bucketize(sizes, edges), minlength=places)
+        return {block: counts for block, counts in enumerate(found.cpu()) if self.counts[block]}
+
+    def _table(self) -> list[str]:
+        """The last step's figures, a row for each block or for neighbours; then the blocks that nothing reaches."""
+        if not self.history or self.history[-1].step == self.told:
+            return []
+        self.told = self.history[-1].step
+        figures, blocks = self.history[-1], len(self.by_block)
+        lines = [f"{f'step {figures.step}':>14}  gradient norm  update/weight  moved in fp32  moved in use"]
+        together = -(-blocks // _TABLE_ROWS)
+        for first in range(0, blocks, together):
+            rows = slice(first, min(first + together, blocks))
+            name = f"block {first}" if rows.stop - first == 1 else f"blocks {first}-{rows.stop - 1}"
+            lines.append(f"{name:>14}{self._cells(figures, rows)}")
+        lines.append(f"{'all':>14}{self._cells(figures, slice(None))}")
+        recent = self.history[-READ_EVERY:]
+        silent = (torch.stack([past.gradient for past in recent]) == 0).all(0) & (self.counts > 0)
+        if silent.any():
+            lines.append(f"WARNING: no gradient in the last {len(recent)} steps in {_named(silent)}")
+        if (self.counts == 0).any():
+            lines.append(f"nothing of the slice lies in {_named(self.counts == 0)}")
+        return lines
+
+    def _cells(self, figures: StepFigures, rows: slice) -> str:
+        count = self.counts[rows].sum()
+        if not count:
+            return f"{'-':>15}{'-':>15}{'-':>15}{'-':>14}"
+        gradient, update, weight = (
+            torch.linalg.vector_norm(norms[rows]) for norms in (figures.gradient, figures.update, self.weight_norms)
+        )
+        moved, moved_in_use = (moved[rows].sum() / count for moved in (figures.moved, figures.moved_in_use))
+        return f"{gradient:15.3e}{update / weight:15.3e}{moved:15.2%}{moved_in_use:14.2%}"
+
+
+def _block(matrix: SlicedMatrix) -> int:
+    return int(matrix.name.split(".")[1])
+
+
+def _named(is_named: Tensor) -> str:
+    numbers = is_named.nonzero().flatten().tolist()
+    return f"block{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _charts() -> dict[str, list]:
+    """TensorBoard's layout: one chart a quantity, with a line for each block."""
+    return {title: ["Multiline", [f"^debug_{quantity}/"]] for quantity, title in _QUANTITIES.items()}
+
+
+def _log_picture(tracker, tag: str, picture, step: int) -> None:
+    if tracker.name == "tensorboard":
+        tracker.tracker.add_image(tag, picture, step, dataformats="HWC")
+    else:
+        tracker.log_images({tag: [picture]}, step=step)
+
+
+def _log_histogram(tracker, tag: str, counts: Tensor, step: int) -> None:
+    if tracker.name == "tensorboard":
+        middles = (_BINS[1:] + _BINS[:-1]) / 2
+        sums = [(counts * middles**power).sum().item() for power in range(3)]
+        tracker.tracker.add_histogram_raw(
+            tag, _BINS[0].item(), _BINS[-1].item(), *sums, _BINS[1:].numpy(), counts.numpy(), step
+        )
+    else:
+        import wandb
+
+        tracker.log({tag: wandb.Histogram(np_histogram=(counts.numpy(), _BINS.numpy()))}, step=step)
