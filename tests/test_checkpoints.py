@@ -8,6 +8,7 @@ import torch
 
 from utils.checkpoint_metadata import MetadataConfig, checkpoint_metadata
 from utils.checkpoints import (
+    KINDS,
     Save,
     SaveConfig,
     check_saves,
@@ -23,6 +24,7 @@ from utils.training_plan import first_items, plan_training
 from utils.training_state import check_state, load_state, save_state
 from wan.errors import InputError
 
+SIZES = {"checkpoint": 1}
 EVERY = SaveConfig(Path("out"), "c1", every_n_epochs=2, every_n_steps=10, save_state=True)
 
 
@@ -32,7 +34,7 @@ def names(paths):
 
 def test_names_are_those_of_musubi_tuner():
     saves = [save_after_epoch(EVERY, 4, 8), save_after_step(EVERY, 30), save_at_end(EVERY)]
-    assert names(save.checkpoint for save in saves) == [
+    assert names(save.files["checkpoint"] for save in saves) == [
         "c1-000004.safetensors", "c1-step00000030.safetensors", "c1.safetensors",
     ]  # fmt: skip
     assert names(save.state for save in saves) == ["c1-000004-state", "c1-step00000030-state", "c1-state"]
@@ -40,7 +42,7 @@ def test_names_are_those_of_musubi_tuner():
 
 def test_a_dot_in_the_name_is_no_suffix():
     save = save_at_end(replace(EVERY, name="v1.5"))
-    assert (save.checkpoint.name, save.state.name) == ("v1.5.safetensors", "v1.5-state")
+    assert (save.files["checkpoint"].name, save.state.name) == ("v1.5.safetensors", "v1.5-state")
 
 
 def test_the_last_epoch_and_other_turns_save_nothing():
@@ -71,7 +73,7 @@ def test_steps_keep_checkpoints_of_the_last_n_steps(last, expired):
 
 
 def test_a_plan_lists_every_save_in_order():
-    plan = names(save.checkpoint for save in planned_saves(EVERY, 25, 5, 5))
+    plan = names(save.files["checkpoint"] for save in planned_saves(EVERY, 25, 5, 5))
     assert plan == [
         "c1-step00000010.safetensors", "c1-000002.safetensors", "c1-step00000020.safetensors", "c1-000004.safetensors",
         "c1.safetensors",
@@ -80,21 +82,24 @@ def test_a_plan_lists_every_save_in_order():
 
 def test_a_thousand_epochs_of_the_14b_model_are_told_in_terabytes():
     config = SaveConfig(Path("out"), "c1", every_n_epochs=10)
-    use = disk_use(list(planned_saves(config, 20_000, 20, 1000)), 28_577_000_000, 0)
-    assert (use.checkpoints, readable(use.written), use.kept) == (100, "2.9 TB", use.written)
+    use = disk_use(list(planned_saves(config, 20_000, 20, 1000)), {"checkpoint": 28_577_000_000}, 0)
+    assert (use.saves, readable(use.written), use.kept) == (100, "2.9 TB", use.written)
     few = replace(config, last_n_epochs=3)
-    kept = disk_use(list(planned_saves(few, 20_000, 20, 1000)), 28_577_000_000, 0).kept
+    kept = disk_use(list(planned_saves(few, 20_000, 20, 1000)), {"checkpoint": 28_577_000_000}, 0).kept
     assert kept == 4 * 28_577_000_000
 
 
 def test_what_is_said_to_be_kept_is_what_the_folder_holds(tmp_path):
-    config = replace(EVERY, folder=tmp_path, last_n_epochs=1, last_n_steps=15, last_n_steps_state=5)
+    config = replace(EVERY, folder=tmp_path, kinds=tuple(KINDS), last_n_epochs=1, last_n_steps=15, last_n_steps_state=5)
     saves = list(planned_saves(config, 100, 10, 10))
     for save in saves:
-        save.checkpoint.write_bytes(b"1234567")
+        for path in save.files.values():
+            path.write_bytes(b"1234567")
         save.state.mkdir()
         remove_expired(save)
-    assert disk_use(saves, 1000, 1).kept == sum(1 if path.is_dir() else 1000 for path in tmp_path.iterdir())
+    assert disk_use(saves, dict.fromkeys(KINDS, 1000), 1).kept == sum(
+        1 if path.is_dir() else 1000 for path in tmp_path.iterdir()
+    )
 
 
 def test_an_output_over_an_input_is_refused_by_any_name(tmp_path):
@@ -104,16 +109,16 @@ def test_an_output_over_an_input_is_refused_by_any_name(tmp_path):
     (tmp_path / "link.safetensors").hardlink_to(base)
     for name in ("c1-000010.safetensors", "link.safetensors"):
         with pytest.raises(InputError, match="choose another --output_name"):
-            check_saves([Save(tmp_path / name, None)], config, [base], 1)
-    check_saves([Save(tmp_path / "c1.safetensors", None)], config, [base], 1)
+            check_saves([Save({"checkpoint": tmp_path / name}, None)], config, [base], SIZES)
+    check_saves([Save({"checkpoint": tmp_path / "c1.safetensors"}, None)], config, [base], SIZES)
 
 
 def test_a_folder_that_cannot_be_or_has_no_room_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--output_dir"):
-        check_saves([], SaveConfig(tmp_path / "file" / "out", "c1"), [], 1)
-    with pytest.raises(InputError, match=r"one checkpoint needs 1000000\.0 TB"):
-        check_saves([], SaveConfig(tmp_path, "c1"), [], 10**18)
+        check_saves([], SaveConfig(tmp_path / "file" / "out", "c1"), [], SIZES)
+    with pytest.raises(InputError, match=r"one save \(checkpoint\) needs 1000000\.0 TB"):
+        check_saves([], SaveConfig(tmp_path, "c1"), [], {"checkpoint": 10**18})
 
 
 def test_metadata_is_text_and_tells_the_run():

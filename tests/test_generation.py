@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from utils.outputs import to_frames
 from utils.prompts import SamplePrompt
 from utils.sampling import decode_latent, encode_samples, resolve_sample, sample_prompt
+from utils.selective_finetune import attach_slice
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -282,3 +283,41 @@ def test_a_missing_model_is_named(files, tmp_path, missing):
     del given[given.index(missing) : given.index(missing) + 2]
     with pytest.raises(InputError, match=f"{missing} is missing"):
         main(given)
+
+
+@pytest.fixture(scope="module")
+def concept(files) -> str:
+    """A slice of the low-noise DiT that changes the picture, and the checkpoint that holds it."""
+    trained = attach_slice(load_dit(files / "dit.safetensors"), "0.2", 1)
+    for parameter in trained.parameters():
+        parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    trained.save_checkpoint(files / "dit.safetensors", files / "taught.safetensors", concept="fox")
+    trained.save_slice(files / "dit.safetensors", files / "fox.slice.safetensors", concept="fox")
+    return str(files / "fox.slice.safetensors")
+
+
+@pytest.mark.parametrize(("strength", "same"), [((), "taught"), (("--slice_strength", "0"), "dit")])
+def test_slices_on_the_dit_show_what_the_checkpoint_shows(files, tmp_path, concept, strength, same):
+    found = made(files, tmp_path / "a", "--slices", concept, *strength)
+    assert np.array_equal(found, made(files, tmp_path / "b", "--dit", f"{files}/{same}.safetensors"))
+    other = {"taught": "dit", "dit": "taught"}[same]
+    assert not np.array_equal(found, made(files, tmp_path / "c", "--dit", f"{files}/{other}.safetensors"))
+
+
+def test_a_slice_goes_to_the_expert_that_it_was_trained_on(files, tmp_path, concept):
+    save_dit(files / "high_base.safetensors", seed=1)
+    both = ["--dit_high_noise", f"{files}/high_base.safetensors", "--timestep_boundary", "900"]
+    found = made(files, tmp_path / "a", "--slices", concept, *both)
+    assert np.array_equal(found, made(files, tmp_path / "b", "--dit", f"{files}/taught.safetensors", *both))
+
+
+def test_a_slice_of_another_model_is_refused_before_anything_is_encoded(files, tmp_path, concept):
+    save_dit(files / "stranger.safetensors", seed=5)
+    with pytest.raises(InputError, match="is not the base of"):
+        made(files, tmp_path / "out", "--slices", concept, "--dit", f"{files}/stranger.safetensors")
+    for more, told in ((["--slice_strength", "1"], "without --slices"),
+                       (["--slices", concept, "--slice_strength", "inf"], "finite"),
+                       (["--slices", concept, "--slice_strength", "1", "2"], "one for each of the 1")):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            made(files, tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"wan_train_network", "wan_generate_video", "wan_cache_latents", "wan_cache_text_encoder_outputs"},
+    {"wan_train_network", "wan_generate_video", "wan_cache_latents", "wan_cache_text_encoder_outputs", "utils.slices"},
     {"utils.cli_train", "utils.cli_generate", "utils.cli_cache", "utils.cli"},
     {"utils.training", "utils.generation", "utils.caching"},
 ]

@@ -22,7 +22,8 @@ from wan.loading import (
     read_checkpoint_header,
 )
 from wan.model import WanModel
-from wan.safetensors_header import DTYPES, TensorEntry, read_bytes, read_file_header, read_tensor
+from wan.safetensors_header import TensorEntry, read_bytes, read_file_header
+from wan.stored_tensors import DTYPES, read_tensor
 
 TINY = WanConfig(
     "t2v", dim=128, ffn_dim=64, num_heads=1, num_layers=2, in_dim=4, out_dim=4, text_dim=8, freq_dim=8, text_len=6
@@ -361,7 +362,7 @@ def write_header(path: Path, text: str, data_bytes: int) -> Path:
 
 def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
     entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
-    with pytest.raises(InputError, match="a stands there twice"):
+    with pytest.raises(InputError, match="'a' stands there twice"):
         read_file_header(write_header(tmp_path / "twice.safetensors", f"{{{entry},{entry}}}", 4))
 
 

@@ -1,5 +1,7 @@
 """Saved samples: what is read back, and that nothing half-written stays."""
 
+import os
+
 import av
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from utils.outputs import load_latent, save_frames, save_latent, save_sample, to_frames
+from utils.outputs import load_latent, remove_unfinished, save_frames, save_latent, save_sample, to_frames
+from utils.selective_finetune import SliceError
 from wan.errors import InputError
 
 
@@ -89,8 +92,18 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypat
         raise OSError("disk full")
 
     (tmp_path / "a.mp4").write_bytes(b"old")
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(SliceError, match="disk full"):
         save_sample(tmp_path, "a", smooth_video(5, 32, 48), fps=16)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == b"old"
+
+
+def test_half_written_outputs_of_writers_that_are_gone_are_removed(tmp_path):
+    gone, alive = "20260102-030405-006_7_000.png.tmp", "20260102-030405-007_7.mp4.tmp"
+    for name in (gone, alive, "notes.png.tmp"):
+        (tmp_path / name).touch()
+    for name in (gone, "notes.png.tmp"):
+        os.utime(tmp_path / name, (0, 0))
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {alive, "notes.png.tmp"}

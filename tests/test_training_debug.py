@@ -13,7 +13,7 @@ from torch import nn
 
 from utils import training
 from utils.optimizers import OptimizerConfig, build_optimizer
-from utils.selective_finetune import TrainedSlice, attach_slice, slice_indices
+from utils.selective_finetune import attach_slice, slice_indices
 from utils.training_debug import DRAW_EVERY, READ_EVERY, TrainingDebug
 from wan.model import WanModel
 
@@ -257,19 +257,20 @@ class FakeTracker:
 
 
 def test_a_run_ends_with_a_save_that_is_wrong_and_keeps_it_aside(folder, monkeypatch):
-    save_checkpoint = TrainedSlice.save_checkpoint
+    write_files = training.write_files
 
-    def save_wrongly(self, base, path, *more, **named):
-        save_checkpoint(self, base, path, *more, **named)
+    def save_wrongly(files, *more):
+        lines, path = write_files(files, *more), files["checkpoint"]
         if path.stem == "one-000001":
-            return
+            return lines
         with path.open("r+b") as file:
             file.seek(-1, 2)
             last = file.read(1)[0]
             file.seek(-1, 2)
             file.write(bytes([last ^ 1]))
+        return lines
 
-    monkeypatch.setattr(TrainedSlice, "save_checkpoint", save_wrongly)
+    monkeypatch.setattr(training, "write_files", save_wrongly)
     keep = ("--save_every_n_epochs", "1", "--save_last_n_epochs", "1")
     with pytest.raises(RuntimeError, match=r"ERROR: one-000002.safetensors differs .* 1 values, the first is \S+ \["):
         run(folder, *DEBUG, *keep, "--max_train_epochs", "3")

@@ -3,16 +3,17 @@
 The names, keys and metadata are those that musubi-tuner writes for Wan, so that either program reads the other's.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from utils.selective_finetune import whole_file
 from wan.errors import InputError
+from wan.safetensors_header import read_file_header
 
 _FORMAT = {"architecture": "wan", "format_version": "1.0.1"}
 _LATENTS_NAME = re.compile(r"(.+)_(\d{4,})x(\d{4,})_wan\.safetensors")
@@ -54,6 +55,12 @@ def latents_files(folder: Path) -> list[Path]:
 def text_files(folder: Path) -> list[Path]:
     """All text caches of a folder, sorted."""
     return sorted(folder.glob("*_wan_te.safetensors"))
+
+
+def remove_unfinished(folder: Path, ending: str) -> None:
+    """Deletes caches that a job left half written when it was killed: `ending` is _wan or _wan_te."""
+    for path in folder.glob(f"*{ending}.safetensors.tmp"):
+        path.unlink()
 
 
 def parse_image_name(path: Path) -> tuple[str, tuple[int, int]]:
@@ -121,10 +128,8 @@ def _other_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    # Under another name first, so that a job that is stopped leaves no half a cache behind.
-    partial = path.with_name(path.name + ".partial")
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.write(save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata))
 
 
 def _read(path: Path, pattern: re.Pattern, what: str) -> torch.Tensor:
@@ -140,8 +145,9 @@ def _header(path: Path, pattern: re.Pattern, what: str) -> tuple[tuple[int, ...]
 
 def _opened(path: Path):
     try:
+        read_file_header(path)
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (InputError, SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable cache file: {error}; delete it, then make it again") from None
 
 

@@ -19,6 +19,7 @@ from utils.cache_files import (
     clip_latents_path,
     image_latents_path,
     latents_files,
+    remove_unfinished,
     text_files,
     text_path,
     write_latents,
@@ -84,7 +85,7 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
         for dataset in config.dataset.datasets
     ]
     for dataset, _ in plans:
-        writable_folder(dataset.cache_directory, "cache_directory")
+        remove_unfinished(writable_folder(dataset.cache_directory, "cache_directory"), "_wan")
     if config.disable_cudnn:
         torch.backends.cudnn.enabled = False
     vae = load_vae(config.vae, dtype=config.vae_dtype, device=config.device)
@@ -101,7 +102,7 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     """
     plans = [(dataset, _captioned(dataset, config.workers, say)) for dataset in config.dataset.datasets]
     for dataset, _ in plans:
-        writable_folder(dataset.cache_directory, "cache_directory")
+        remove_unfinished(writable_folder(dataset.cache_directory, "cache_directory"), "_wan_te")
     encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
     for number, (dataset, sources) in enumerate(plans, 1):
         _cache_dataset_text(dataset, sources, encoder, config, number)

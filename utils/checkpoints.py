@@ -1,20 +1,27 @@
-"""Which checkpoints a run writes: their names, their turns, how many are kept, whether they can be written."""
+"""Which files a run writes: their names, their turns, how many are kept, whether they can be written."""
 
+import glob
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.files import writable_folder
 from wan.errors import InputError
 
+# What --save_as can ask for, and how the names of its files end.
+KINDS = {"checkpoint": ".safetensors", "slice": ".slice.safetensors", "lora": ".lora.safetensors"}
+STATE = "-state"
+
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """Where checkpoints and states go, how often they are written, how many stay."""
+    """Where files and states go, as what, how often they are written, how many stay."""
 
     folder: Path
     name: str
+    kinds: tuple[str, ...] = ("checkpoint",)  # of KINDS
     every_n_epochs: int | None = None
     every_n_steps: int | None = None
     last_n_epochs: int | None = None
@@ -27,9 +34,9 @@ class SaveConfig:
 
 @dataclass(frozen=True)
 class Save:
-    """One turn to save: the checkpoint, its state's folder if one is written, and the older ones that it ends."""
+    """One turn to save: a file of each kind, its state's folder if one is written, and the older ones that it ends."""
 
-    checkpoint: Path
+    files: Mapping[str, Path]  # kind -> path
     state: Path | None
     expired: tuple[Path, ...] = ()
 
@@ -38,7 +45,7 @@ class Save:
 class DiskUse:
     """What a run's saves add up to."""
 
-    checkpoints: int
+    saves: int
     states: int
     written: int  # bytes, in all
     kept: int  # bytes, what is left at the end
@@ -49,14 +56,9 @@ def save_after_step(config: SaveConfig, step: int) -> Save | None:
     every = config.every_n_steps
     if not every or step % every:
         return None
-    checkpoint = _step_checkpoint(config, step)
     expired = _expired_step(step, every, config.last_n_steps)
     expired_state = _expired_step(step, every, config.last_n_steps_state or config.last_n_steps)
-    return Save(
-        checkpoint,
-        _state_folder(checkpoint) if config.save_state else None,
-        _existing(config, _step_checkpoint, expired, expired_state),
-    )
+    return _save(config, _step_stem, step, (expired, expired_state))
 
 
 def save_after_epoch(config: SaveConfig, epoch: int, epochs: int) -> Save | None:
@@ -64,20 +66,20 @@ def save_after_epoch(config: SaveConfig, epoch: int, epochs: int) -> Save | None
     every = config.every_n_epochs
     if not every or epoch % every or epoch >= epochs:
         return None
-    checkpoint = _epoch_checkpoint(config, epoch)
     expired = _expired_epoch(epoch, every, config.last_n_epochs)
     expired_state = _expired_epoch(epoch, every, config.last_n_epochs_state or config.last_n_epochs)
-    return Save(
-        checkpoint,
-        _state_folder(checkpoint) if config.save_state else None,
-        _existing(config, _epoch_checkpoint, expired, expired_state),
-    )
+    return _save(config, _epoch_stem, epoch, (expired, expired_state))
 
 
 def save_at_end(config: SaveConfig) -> Save:
     """The save that ends the run."""
-    checkpoint = config.folder / f"{config.name}.safetensors"
-    return Save(checkpoint, _state_folder(checkpoint) if config.save_state or config.save_state_at_end else None)
+    state = config.folder / f"{config.name}{STATE}" if config.save_state or config.save_state_at_end else None
+    return Save(_files(config, config.name), state)
+
+
+def stop_state(config: SaveConfig, step: int) -> Path:
+    """The state of a run that is stopped after `step`."""
+    return config.folder / f"{_step_stem(config, step)}{STATE}"
 
 
 def planned_saves(config: SaveConfig, steps: int, steps_per_epoch: int, epochs: int) -> Iterator[Save]:
@@ -91,39 +93,54 @@ def planned_saves(config: SaveConfig, steps: int, steps_per_epoch: int, epochs: 
     yield save_at_end(config)
 
 
-def disk_use(saves: Sequence[Save], checkpoint_bytes: int, state_bytes: int) -> DiskUse:
-    """How much the saves write, and how much of it stays."""
-    sizes = {}
-    kept = {}
+def disk_use(saves: Sequence[Save], sizes: Mapping[str, int], state_bytes: int) -> DiskUse:
+    """How much the saves write, and how much of it stays; `sizes` are bytes of each kind of file."""
+    written, kept = {}, {}
     for save in saves:
-        sizes[save.checkpoint] = kept[save.checkpoint] = checkpoint_bytes
+        own = {path: sizes[kind] for kind, path in save.files.items()}
         if save.state:
-            sizes[save.state] = kept[save.state] = state_bytes
+            own[save.state] = state_bytes
+        written |= own
+        kept |= own
         for path in save.expired:
             kept.pop(path, None)
     states = sum(save.state is not None for save in saves)
-    return DiskUse(len(saves), states, sum(sizes.values()), sum(kept.values()))
+    return DiskUse(len(saves), states, sum(written.values()), sum(kept.values()))
 
 
-def check_saves(saves: Sequence[Save], config: SaveConfig, inputs: Sequence[Path], checkpoint_bytes: int) -> None:
+def check_saves(saves: Sequence[Save], config: SaveConfig, inputs: Sequence[Path], sizes: Mapping[str, int]) -> None:
     """InputError if a save would overwrite one of the `inputs`, the folder takes no files, or not even one fits."""
     writable_folder(config.folder, "--output_dir")
-    for save in saves:
+    for output in (path for save in saves for path in save.files.values()):
         for path in inputs:
-            if save.checkpoint.exists() and path.exists() and save.checkpoint.samefile(path):
+            if output.exists() and path.exists() and output.samefile(path):
                 raise InputError(
-                    f"the run would write {save.checkpoint} over {path}, which it reads: choose another --output_name"
+                    f"the run would write {output} over {path}, which it reads: choose another --output_name"
                 )
-    free = shutil.disk_usage(config.folder).free
-    if free < checkpoint_bytes:
+    free, needed = shutil.disk_usage(config.folder).free, sum(sizes[kind] for kind in config.kinds)
+    if free < needed:
         raise InputError(
-            f"--output_dir {config.folder} has {readable(free)} free, and one checkpoint needs "
-            f"{readable(checkpoint_bytes)}"
+            f"--output_dir {config.folder} has {readable(free)} free, and one save ({', '.join(config.kinds)}) needs "
+            f"{readable(needed)}"
         )
 
 
+def remove_unfinished(config: SaveConfig) -> None:
+    """Deletes what a run of this name left half written when it was killed."""
+    stem = re.escape(config.name) + r"(-\d{6}|-step\d{8})?"
+    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, KINDS.values()))})\\.tmp")
+    for path in config.folder.glob(f"sample/{glob.escape(config.name)}_*.tmp"):
+        path.unlink()
+    for path in [*config.folder.glob("*.tmp"), *config.folder.glob(f"*{STATE}/*.tmp")]:
+        in_state = re.fullmatch(stem + STATE, path.parent.name) and path.parent != config.folder
+        if in_state or half_written.fullmatch(path.name):
+            path.unlink()
+            if in_state and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+
+
 def remove_expired(save: Save) -> None:
-    """Deletes the checkpoints and states that `save` ends."""
+    """Deletes the files and states that `save` ends."""
     for path in save.expired:
         if path.is_dir():
             shutil.rmtree(path)
@@ -137,16 +154,27 @@ def readable(count: int) -> str:
     return f"{count / size:.1f} {unit}"
 
 
-def _epoch_checkpoint(config: SaveConfig, epoch: int) -> Path:
-    return config.folder / f"{config.name}-{epoch:06d}.safetensors"
+def _save(config: SaveConfig, stem, number: int, expired: tuple[int | None, int | None]) -> Save:
+    """The save of a turn; `expired` are the numbers of an older file and state, those below 1 never had one."""
+    paths: list[Path] = []
+    if expired[0] and expired[0] > 0:
+        paths += _files(config, stem(config, expired[0])).values()
+    if expired[1] and expired[1] > 0:
+        paths.append(config.folder / f"{stem(config, expired[1])}{STATE}")
+    state = config.folder / f"{stem(config, number)}{STATE}" if config.save_state else None
+    return Save(_files(config, stem(config, number)), state, tuple(paths))
 
 
-def _step_checkpoint(config: SaveConfig, step: int) -> Path:
-    return config.folder / f"{config.name}-step{step:08d}.safetensors"
+def _files(config: SaveConfig, stem: str) -> dict[str, Path]:
+    return {kind: config.folder / f"{stem}{KINDS[kind]}" for kind in config.kinds}
 
 
-def _state_folder(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f"{checkpoint.stem}-state")
+def _epoch_stem(config: SaveConfig, epoch: int) -> str:
+    return f"{config.name}-{epoch:06d}"
+
+
+def _step_stem(config: SaveConfig, step: int) -> str:
+    return f"{config.name}-step{step:08d}"
 
 
 def _expired_epoch(epoch: int, every: int, last_n: int | None) -> int | None:
@@ -155,11 +183,3 @@ def _expired_epoch(epoch: int, every: int, last_n: int | None) -> int | None:
 
 def _expired_step(step: int, every: int, last_n: int | None) -> int | None:
     return (step - last_n - 1) // every * every if last_n else None
-
-
-def _existing(config: SaveConfig, checkpoint, expired: int | None, expired_state: int | None) -> tuple[Path, ...]:
-    """The paths of an expired checkpoint and an expired state; numbers below 1 never had one."""
-    paths = [checkpoint(config, expired)] if expired and expired > 0 else []
-    if expired_state and expired_state > 0:
-        paths.append(_state_folder(checkpoint(config, expired_state)))
-    return tuple(paths)

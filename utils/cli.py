@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from utils.selective_finetune import SliceError
 from wan.errors import InputError
 
 
@@ -37,10 +36,17 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Runs a script's main(); a user's mistake becomes one line on stderr, exit code 2."""
     try:
         main(None)
-    except (InputError, SliceError) as error:
+    except _users_errors() as error:
         sys.exit(_one_line(error))
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def _users_errors() -> tuple[type[Exception], ...]:
+    # Looked up when something went wrong: torch takes seconds to import, and not every command needs it.
+    from utils.selective_finetune import SliceError
+
+    return InputError, SliceError
 
 
 def _one_line(error: Exception) -> int:

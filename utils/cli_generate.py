@@ -13,6 +13,7 @@ from utils.files import existing_file
 from utils.generation import OUTPUT_TYPES, GenerateConfig
 from utils.prompts import SamplePrompt, check_prompt, read_prompt_file
 from utils.sampling import SOLVERS
+from utils.slice_files import one_strength_each
 from utils.swap_flags import add_swap_flags, read_swap
 from wan.configs import TASKS, WanTask
 from wan.errors import InputError
@@ -29,7 +30,7 @@ _DTYPES = {
 }
 _LATENT_OUTPUTS = tuple(kind for kind in OUTPUT_TYPES if kind not in ("video", "images"))
 
-_NO_LORA = "LoRA files are not read; give a whole checkpoint to --dit"
+_NO_LORA = "LoRA files are not read; give slice files to --slices, or a whole checkpoint to --dit"
 _NO_FP8 = "models compute in 16 or 32 bit; an fp8 --dit file is read as bf16, and --blocks_to_swap saves device memory"
 _NO_COMPILE = "the model runs uncompiled; leave it out"
 _NO_PICTURES = "only text-to-video is supported; leave it out"
@@ -95,6 +96,8 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         latent_paths=tuple(existing_file(path, "--latent_path") for path in flags.latent_path or ()),
         dit=flags.dit,
         dit_high_noise=flags.dit_high_noise,
+        slices=tuple(existing_file(path, "--slices") for path in flags.slices),
+        slice_strengths=_slice_strengths(flags),
         vae=_file(flags.vae, "--vae"),
         t5=_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
@@ -125,6 +128,10 @@ def _add_files(parser: Parser) -> None:
     group.add_argument("--task", default="t2v-14B", help="gives the sampling defaults (default t2v-14B)")
     group.add_argument("--dit", type=Path, help="checkpoint; the low-noise one where there are two")
     group.add_argument("--dit_high_noise", type=Path, help="checkpoint for the timesteps above the boundary")
+    group.add_argument("--slices", type=Path, nargs="+", default=[], metavar="FILE", help="slice files on top of --dit")
+    group.add_argument(
+        "--slice_strength", type=float, nargs="+", help="one for all slices, or one for each (default 1)"
+    )
     group.add_argument("--vae", type=Path, help="Wan 2.1 VAE")
     group.add_argument("--t5", type=Path, help="UMT5 text encoder")
     group.add_argument("--tokenizer", type=Path, help="file or folder (default: beside --t5, in it, or the hub)")
@@ -271,6 +278,14 @@ def _prompts(flags: argparse.Namespace, defaults: SamplePrompt) -> tuple[SampleP
     if flags.from_file is not None:
         return tuple(read_prompt_file(flags.from_file, defaults))
     return () if flags.prompt is None else (defaults,)
+
+
+def _slice_strengths(flags: argparse.Namespace) -> tuple[float, ...]:
+    if flags.slice_strength and not flags.slices:
+        raise InputError("--slice_strength has no effect without --slices")
+    if not all(map(math.isfinite, flags.slice_strength or ())):
+        raise InputError(f"--slice_strength {' '.join(map(str, flags.slice_strength))}: finite numbers are needed")
+    return tuple(one_strength_each(flags.slice_strength, len(flags.slices), "--slice_strength"))
 
 
 def _file(path: Path | None, flag: str) -> Path | None:

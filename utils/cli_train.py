@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from utils.checkpoint_metadata import MetadataConfig
-from utils.checkpoints import SaveConfig
+from utils.checkpoints import KINDS, SaveConfig
 from utils.cli import Parser, refuse_flags
 from utils.dataset_config import read_dataset_config
 from utils.files import existing_file, read_toml
@@ -23,6 +23,7 @@ from utils.swap_flags import read_swap
 from utils.train_flags import REFUSED, add_flags
 from utils.training_config import COMPUTE_DTYPES, LogConfig, TrainConfig
 from utils.training_samples import SampleConfig
+from utils.training_state import latest_state
 from wan.configs import TASKS
 from wan.errors import InputError
 
@@ -59,6 +60,9 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         preserve=_preserve(flags),
         vae=flags.vae,
         mixed_precision=_mixed_precision(flags),
+        slices=tuple(existing_file(path, "--slices") for path in flags.slices),
+        continue_slice=flags.continue_slice,
+        allow_overlap=flags.allow_overlap,
         save_precision="fp32" if flags.save_precision == "float" else flags.save_precision,
         max_train_steps=flags.max_train_steps,
         max_train_epochs=flags.max_train_epochs,
@@ -70,7 +74,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         workers=_workers(flags),
         persistent_workers=flags.persistent_data_loader_workers,
         seed=flags.seed,
-        resume=flags.resume,
+        resume=_resume(flags),
         training_debug=flags.training_debug,
         show_timesteps=_show_timesteps(flags),
         allow_tf32=flags.cuda_allow_tf32,
@@ -161,9 +165,12 @@ def _save(flags: Namespace) -> SaveConfig:
                 raise InputError(f"--{flag} has no effect without --save_every_n_{unit}")
         if getattr(flags, f"save_last_n_{unit}_state") and not flags.save_state:
             raise InputError(f"--save_last_n_{unit}_state has no effect without --save_state")
+    if flags.training_debug and ("checkpoint" not in flags.save_as or flags.slices):
+        raise InputError("--training_debug compares checkpoints with --dit: it needs --save_as checkpoint, no --slices")
     return SaveConfig(
         folder=flags.output_dir,
         name=flags.output_name,
+        kinds=tuple(kind for kind in KINDS if kind in flags.save_as),
         every_n_epochs=flags.save_every_n_epochs,
         every_n_steps=flags.save_every_n_steps,
         last_n_epochs=flags.save_last_n_epochs,
@@ -173,6 +180,10 @@ def _save(flags: Namespace) -> SaveConfig:
         save_state=flags.save_state,
         save_state_at_end=flags.save_state_on_train_end,
     )
+
+
+def _resume(flags: Namespace) -> Path | None:
+    return latest_state(flags.output_dir, flags.output_name) if flags.resume == Path("latest") else flags.resume
 
 
 def _timesteps(flags: Namespace) -> TimestepConfig:

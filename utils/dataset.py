@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.cache_files import read_latents, read_text
 from utils.cached_items import CachedItems, Item, Problem, cached_items
+from utils.interrupts import ignore_interrupts
 from utils.sources import AnyDataset, DatasetConfig, ImageDataset
 from wan.errors import InputError
 
@@ -146,6 +147,7 @@ def make_loader(
         sampler=EpochSampler(dataset, seed, epoch, skip, rank, world),
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
+        worker_init_fn=ignore_interrupts,
         # Its own, because a loader draws a number from the global generator otherwise.
         generator=torch.Generator(),
     )

@@ -19,6 +19,8 @@ from utils import outputs
 from utils.block_swap import check_swap, memory_line, place_model
 from utils.prompts import SamplePrompt, parse_prompt_line
 from utils.sampling import TIMESTEPS, Denoising, Sample, advance, decode_latent, encode_samples, resolve_sample
+from utils.selective_finetune import base_identity
+from utils.slice_files import SliceFile, SlicesOnBase, read_slice_file
 from utils.swap_plan import SwapConfig
 from wan.configs import TASKS
 from wan.errors import InputError
@@ -45,6 +47,8 @@ class GenerateConfig:
     latent_paths: tuple[Path, ...]
     dit: Path | None
     dit_high_noise: Path | None
+    slices: tuple[Path, ...]  # each goes on top of the DiT that it was trained on
+    slice_strengths: tuple[float, ...]
     vae: Path | None
     t5: Path | None
     tokenizer: Path | None
@@ -63,6 +67,7 @@ class _Expert:
     """A DiT and the timesteps that it samples: those >= t_end that no expert before it took."""
 
     path: Path
+    slices: SlicesOnBase
     dtype: torch.dtype
     mapped: bool  # its weights on the CPU are the file's own bytes
     text_len: int
@@ -75,6 +80,7 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
 
     InputError, before anything is encoded or written, if a file does not fit.
     """
+    outputs.remove_unfinished(config.save_path)
     if config.latent_paths:
         return _decode_latent_files(config, say)
     experts = _read_experts(config, say)
@@ -85,17 +91,38 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
 
 
 def _read_experts(config: GenerateConfig, say: Callable[[str], None]) -> list[_Expert]:
-    experts = [_read_expert(config, config.dit, None, 0.0, say)]
+    slices = _slices_by_dit(config)
+    experts = [_read_expert(config, config.dit, slices, None, 0.0, say)]
     if config.dit_high_noise is not None:
         t_end = config.boundary * TIMESTEPS
-        experts.insert(0, _read_expert(config, config.dit_high_noise, config.guidance_scale_high, t_end, say))
+        high = _read_expert(config, config.dit_high_noise, slices, config.guidance_scale_high, t_end, say)
+        experts.insert(0, high)
     elif TASKS[config.task].boundary is not None:
         say(f"{config.task} has two experts; without --dit_high_noise {config.dit.name} takes every step")
     return experts
 
 
+def _slices_by_dit(config: GenerateConfig) -> dict[Path, list[tuple[SliceFile, float]]]:
+    """Which slices, at which strength, go on top of which DiT: with two, a base's identity tells which one."""
+    files = [read_slice_file(path) for path in config.slices]
+    dits = [path for path in (config.dit, config.dit_high_noise) if path is not None]
+    by_dit = {path: [] for path in dits}
+    identities = {path: base_identity(read_checkpoint_header(path).files) for path in dits} if files else {}
+    for file, strength in zip(files, config.slice_strengths, strict=True):
+        fitting = [path for path in dits if identities[path] == file.entry.base]
+        # One that fits none goes to the first, which is checked again and refused with the reason.
+        for path in fitting or dits[:1]:
+            by_dit[path].append((file, strength))
+    return by_dit
+
+
 def _read_expert(
-    config: GenerateConfig, path: Path, guidance_scale: float | None, t_end: float, say: Callable[[str], None]
+    config: GenerateConfig,
+    path: Path,
+    slices: Mapping[Path, Sequence[tuple[SliceFile, float]]],
+    guidance_scale: float | None,
+    t_end: float,
+    say: Callable[[str], None],
 ) -> _Expert:
     header = read_checkpoint_header(path)
     check_fits_task(header, config.task)
@@ -103,10 +130,12 @@ def _read_expert(
     if config.blocks_to_swap > widths.num_layers:
         raise InputError(f"--blocks_to_swap {config.blocks_to_swap}: {path} has {widths.num_layers} blocks")
     dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
-    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}")
-    mapped = file_dtype(header) == dtype
+    mapped = file_dtype(header) == dtype and not config.slices
     check_swap(widths, dtype, config.device, config.blocks_to_swap, config.swap, mapped)
-    return _Expert(path, dtype, mapped, widths.text_len, guidance_scale, t_end)
+    own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
+    told = "".join(f", with {entry.label}" for entry in own.entries)
+    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{told}")
+    return _Expert(path, own, dtype, mapped, widths.text_len, guidance_scale, t_end)
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -176,7 +205,8 @@ def _run_expert(
 ) -> None:
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
-    model = load_dit(expert.path, dtype=expert.dtype, read_only=True)
+    model = load_dit(expert.path, expert.dtype, read_only=True, patches=expert.slices.patches)
+    expert.slices.check_starts()
     placement = place_model(model, config.device, config.blocks_to_swap, swap=config.swap, mapped=expert.mapped)
     with tqdm.external_write_mode():
         say(memory_line(placement, config.device))

@@ -3,21 +3,26 @@
 Shapes: T frames, H W height and width in pixels, C latent channels, F h w latent frames, height, width.
 """
 
-import os
+import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from utils.selective_finetune import whole_file
 from wan.errors import InputError
 from wan.state_dict_files import read_state_dict
 
 LATENT_KEY = "latent"
+_GONE = 600  # seconds without a byte
+_UNFINISHED = re.compile(r"\d{8}-\d{6}-\d{3}_.*\.(png|mp4|safetensors)\.tmp")  # the names of generation
 
 
 def to_frames(video_3THW: Tensor) -> np.ndarray:
@@ -45,15 +50,15 @@ def save_frames(folder: Path, stem: str, video_3THW: Tensor) -> Path:
 def save_image(path: Path, frame_3HW: Tensor) -> Path:
     """Saves one frame [3, H, W] in [-1, 1] as PNG."""
     picture = Image.fromarray(to_frames(frame_3HW[:, None])[0])
-    with _completed(path) as partial:
-        picture.save(partial, format="PNG")
+    with _completed(path) as file:
+        picture.save(file, format="PNG")
     return path
 
 
 def save_video(path: Path, video_3THW: Tensor, fps: int) -> Path:
     """Saves a video [3, T, H, W] in [-1, 1] as H.264 mp4; H and W are even."""
     frames = to_frames(video_3THW)
-    with _completed(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+    with _completed(path) as file, av.open(file, "w", format="mp4") as container:
         # crf 10 is what Wan's own `quality=8` becomes for libx264.
         stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
         stream.height, stream.width = frames.shape[1:3]
@@ -66,8 +71,8 @@ def save_video(path: Path, video_3THW: Tensor, fps: int) -> Path:
 
 def save_latent(path: Path, latent_CFhw: Tensor, metadata: Mapping[str, str]) -> Path:
     """Saves a normalised latent as float32 under the key `latent`, as musubi-tuner's generation does."""
-    with _completed(path) as partial:
-        save_file({LATENT_KEY: latent_CFhw.float().cpu().contiguous()}, partial, metadata=dict(metadata))
+    with _completed(path) as file:
+        file.write(save({LATENT_KEY: latent_CFhw.float().cpu().contiguous()}, dict(metadata)))
     return path
 
 
@@ -82,13 +87,16 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
     return tensors[LATENT_KEY].float().reshape(shape[-4:]), metadata
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Deletes half-written outputs in `folder` whose writers are surely gone: others may be at work in it."""
+    for path in [*folder.glob("*.tmp"), *folder.glob("*/*.tmp")]:
+        if _UNFINISHED.fullmatch(path.name) and time.time() - path.stat().st_mtime > _GONE:
+            path.unlink()
+
+
 @contextmanager
-def _completed(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once written; a failure leaves nothing behind."""
+def _completed(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path` once written, its folder made if missing; a failure leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        yield file

@@ -9,13 +9,14 @@ import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from utils.ledger import Entry
 from utils.selective_finetune import TrainedSlice
 from wan.errors import InputError
 from wan.model import WanModel
@@ -65,9 +66,9 @@ def most_frequent(captions: Sequence[str]) -> list[str]:
     return [caption for caption, _ in Counter(captions).most_common(CAPTIONS_KEPT)]
 
 
-def old_prompts(config: PreserveConfig, ledger: Sequence[Mapping], dit: Path) -> tuple[tuple[str, ...], ...]:
+def old_prompts(config: PreserveConfig, ledger: Sequence[Entry], dit: Path) -> tuple[tuple[str, ...], ...]:
     """The prompts to preserve, by source; InputError where the ledger of `dit` is asked for captions and has none."""
-    captions = [caption for entry in ledger for caption in entry.get("captions", ())]
+    captions = [caption for entry in ledger for caption in entry.captions]
     if config.from_ledger and not captions:
         raise InputError(
             f"--preserve_prompts auto: {dit} tells no captions of concepts that it was taught before; give a file of "
@@ -120,7 +121,7 @@ def ask_teacher(
         return Answers(context, model(noisy_BCFHW, t_B, context))
 
 
-def preserve_lines(preserved: Preservation | None, ledger: Sequence[Mapping], dit: Path) -> list[str]:
+def preserve_lines(preserved: Preservation | None, ledger: Sequence[Entry], dit: Path) -> list[str]:
     """What is preserved; or, where concepts were taught before and nothing is, what is at stake."""
     if preserved is not None:
         return [
@@ -129,7 +130,7 @@ def preserve_lines(preserved: Preservation | None, ledger: Sequence[Mapping], di
         ]
     if not ledger:
         return []
-    names = ", ".join(entry["name"] or "a concept without a name" for entry in ledger)
+    names = ", ".join(entry.name or "a concept without a name" for entry in ledger)
     return [
         f"note: {dit} was taught {names}; another concept leaves those values alone but changes what comes out: "
         "--preserve_prompts auto (or a file of prompts) keeps it"

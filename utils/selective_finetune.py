@@ -20,13 +20,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,11 +38,14 @@ from torch import Tensor, nn
 CONTRACT = 1
 ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
-_WRAPPERS = re.compile(
-    r"^(model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|model\.|dit\.)+(?=blocks\.)"
-    r"|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
-)
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")  # what slices are cut from, by its name in a file
+_CHUNK = 1 << 20  # bytes
+_PREFIX = r"^(model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|model\.|dit\.)+"
+_WRAPPERS = re.compile(_PREFIX + r"(?=blocks\.)|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 Ff = str | int | float | Decimal | Fraction
+Files = str | Path | Sequence[str | Path]  # one safetensors file, or its shards
+Patch = Callable[[Tensor], None]  # changes a matrix [out, in] on its way from the base's file into another
 
 
 class SliceError(ValueError):
@@ -174,16 +179,6 @@ class SlicedMatrix:
         if values is None:
             values = _moved(self.start, self.difference, self.strength)
         self.units.to(weight.device).write(weight, values)
-
-    @torch.no_grad()
-    def patch(self, stored: Tensor) -> None:
-        """Moves the slice in `stored`, the base file's own tensor on the CPU, by what was learned."""
-        units = self.units.to("cpu")
-        values, start = units.cut(units.read(stored)), self.start.to("cpu", stored.dtype)
-        same_bits = torch.equal(values.view(torch.uint8), start.view(torch.uint8))
-        if stored.dtype == self.linear.weight.dtype and not same_bits:
-            raise SliceError(f"{self.name} in the base file is not what this slice was trained on")
-        units.write(stored, _moved(values, self.difference.cpu(), self.strength))
 
     def saved_input(self, x: Tensor) -> Tensor:
         """What backward needs of the input: its columns in the slice."""
@@ -375,35 +370,60 @@ class TrainedSlice(nn.Module):
         self.write_back()
 
     def save_checkpoint(
-        self,
-        base: str | Path | Sequence[str | Path],
-        path: str | Path,
-        metadata: Mapping[str, str] | None = None,
-        concept: str = "",
-        steps: int = 0,
-        captions: Sequence[str] = (),
+        self, base: Files, path: str | Path, metadata: Mapping | None = None, concept: str = "", steps: int = 0
     ) -> None:
-        """Writes the base (one safetensors file, or its shards) with the slice in use to `path`, streaming it once.
+        """Writes the base (a safetensors file, or its shards) with the slice in use to `path`, streaming it once.
 
         Names, dtypes, order and metadata are the base's; `metadata` and this slice's line in the ledger are added.
-        A file that is interrupted leaves whatever stood at `path`.
+        A save that is interrupted leaves whatever stood at `path`.
         """
-        bases = [Path(base)] if isinstance(base, str | Path) else [Path(file) for file in base]
-        entry = {
-            "contract": CONTRACT,
-            "ff": self.ff,
-            "ffid": self.ffid,
-            "name": concept,
-            "steps": steps,
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        }
-        if captions:
-            entry["captions"] = list(captions)
-        patches = {name: matrix.patch for name, matrix in self.matrices.items()}
-        _write_patched(bases, Path(path), patches, metadata or {}, entry)
+        tensors, known = read_header(base)
+        start, final = self.stored_values(base)
+        ledger = [*read_ledger(known), self.ledger_entry(base, start, concept, steps)]
+        known.pop(LEDGER_KEY, None)  # so that it comes last
+        told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
+        write_safetensors(path, tensors, told, stream(tensors, self.patches(start, final)))
+
+    def save_slice(
+        self, base: Files, path: str | Path, metadata: Mapping | None = None, concept: str = "", steps: int = 0
+    ) -> None:
+        """Writes the slice alone: its final values in the base's dtype, in line order, and its line in the ledger."""
+        start, final = self.stored_values(base)
+        ledger = [self.ledger_entry(base, start, concept, steps)]
+        write_slice(path, final, {**(metadata or {}), LEDGER_KEY: json.dumps(ledger)})
+
+    def stored_values(self, base: Files) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the base's files hold of the slice, and what a checkpoint will: by name, on the CPU."""
+        dtypes = {contract_name(key): DTYPES.get(tensor.dtype) for key, tensor in read_header(base)[0].items()}
+        start = {name: matrix.start.cpu() for name, matrix in self.matrices.items()}
+        if any(dtypes.get(name) != values.dtype for name, values in start.items()):  # it was cast to be trained
+            start = read_slice(base, {name: matrix.units.to("cpu") for name, matrix in self.matrices.items()})
+        return start, {n: _moved(start[n], m.difference.detach().cpu(), 1.0) for n, m in self.matrices.items()}
+
+    def patches(self, start: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> dict[str, Patch]:
+        """What puts `final` in the place of `start` into the base's matrices; SliceError where they hold otherwise."""
+        units = {name: matrix.units.to("cpu") for name, matrix in self.matrices.items()}
+        return {n: functools.partial(_replace, n, own, start[n], final[n]) for n, own in units.items()}
+
+    def ledger_entry(self, base: Files, start: Mapping[str, Tensor], concept: str, steps: int) -> dict:
+        """This slice's line in the ledger of a file; `start` is what the base's files hold of it."""
+        own = {"contract": CONTRACT, "ff": self.ff, "ffid": self.ffid, "name": concept, "steps": steps}
+        date = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        hashed = slice_digest({name: value_digest(values) for name, values in start.items()})
+        return {**own, "date": date, "base": base_identity(base), "start": hashed}
 
 
-# ---- files
+# ---- files: read as they lie, written whole or not at all
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file: its bytes from `begin` up to `end`, its dtype as safetensors spells it."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+    file: str | Path | None = None
 
 
 def read_ledger(metadata: Mapping[str, str]) -> list[dict]:
@@ -411,83 +431,129 @@ def read_ledger(metadata: Mapping[str, str]) -> list[dict]:
     return json.loads(metadata.get(LEDGER_KEY, "[]"))
 
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK = 1 << 24
+def read_header(base: Files) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Every tensor of the files by its stored name, in the order of their bytes; their metadata."""
+    tensors, metadata = {}, {}
+    for path in [base] if isinstance(base, str | Path) else base:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > os.path.getsize(path) - 8:
+                raise SliceError(f"{path} is not a whole safetensors file")
+            header = json.loads(file.read(length))
+        metadata |= header.pop("__metadata__", {})
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            tensors[key] = StoredTensor(entry["dtype"], entry["shape"], begin, end, path)
+    return tensors, metadata
 
 
-def _write_patched(
-    bases: Sequence[Path], path: Path, patches: Mapping[str, Callable[[Tensor], None]], metadata: Mapping, entry: dict
+def base_identity(base: Files) -> str:
+    """SHA-256 over every tensor that no slice can touch: the same all along a chain of concepts on one base."""
+    named = {re.sub(_PREFIX, "", contract_name(key)): tensor for key, tensor in read_header(base)[0].items()}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named.items()):
+        if len(tensor.shape) != 2 or not BLOCK_MATRIX.fullmatch(name):
+            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+            for piece in stream({name: tensor}):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def slice_digest(digests: Mapping[str, bytes]) -> str:
+    """SHA-256 over the digests of a slice's values by matrix: its start tells a merged base from the slice's own."""
+    return hashlib.sha256(b"".join(name.encode() + digests[name] for name in sorted(digests))).hexdigest()
+
+
+def value_digest(values: Tensor) -> bytes:
+    """SHA-256 of the bytes of a matrix's values."""
+    return hashlib.sha256(values.view(torch.uint8).numpy()).digest()
+
+
+def stream(tensors: Mapping[str, StoredTensor], patches: Mapping[str, Patch] | None = None) -> Iterator[memoryview]:
+    """The bytes of the tensors in order, patched by contract name; each piece lasts until the next one."""
+    patches = patches or {}
+    if missing := patches.keys() - {contract_name(key) for key in tensors}:
+        raise SliceError(f"the base has no {min(missing)}: it is not the base of this slice")
+    buffer = bytearray(max([_CHUNK, *(t.end - t.begin for k, t in tensors.items() if contract_name(k) in patches)]))
+    for key, tensor in tensors.items():
+        patch = patches.get(contract_name(key))
+        with open(tensor.file, "rb") as source:
+            source.seek(left := tensor.begin)
+            while left < tensor.end:
+                piece = memoryview(buffer)[: tensor.end - left if patch else min(_CHUNK, tensor.end - left)]
+                if source.readinto(piece) < len(piece):
+                    raise SliceError(f"{tensor.file} is truncated")
+                if patch:
+                    patch(torch.frombuffer(piece, dtype=DTYPES[tensor.dtype]).view(tensor.shape))
+                yield piece
+                left += len(piece)
+
+
+def read_slice(base: Files, units: Mapping[str, SliceUnits]) -> dict[str, Tensor]:
+    """What the files hold of a slice, by contract name in line order."""
+    values = {}
+
+    def record(name: str, stored: Tensor) -> None:
+        values[name] = units[name].cut(units[name].read(stored))
+
+    tensors = {key: tensor for key, tensor in read_header(base)[0].items() if contract_name(key) in units}
+    for _ in stream(tensors, {name: functools.partial(record, name) for name in units}):
+        pass
+    return values
+
+
+def _replace(name: str, units: SliceUnits, start: Tensor, final: Tensor, stored: Tensor) -> None:
+    if not torch.equal(units.cut(units.read(stored)).view(torch.uint8), start.view(torch.uint8)):
+        raise SliceError(f"{name} in the base file is not what this slice was trained on")
+    units.write(stored, final)
+
+
+def write_slice(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a slice file: the final values of each matrix, in line order, by contract name."""
+    names, ordered = {dtype: name for name, dtype in DTYPES.items()}, [(name, values[name]) for name in sorted(values)]
+    tensors = {name: StoredTensor(names[own.dtype], list(own.shape), 0, own.nbytes) for name, own in ordered}
+    write_safetensors(path, tensors, metadata, (own.view(torch.uint8).numpy() for _, own in ordered))
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], chunks: Iterable
 ) -> None:
-    if path.exists() and any(path.samefile(base) for base in bases):
-        raise SliceError(f"{path} is the base itself: write the checkpoint to another file")
-    headers = [_read_header(base) for base in bases]
-    missing = patches.keys() - {contract_name(key) for _, header in headers for key in header}
-    if missing:
-        raise SliceError(f"{bases[0]} has no {min(missing)}: it is not the base of this slice")
-    known = {key: value for _, header in headers for key, value in header.get("__metadata__", {}).items()}
-    ledger = json.dumps([*read_ledger(known), entry])
-    with _whole_or_nothing(path) as out:
-        out.write(_merged_header([header for _, header in headers], {**known, **metadata, LEDGER_KEY: ledger}))
-        for base, (data_start, header) in zip(bases, headers, strict=True):
-            with base.open("rb") as source:
-                for key, tensor in _in_file_order(header):
-                    source.seek(data_start + tensor["data_offsets"][0])
-                    _copy_tensor(source, out, tensor, patches.get(contract_name(key)))
-
-
-def _read_header(path: Path) -> tuple[int, dict]:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size - 8:
-            raise SliceError(f"{path} is not a whole safetensors file")
-        return 8 + size, json.loads(file.read(size))
-
-
-def _in_file_order(header: dict) -> list[tuple[str, dict]]:
-    tensors = [item for item in header.items() if item[0] != "__metadata__"]
-    return sorted(tensors, key=lambda item: item[1]["data_offsets"])
-
-
-def _merged_header(headers: Sequence[dict], metadata: Mapping[str, str]) -> bytes:
-    merged, position = {"__metadata__": dict(metadata)}, 0
-    for header in headers:
-        for key, tensor in _in_file_order(header):
-            size = tensor["data_offsets"][1] - tensor["data_offsets"][0]
-            merged[key] = {**tensor, "data_offsets": [position, position + size]}
-            position += size
-    text = json.dumps(merged, separators=(",", ":"), ensure_ascii=False).encode()
+    """Writes tensors, whose bytes `chunks` gives in their order, to `path`, but never over a file they lie in."""
+    path, table, size = Path(path), {"__metadata__": dict(metadata)} if metadata else {}, 0
+    if path.exists() and any(path.samefile(file) for file in {tensor.file for tensor in tensors.values()} - {None}):
+        raise SliceError(f"{path} is the base itself: write to another file")
+    for key, tensor in tensors.items():
+        offsets = [size, size := size + tensor.end - tensor.begin]
+        table[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _copy_tensor(source, out, tensor: dict, patch: Callable[[Tensor], None] | None) -> None:
-    left = tensor["data_offsets"][1] - tensor["data_offsets"][0]
-    if patch is None:
-        while left:
-            out.write(chunk := source.read(min(left, _CHUNK)))
-            left -= len(chunk)
-        return
-    stored = bytearray(source.read(left))
-    patch(torch.frombuffer(stored, dtype=_DTYPES[tensor["dtype"]]).view(tensor["shape"]))
-    out.write(stored)
+    with whole_file(path, 8 + len(text) + size) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for chunk in chunks:
+            for at in range(0, len(chunk), _CHUNK):
+                file.write(chunk[at : at + _CHUNK])
 
 
 @contextmanager
-def _whole_or_nothing(path: Path) -> Iterator:
-    """A binary file that takes the name `path` once it is complete and on disk."""
+def whole_file(path: Path, size: int = 0) -> Iterator:
+    """A binary file that takes the name `path` once it is complete and on disk; SliceError if it cannot be written."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
+        if (free := shutil.disk_usage(path.parent).free) < size:
+            raise OSError(f"it needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
         with unfinished.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+        if os.name == "posix":  # a rename is durable once its folder is; Windows opens no folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        raise SliceError(f"{path} could not be written ({error}); older files are as they were") from None
     finally:
         unfinished.unlink(missing_ok=True)
-    if os.name == "posix":  # a rename is durable once its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 # ---- musubi-tuner: --network_module selective_finetune --network_args ff=0.001 ffid=1

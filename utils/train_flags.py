@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from utils.checkpoints import KINDS
 from utils.flow_matching import SAMPLINGS, WEIGHTINGS
 from utils.lr_schedules import SCHEDULES
 from utils.swap_flags import add_swap_flags
@@ -87,6 +88,9 @@ def _add_slice_and_run(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("slice")
     group.add_argument("--ff", help="share of every block matrix that trains, for example 0.001")
     group.add_argument("--ffid", type=int, help="which slice of that size, from 1 on: another one for every concept")
+    group.add_argument("--slices", type=Path, nargs="+", default=[], metavar="FILE", help="slice files on top of --dit")
+    group.add_argument("--continue_slice", action="store_true", help="train the slice that --dit holds further")
+    group.add_argument("--allow_overlap", action="store_true", help="train over other slices that --dit holds")
     group = parser.add_argument_group("training")
     group.add_argument("--max_train_steps", type=int, default=1600, help="default 1600")
     group.add_argument("--max_train_epochs", type=int, help="decides instead of --max_train_steps")
@@ -162,6 +166,7 @@ def _add_saving(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("saving")
     group.add_argument("--output_dir", type=Path, help="folder")
     group.add_argument("--output_name", help="file name without .safetensors; the concept's name")
+    group.add_argument("--save_as", nargs="+", choices=tuple(KINDS), default=["checkpoint"], help="default checkpoint")
     group.add_argument("--save_every_n_epochs", type=int)
     group.add_argument("--save_every_n_steps", type=int)
     group.add_argument("--save_last_n_epochs", type=int, help="keep so many checkpoints of epochs")
@@ -170,7 +175,7 @@ def _add_saving(parser: ArgumentParser) -> None:
     group.add_argument("--save_last_n_steps_state", type=int, help="the same for states")
     group.add_argument("--save_state", action="store_true", help="with each checkpoint, what --resume needs")
     group.add_argument("--save_state_on_train_end", action="store_true", help="at the end only")
-    group.add_argument("--resume", type=Path, help="a ...-state folder: go on exactly where it was saved")
+    group.add_argument("--resume", type=Path, help="a ...-state folder, or latest: go on exactly where it was saved")
     group.add_argument("--save_precision", choices=("float", "fp32", "fp16", "bf16"), help="only the dtype of --dit")
 
 

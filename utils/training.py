@@ -22,9 +22,18 @@ from tqdm import tqdm
 from utils.block_inputs import BlockInputs
 from utils.block_swap import checkpoint_blocks, memory_line, place_model
 from utils.checkpoint_metadata import checkpoint_metadata
-from utils.checkpoints import Save, remove_expired, save_after_epoch, save_after_step, save_at_end
+from utils.checkpoints import (
+    Save,
+    remove_expired,
+    remove_unfinished,
+    save_after_epoch,
+    save_after_step,
+    save_at_end,
+    stop_state,
+)
 from utils.dataset import TrainingDataset, build_training_dataset, make_loader
 from utils.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
+from utils.interrupts import StopRequest
 from utils.lr_schedules import build_scheduler
 from utils.optimizers import build_optimizer, learning_rates
 from utils.outputs import to_frames
@@ -36,14 +45,16 @@ from utils.preservation import (
     old_prompts,
     preserve_lines,
 )
-from utils.selective_finetune import TrainedSlice, attach_slice, read_ledger
+from utils.selective_finetune import TrainedSlice, attach_slice
+from utils.slice_files import SlicesOnBase
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_debug import TrainingDebug
 from utils.training_plan import TrainingPlan, first_items, plan_training
 from utils.training_report import inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
-from utils.training_settings import deciding_settings, other_settings, start_hash
+from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
+from utils.training_slices import ledger_lines, read_slices, write_files
 from utils.training_state import check_state, load_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
@@ -74,6 +85,7 @@ class _Run:
     accelerator: Accelerator
     seed: int
     header: CheckpointHeader
+    below: SlicesOnBase  # slices on top of the header's files, under the one that trains
     dataset: TrainingDataset
     plan: TrainingPlan
     settings: Mapping[str, str]  # those that decide the run's numbers
@@ -95,6 +107,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     accelerator = _start_processes(config)
     say = say if accelerator.is_main_process else _say_nothing
     header, model_config = read_dit(config, accelerator.device)
+    below = read_slices(config, header)
     dataset = build_training_dataset(config.dataset)
     check_dataset(dataset, model_config, config)
     seed = _agree_on_seed(config, accelerator, say)
@@ -105,24 +118,26 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     processes = accelerator.num_processes
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
-    ledger = read_ledger(header.metadata)
-    prompts = old_prompts(config.preserve, ledger, config.dit) if config.preserve else ()
-    settings = deciding_settings(config, seed, dataset, batches, processes, prompts)
+    prompts = old_prompts(config.preserve, below.entries, config.dit) if config.preserve else ()
+    settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
     if config.resume:
         check_state(config.resume, settings)
     saving_lines = check_plan(config, header, plan)
+    if accelerator.is_main_process:
+        remove_unfinished(config.save)
     say_what_is_read(config, header, dataset, say)
     samples = None
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
     preserved = _prepare_preservation(config, prompts, model_config.text_len, accelerator)
 
-    model = load_dit(config.dit, dtype=COMPUTE_DTYPES[config.mixed_precision], read_only=True)
+    model = load_dit(config.dit, COMPUTE_DTYPES[config.mixed_precision], read_only=True, patches=below.patches)
+    below.check_starts()
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
     inputs = BlockInputs(len(model.blocks), accelerator.device) if config.offload_block_inputs else None
     if config.gradient_checkpointing:
         checkpoint_blocks(model, inputs)
-    mapped = file_dtype(header) == model.dtype
+    mapped = file_dtype(header) == model.dtype and not config.slices
     placement = place_model(model, accelerator.device, config.blocks_to_swap, trained, config.swap, mapped)
     optimizer = build_optimizer(config.optimizer, trained.parameters())
 
@@ -133,6 +148,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         accelerator=accelerator,
         seed=seed,
         header=header,
+        below=below,
         dataset=dataset,
         plan=plan,
         settings=settings,
@@ -148,14 +164,16 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         say=say,
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
-    lines = slice_lines(trained, model, ledger) + preserve_lines(preserved, ledger, config.dit)
+    lines = [*ledger_lines(config, header, below), *slice_lines(trained, model, below.entries)]
+    lines += preserve_lines(preserved, below.entries, config.dit)
     lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
     if inputs is not None:
         lines.append(inputs_line(model, dataset, batches))
     for line in [*lines, plan_line(plan, processes), *saving_lines]:
         say(line)
     _start_trackers(run)
-    _loop(run, place)
+    with StopRequest() as stop:
+        _loop(run, place, stop)
     accelerator.end_training()
 
 
@@ -242,7 +260,7 @@ def _start_trackers(run: _Run) -> None:
         run.accelerator.init_trackers(log.tracker_name, config=settings, init_kwargs=dict(log.tracker_settings))
 
 
-def _loop(run: _Run, place: _Place) -> None:
+def _loop(run: _Run, place: _Place, stop: StopRequest) -> None:
     config, plan, accelerator = run.config, run.plan, run.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
     loader = make_loader(
@@ -256,7 +274,7 @@ def _loop(run: _Run, place: _Place) -> None:
         place.epoch = epoch
         loader.sampler.set_epoch(epoch, skipped)
         starts = first_items(run.dataset.epoch_batches(run.seed, epoch), rank, processes)
-        losses_of_step = torch.zeros(2, device=accelerator.device)
+        losses_of_step, stops = torch.zeros(2, device=accelerator.device), False
         for number, batch in enumerate(loader, start=skipped):
             first_item = epoch * plan.items_per_epoch + starts[number]
             batches_done = epoch * plan.batches_per_epoch + number
@@ -267,7 +285,10 @@ def _loop(run: _Run, place: _Place) -> None:
             rates = learning_rates(run.optimizer)
             grad_norm = _update(run)
             place.step, place.batch = place.step + 1, number + 1
-            loss, preserve_loss = _checked_losses(accelerator.reduce(losses_of_step, "mean"), place.step)
+            # Processes may be interrupted at different steps, and have to stop at the same one.
+            means = accelerator.reduce(torch.cat([losses_of_step, losses_of_step.new_tensor([stop.asked])]), "mean")
+            loss, preserve_loss = _checked_losses(means[:2], place.step)
+            stops = place.step < plan.steps and bool(means[2])
             place.losses.append(loss)
             losses_of_step = torch.zeros_like(losses_of_step)
             shown = {"loss/preserve": preserve_loss} if preserves else {}
@@ -282,6 +303,8 @@ def _loop(run: _Run, place: _Place) -> None:
                 ends_epoch and due_after_epoch(config.samples, epoch + 1)
             ):
                 _sample(run, place, f"{place.step:06d}")
+            if stops and not ends_epoch:
+                return _stop(run, place, bar)
             if place.step == plan.steps:
                 break
         accelerator.log({"loss/epoch": place.average_loss()}, step=place.step)
@@ -291,8 +314,20 @@ def _loop(run: _Run, place: _Place) -> None:
             _save(run, place, save)
         if due_after_epoch(config.samples, epoch + 1):
             _sample(run, place, f"e{epoch + 1:06d}")
+        if stops:
+            return _stop(run, place, bar)
     _save(run, place, save_at_end(config.save))
     bar.close()
+
+
+def _stop(run: _Run, place: _Place, bar: tqdm) -> None:
+    """Ends a run that was interrupted, with a state to go on from."""
+    folder = stop_state(run.config.save, place.step)
+    if run.accelerator.is_main_process:
+        save_state(folder, run.settings, _state(run, place))
+    bar.close()
+    run.accelerator.wait_for_everyone()
+    run.say(f"stopped after step {place.step}; the same command with --resume latest goes on (or --resume {folder})")
 
 
 def _backward(
@@ -382,14 +417,14 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
         timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
         metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
-        run.trained.save_checkpoint(
-            run.header.files, save.checkpoint, metadata, concept=name, steps=place.step, captions=_captions(run)
-        )
+        concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
+        lines = write_files(save.files, run.trained, run.header, run.below, metadata, concept)
         if run.debug:
-            trackers = run.accelerator.trackers
-            _say_beside_bar(run, *run.debug.after_save(save.checkpoint, place.step, trackers))
+            lines += run.debug.after_save(save.files["checkpoint"], place.step, run.accelerator.trackers)
         remove_expired(save)
-        _say_beside_bar(run, f"saved {save.checkpoint}" + (f" and {save.state.name}" if save.state else ""))
+        paths = [*map(str, save.files.values()), *([save.state.name] if save.state else [])]
+        for line in [*lines, f"saved {' and '.join(paths)}"]:
+            _say_beside_bar(run, line)
     run.accelerator.wait_for_everyone()
 
 

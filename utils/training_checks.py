@@ -9,9 +9,12 @@ from utils.block_swap import check_swap
 from utils.checkpoints import check_saves, disk_use, planned_saves
 from utils.dataset import TrainingDataset
 from utils.flow_matching import check_timesteps
+from utils.ledger import CONTRACT, Entry
 from utils.lr_schedules import check_schedule
 from utils.optimizers import check_optimizer
 from utils.selective_finetune import check_slice
+from utils.slice_files import units_of
+from utils.slice_lora import lora_bytes
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_plan import TrainingPlan
 from utils.training_report import expert_line, saving_lines
@@ -45,7 +48,8 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
         )
     model_config = config_from_header(header)
     dtype = COMPUTE_DTYPES[config.mixed_precision]
-    check_swap(model_config, dtype, device, config.blocks_to_swap, config.swap, mapped=file_dtype(header) == dtype)
+    mapped = file_dtype(header) == dtype and not config.slices
+    check_swap(model_config, dtype, device, config.blocks_to_swap, config.swap, mapped)
     if config.offload_block_inputs and device.type == "cpu":
         raise InputError("--gradient_checkpointing_cpu_offload has no effect where the CPU trains: leave it out")
     return header, model_config
@@ -76,15 +80,18 @@ def check_plan(config: TrainConfig, header: CheckpointHeader, plan: TrainingPlan
     """InputError if the optimizer, the schedule or a planned file cannot be; else lines on what the run will write."""
     check_optimizer(config.optimizer)
     check_schedule(config.schedule, plan.steps)
-    checkpoint_bytes = sum(file.stat().st_size for file in header.files)
+    units = units_of(header, Entry(CONTRACT, config.ff, config.ffid, "", 0, ""))
+    values = sum(own.count for own in units.values())
+    every = {
+        "checkpoint": sum(file.stat().st_size for file in header.files),
+        "slice": values * file_dtype(header).itemsize,
+        "lora": lora_bytes(units, torch.float32),
+    }
+    sizes = {kind: every[kind] for kind in config.save.kinds}
     saves = list(planned_saves(config.save, plan.steps, plan.steps_per_epoch, plan.epochs))
-    check_saves(saves, config.save, header.files, checkpoint_bytes)
+    check_saves(saves, config.save, [*header.files, *config.slices], sizes)
     free = shutil.disk_usage(config.save.folder).free
-    slice_values = float(config.ff) * sum(
-        entry.numel for name, entry in header.tensors.items() if name.startswith("blocks.") and len(entry.shape) == 2
-    )
-    use = disk_use(saves, checkpoint_bytes, round(slice_values * _STATE_BYTES))
-    return saving_lines(use, checkpoint_bytes, config.save.folder, free)
+    return saving_lines(disk_use(saves, sizes, values * _STATE_BYTES), sizes, config.save.folder, free)
 
 
 def say_what_is_read(

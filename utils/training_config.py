@@ -51,6 +51,9 @@ class TrainConfig:
     preserve: PreserveConfig | None = None
     vae: Path | None = None  # named in the metadata
     mixed_precision: str = "no"
+    slices: tuple[Path, ...] = ()  # slice files that go on top of dit
+    continue_slice: bool = False  # the slice is in dit or slices: train it further
+    allow_overlap: bool = False  # train over other slices
     save_precision: str | None = None  # None: the file's
     max_train_steps: int = 1600
     max_train_epochs: int | None = None

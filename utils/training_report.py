@@ -1,8 +1,6 @@
 """The lines that a training run begins with: what trains, on what, for how long, what it will write."""
 
-import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -11,27 +9,23 @@ from utils.cached_items import Item
 from utils.checkpoints import DiskUse, readable
 from utils.dataset import TrainingDataset
 from utils.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
-from utils.selective_finetune import TrainedSlice, exact_fraction, ids_available
+from utils.ledger import CONTRACT, Entry, ids_line
+from utils.selective_finetune import TrainedSlice
 from utils.training_plan import TrainingPlan
 from wan.configs import WanTask
 from wan.model import WanModel
 
 
-def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Mapping]) -> list[str]:
-    """How much trains and where, which ids are left, which earlier slices would be trained over."""
+def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry]) -> list[str]:
+    """How much trains and where, and which ids are left after it."""
     blocks = {name.split(".")[1] for name in trained.matrices}
-    lines = [
+    own = Entry(CONTRACT, trained.ff, trained.ffid, "", 0, "")
+    return [
         f"slice ff {trained.ff} ffid {trained.ffid}: {trained.count:,} of {trained.total:,} values train "
         f"({100 * trained.count / trained.total:.4f} %), in {len(trained.matrices)} matrices of {len(blocks)} of "
-        f"{len(model.blocks)} blocks"
+        f"{len(model.blocks)} blocks",
+        f"after this run {ids_line([*ledger, own], trained.ff)}",
     ]
-    lines += [
-        f"WARNING: {entry['name'] or 'an earlier concept'} (ff {entry['ff']} ffid {entry['ffid']}) is in the same "
-        "values of this checkpoint: the run trains over it"
-        for entry in ledger
-        if _overlap(_interval(entry), _interval({"ff": trained.ff, "ffid": trained.ffid}))
-    ]
-    return [*lines, _ids_line(trained, ledger)]
 
 
 def slice_memory(trained: TrainedSlice, model: WanModel) -> str:
@@ -61,17 +55,18 @@ def plan_line(plan: TrainingPlan, processes: int) -> str:
     )
 
 
-def saving_lines(use: DiskUse, checkpoint_bytes: int, folder: Path, free: int) -> list[str]:
-    """What will be written in all, with a warning where the disk has no room for it."""
+def saving_lines(use: DiskUse, sizes: Mapping[str, int], folder: Path, free: int) -> list[str]:
+    """What will be written in all, with a warning where the disk has no room for it; `sizes` are those of one save."""
     states = f" and {use.states} states" if use.states else ""
+    each = " and ".join(f"{kind} of {readable(size)}" for kind, size in sizes.items())
     lines = [
-        f"saves in {folder}: {use.checkpoints} checkpoints of {readable(checkpoint_bytes)}{states}, "
+        f"saves in {folder}: {use.saves} times a {each}{states}, "
         f"{readable(use.written)} in all, {readable(use.kept)} of it kept; {readable(free)} free"
     ]
     if use.kept > free:
         lines.append(
             f"WARNING: {readable(use.kept)} will not fit into {readable(free)}: save less often "
-            "(--save_every_n_epochs) or keep fewer (--save_last_n_epochs counts checkpoints)"
+            "(--save_every_n_epochs), keep fewer (--save_last_n_epochs counts checkpoints), or --save_as slice"
         )
     return lines
 
@@ -104,30 +99,6 @@ def timestep_lines(config: TimestepConfig, latent_size: tuple[int, int], seed: i
     for number, count in enumerate(counts):
         lines.append(f"{50 * number:4d}-{50 * number + 50:4d} {'#' * round(60 * count / max(counts))} {count:.0f}")
     return lines
-
-
-def _interval(entry: Mapping) -> tuple[Fraction, Fraction]:
-    ff = exact_fraction(entry["ff"])
-    return (entry["ffid"] - 1) * ff, entry["ffid"] * ff
-
-
-def _overlap(a: tuple[Fraction, Fraction], b: tuple[Fraction, Fraction]) -> bool:
-    return max(a[0], b[0]) < min(a[1], b[1])
-
-
-def _ids_line(trained: TrainedSlice, ledger: Sequence[Mapping]) -> str:
-    """Counted over intervals, since there may be more ids than memory has room for."""
-    ff, last = exact_fraction(trained.ff), ids_available(trained.ff)
-    intervals = [_interval(entry) for entry in [*ledger, {"ff": trained.ff, "ffid": trained.ffid}]]
-    used = sorted((math.floor(low / ff) + 1, min(math.ceil(high / ff), last)) for low, high in intervals)
-    taken, end, first_free = 0, 0, 1
-    for first, final in used:
-        taken += max(final - max(first, end + 1) + 1, 0)
-        end = max(end, final)
-        if first <= first_free <= final:
-            first_free = final + 1
-    following = f", the next is --ffid {first_free}" if first_free <= last else ""
-    return f"after this run {last - taken} of {last} ids at ff {trained.ff} are free{following}"
 
 
 def _tokens(item: Item, model: WanModel) -> int:

@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-import torch
-
 from utils.dataset import TrainingDataset
 from utils.preservation import prompts_hash
-from utils.selective_finetune import TrainedSlice
+from utils.selective_finetune import TrainedSlice, base_identity, slice_digest, value_digest
+from utils.slice_files import SlicesOnBase
 from utils.training_config import TrainConfig
 from utils.training_plan import TrainingPlan
+from wan.loading import CheckpointHeader
 
 
 def deciding_settings(
@@ -81,13 +81,16 @@ def other_settings(config: TrainConfig, plan: TrainingPlan, dataset: TrainingDat
     return {key: str(value) for key, value in values.items()}
 
 
+def base_settings(header: CheckpointHeader, below: SlicesOnBase) -> dict[str, str]:
+    """What is trained on: --dit's identity, and the slices on top of it."""
+    slices = ", ".join(f"{file.entry.label} {file.digest[:12]}" for file in below.files)
+    return {"base_sha256": base_identity(header.files), "slices": slices}
+
+
 def start_hash(trained: TrainedSlice) -> dict[str, str]:
     """The SHA-256 of the base's values in the slice: another base has another one."""
-    digest = hashlib.sha256()
-    for name, matrix in trained.matrices.items():
-        digest.update(name.encode())
-        digest.update(matrix.start.cpu().view(torch.uint8).numpy().tobytes())
-    return {"slice_start_sha256": digest.hexdigest()}
+    digests = {name: value_digest(matrix.start.cpu()) for name, matrix in trained.matrices.items()}
+    return {"slice_start_sha256": slice_digest(digests)}
 
 
 def _dataset_hash(dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> str:

@@ -1,44 +1,34 @@
-"""The state folder that --resume continues from: complete on disk, or not there."""
+"""The state folder that --resume continues from: one file, complete on disk or not there."""
 
-import json
-import os
 import pickle
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from utils.selective_finetune import whole_file
 from wan.errors import InputError
 
-_FORMAT = 1
-_SETTINGS, _TENSORS = "settings.json", "state.pt"
+_FORMAT = 2
+_FILE = "state.pt"
 
 
 def save_state(folder: Path, settings: Mapping[str, str], state: Mapping) -> None:
-    """Writes `state` (tensors, numbers, containers) and the `settings` that it is valid for, then names it `folder`."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    text = json.dumps({"format": _FORMAT, **settings}, indent=1, ensure_ascii=False)
-    (unfinished / _SETTINGS).write_text(text, encoding="utf-8")
-    with (unfinished / _TENSORS).open("wb") as file:
-        torch.save(_on_cpu(dict(state)), file)
-        file.flush()
-        os.fsync(file.fileno())
-    # A folder cannot be replaced in one move: the old one steps aside, and is deleted once the new one has its name.
-    replaced = folder.with_name(folder.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    unfinished.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Writes `state` (tensors, numbers, containers) and the `settings` that it is valid for into `folder`.
+
+    SliceError if the disk is full; a state that was there before is then as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = _on_cpu({"format": _FORMAT, "settings": dict(settings), "state": dict(state)})
+    with whole_file(folder / _FILE, _tensor_bytes(content)) as file:
+        torch.save(content, file)
 
 
 def check_state(folder: Path, settings: Mapping[str, str]) -> None:
     """InputError if `folder` holds no state, or one of a run with other settings; it says which."""
-    theirs = _read_settings(folder)
+    theirs = _load(folder, mmap=True)["settings"]
     different = [key for key in settings if theirs.get(key) != settings[key]]
     if different:
         shown = ", ".join(f"{key} {theirs.get(key)} (now {settings[key]})" for key in different[:4])
@@ -49,11 +39,30 @@ def check_state(folder: Path, settings: Mapping[str, str]) -> None:
 
 def load_state(folder: Path) -> dict:
     """The tensors, numbers and containers of save_state, on the CPU; InputError if the file cannot be read."""
-    path = folder / _TENSORS
+    return _load(folder, mmap=False)["state"]
+
+
+def latest_state(folder: Path, name: str) -> Path:
+    """The state of runs called `name` that was saved last; InputError if `folder` holds none."""
+    names = re.compile(re.escape(name) + r"(-\d{6}|-step\d{8})?-state")
+    found = [file for file in folder.glob(f"*/{_FILE}") if names.fullmatch(file.parent.name)]
+    if not found:
+        raise InputError(f"--resume latest: {folder} holds no state of {name}; leave it out to begin")
+    return max(found, key=lambda file: (file.stat().st_mtime_ns, file.parent.name)).parent
+
+
+def _load(folder: Path, mmap: bool) -> dict:
+    path = folder / _FILE
+    if not path.is_file():
+        raise InputError(f"--resume {folder} is no state folder: it has no {_FILE} (they are named ...-state)")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"--resume {folder}: {_TENSORS} cannot be read ({error}); use an older state") from None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(f"--resume {folder}: {_FILE} cannot be read ({reason}); use an older state") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise InputError(f"--resume {folder} was written by another version of this program; train without it")
+    return content
 
 
 def _on_cpu(value):
@@ -67,14 +76,8 @@ def _on_cpu(value):
     return value
 
 
-def _read_settings(folder: Path) -> dict:
-    path = folder / _SETTINGS
-    if not path.is_file():
-        raise InputError(f"--resume {folder} is no state folder: it has no {_SETTINGS} (they are named ...-state)")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"--resume {folder}: {_SETTINGS} cannot be read ({error}); use an older state") from None
-    if not isinstance(settings, dict) or settings.get("format") != _FORMAT:
-        raise InputError(f"--resume {folder} was written by another version of this program; train without it")
-    return settings
+def _tensor_bytes(value) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_tensor_bytes, values))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from wan.errors import InputError
-from wan.safetensors_header import TensorEntry, read_bytes, read_tensor
+from wan.safetensors_header import TensorEntry, read_bytes
+from wan.stored_tensors import read_tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 _PLAIN = ("F32", "F16", "BF16")

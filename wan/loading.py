@@ -5,7 +5,7 @@ import mmap
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,8 @@ from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.fp8 import FP8, check_quantisation, dequantised, is_companion, scale_of
 from wan.model import WanModel
-from wan.safetensors_header import DTYPES, TensorEntry, read_file_header, read_tensor
+from wan.safetensors_header import TensorEntry, read_file_header
+from wan.stored_tensors import DTYPES, read_tensor
 
 _PREFIX = re.compile(r"(?:model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)*")
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
@@ -139,12 +140,13 @@ def load_dit(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     read_only: bool = False,
+    patches: Mapping[str, Callable[[Tensor], None]] | None = None,
 ) -> WanModel:
     """The frozen model of a checkpoint, all in `dtype`: the file's own by default, bfloat16 for fp8 files.
 
     On the CPU, tensors that are in `dtype` already stay mapped from the file: a page is copied when it is written to;
-    if `read_only`, as files larger than the RAM need, nothing may be written to them. Errors: as
-    read_checkpoint_header's and config_from_header's.
+    if `read_only`, as files larger than the RAM need, nothing may be written to them. `patches` change copies of the
+    tensors as they are stored, by original name. Errors: as read_checkpoint_header's and config_from_header's.
     """
     header = read_checkpoint_header(path)
     config = config_from_header(header)
@@ -152,7 +154,8 @@ def load_dit(
         dtype = torch.bfloat16 if is_fp8(header) else file_dtype(header)
     with torch.device("meta"):
         model = WanModel(config)
-    model.load_state_dict(dict(_load_tensors(header, dtype, torch.device(device), read_only)), strict=True, assign=True)
+    tensors = dict(_load_tensors(header, dtype, torch.device(device), read_only, patches or {}))
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -267,15 +270,18 @@ def _shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def _load_tensors(
-    header: CheckpointHeader, dtype: torch.dtype, device: torch.device, read_only: bool
+    header: CheckpointHeader, dtype: torch.dtype, device: torch.device, read_only: bool, patches: Mapping
 ) -> Iterator[tuple[str, Tensor]]:
     for file in header.files:
         inside = {name: entry for name, entry in header.tensors.items() if entry.file == file}
         contents = _mapped(file, read_only)
         for name, entry in inside.items():
-            if not is_companion(name):
-                scale = scale_of(name, header.tensors)
-                yield name, _load_tensor(_stored_tensor(contents, entry), scale, dtype, device)
+            if is_companion(name):
+                continue
+            stored = _stored_tensor(contents, entry)
+            if name in patches:
+                patches[name](stored := stored.clone())
+            yield name, _load_tensor(stored, scale_of(name, header.tensors), dtype, device)
 
 
 def _mapped(file: Path, read_only: bool) -> Tensor:

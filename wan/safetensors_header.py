@@ -1,30 +1,27 @@
-"""The header of a safetensors file, checked against the file itself before anything maps it."""
+"""The header of a safetensors file, checked against the file itself before anything maps it.
+
+Imports no torch, so that a command can list a folder of files at once.
+"""
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from wan.errors import InputError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
 }
 _LONGEST_HEADER = 100_000_000  # the format's own limit
+_MOST_AXES = 16
+_MOST_BYTES = 1 << 63
+_LONGEST_REASON = 200
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -50,24 +47,21 @@ def read_file_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]
     """
     text, size = _header_text(path)
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        # Decoded here: the parser alone would take UTF-16 and UTF-32 as well.
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file: its header cannot be read ({error})") from None
+        reason = str(error)[:_LONGEST_REASON]
+        raise InputError(f"{path} is damaged or no safetensors file: its header cannot be read ({reason})") from None
     if not isinstance(header, dict):
         raise InputError(f"{path} is no safetensors file: its header is no table of tensors")
     metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise InputError(f"{path} is damaged: its metadata are not texts")
     data_start = 8 + len(text)
     entries = [_entry(path, key, fields, data_start) for key, fields in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     _check_extent(path, entries, data_start, size)
     return {entry.key: entry for entry in entries}, metadata
-
-
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """A tensor that is not empty, copied into memory; for the small ones that say how others are to be read."""
-    return torch.frombuffer(bytearray(read_bytes(entry)), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def read_bytes(entry: TensorEntry) -> bytes:
@@ -92,23 +86,31 @@ def _header_text(path: Path) -> tuple[bytes, int]:
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
+    table = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"{name[:80]!a} stands there twice")
+        table[name] = value
     return table
 
 
+def _is_text(value: object) -> bool:
+    """Whether it is a text that can be written again: JSON's escapes also make halves of characters."""
+    return isinstance(value, str) and not _HALF_CHARACTER.search(value)
+
+
 def _entry(path: Path, key: str, fields: object, data_start: int) -> TensorEntry:
+    if not key.isprintable() or set(key) & set("/\\"):
+        raise InputError(f"{path} is damaged: {key[:80]!a} is no tensor's name")
     match fields:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if all(
-            isinstance(length, int) and length >= 0 for length in shape
-        ):
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop]} if len(
+            shape
+        ) <= _MOST_AXES and all(type(n) is int and 0 <= n < _MOST_BYTES for n in [*shape, start, stop]):
             entry = TensorEntry(path, key, dtype, tuple(shape), data_start + start, data_start + stop)
         case _:
-            raise InputError(f"{path} is damaged: the header's entry of {key} cannot be read")
-    if dtype in DTYPES and stop - start != entry.numel * DTYPES[dtype].itemsize:
-        raise InputError(f"{path} is damaged: {key} is {dtype} {shape} but has {stop - start} bytes")
+            raise InputError(f"{path} is damaged: the header's entry of {key[:80]} cannot be read")
+    if dtype in ITEM_BYTES and stop - start != entry.numel * ITEM_BYTES[dtype]:
+        raise InputError(f"{path} is damaged: {key[:80]} is {dtype} {shape} but has {stop - start} bytes")
     return entry
 
 
@@ -116,7 +118,8 @@ def _check_extent(path: Path, entries: list[TensorEntry], data_start: int, size:
     position = data_start
     for entry in entries:
         if entry.start != position or entry.stop < entry.start:
-            raise InputError(f"{path} is damaged: the bytes of {entry.key} do not follow those of the tensor before it")
+            name = entry.key[:80]
+            raise InputError(f"{path} is damaged: the bytes of {name} do not follow those of the tensor before it")
         position = entry.stop
     if size < position:
         raise InputError(f"{path} is truncated: it has {size} of {position} bytes; get it again")

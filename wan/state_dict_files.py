@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wan.errors import InputError
+from wan.safetensors_header import read_file_header
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -63,9 +64,10 @@ def fill_model(
 
 def _read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        read_file_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (InputError, SafetensorError, OSError) as error:
         raise InputError(f"{what} {path} is truncated or no safetensors file ({error}); get it again") from None
 
 

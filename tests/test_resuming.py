@@ -1,0 +1,183 @@
+"""A run that stopped and went on is the run that never stopped: bit for bit, with its files and pictures."""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+from tiny_run import run, write_dataset, write_dit, write_sample_models
+
+from utils import training
+from wan.errors import InputError
+
+BF16 = ("--mixed_precision", "bf16")
+# Over the end of an epoch of five batches, in steps of two batches, with a schedule, and with a resumed optimizer.
+COMMON = (*BF16, "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine", "--save_as", "checkpoint", "slice")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_dit(folder / "base.safetensors")
+    write_dataset(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(files):
+    yield files
+    for name in ("out", "whole"):
+        shutil.rmtree(files / name, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A busy machine gives a product fewer threads now and then, which adds it up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def same_tensors(a, b):
+    one, other = load_file(a), load_file(b)
+    assert list(one) == list(other)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@contextmanager
+def interrupted(monkeypatch, at, times=1):
+    """Ctrl-C in the middle of step number `at`."""
+    steps, update = [0], training._update
+
+    def counted(run):
+        steps[0] += 1
+        if steps[0] == at:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return update(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_update", counted)
+        yield steps
+
+
+@pytest.mark.parametrize("at", [2, 3], ids=["within an epoch", "at an epoch's end"])
+def test_ctrl_c_saves_a_state_and_the_latest_goes_on_to_the_same_end(folder, monkeypatch, at):
+    run(folder, *COMMON)
+    (folder / "out").rename(folder / "whole")
+    handler = signal.getsignal(signal.SIGINT)
+    with interrupted(monkeypatch, at) as steps:
+        told = run(folder, *COMMON)
+    assert steps == [at] and signal.getsignal(signal.SIGINT) == handler
+    assert [path.name for path in (folder / "out").iterdir()] == [f"one-step{at:08d}-state"]
+    assert told[-1].startswith(f"stopped after step {at}; the same command with --resume latest goes on")
+    told = run(folder, *COMMON, "--resume", "latest")
+    assert any(f"one-step{at:08d}-state: epoch {1 if at == 2 else 2}, step {at}" in line for line in told)
+    for name in ("one.safetensors", "one.slice.safetensors"):
+        assert same_tensors(folder / "whole" / name, folder / "out" / name)
+
+
+def test_ctrl_c_twice_stops_at_once(folder, monkeypatch):
+    with interrupted(monkeypatch, 2, times=2), pytest.raises(KeyboardInterrupt):
+        run(folder, *COMMON)
+    assert list((folder / "out").iterdir()) == []
+
+
+def test_ctrl_c_in_the_last_step_ends_the_run_as_ever(folder, monkeypatch):
+    with interrupted(monkeypatch, 6):
+        run(folder, *COMMON)
+    assert (folder / "out" / "one.safetensors").is_file() and not list((folder / "out").glob("*-state"))
+
+
+def outputs(folder):
+    """Names without the time, and the bytes of pictures."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "state.pt")
+    return {
+        re.sub(r"_\d{14}", "", path.relative_to(folder).as_posix()): path.read_bytes()
+        if path.suffix in (".png", ".mp4")
+        else b""
+        for path in paths
+    }
+
+
+def test_a_resumed_run_writes_the_same_pictures_and_file_numbers(folder):
+    samples = [*write_sample_models(folder), "--vae_dtype", "fp32", "--sample_every_n_steps", "2"]
+    saves = ["--save_every_n_epochs", "1", "--save_every_n_steps", "2", "--save_state", "--max_train_epochs", "3"]
+    run(folder, *COMMON, *samples, *saves, "--sample_every_n_epochs", "1")
+    whole = outputs(folder / "out")
+    state = folder / "one-step00000002-state"
+    (folder / "out" / state.name).rename(state)
+    shutil.rmtree(folder / "out")
+    run(folder, *COMMON, *samples, *saves, "--sample_every_n_epochs", "1", "--resume", str(state))
+    resumed = outputs(folder / "out")
+    shutil.rmtree(state)
+    before = {name for name in whole if "step00000002" in name or "_000002" in name}
+    assert len(before) == 4 and resumed == {name: content for name, content in whole.items() if name not in before}
+    assert sum(name.endswith(".png") for name in resumed) == 5
+
+
+def test_a_state_of_other_data_or_settings_is_refused_with_what_differs(folder):
+    run(folder, *COMMON, "--save_state", "--max_train_epochs", "1")
+    text = (folder / "data.toml").read_text(encoding="utf-8")
+    (folder / "data.toml").write_text(f"{text}\nnum_repeats = 2", encoding="utf-8")
+    try:
+        with pytest.raises(InputError, match="is the state of another run: dataset_sha256"):
+            run(folder, *COMMON, "--resume", "latest")
+    finally:
+        (folder / "data.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"another run: gradient_accumulation_steps 2 \(now 3\)"):
+        run(folder, *COMMON, "--gradient_accumulation_steps", "3", "--resume", "latest")
+
+
+def process(rank, port, folder, flags):
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    if rank == 1 and "interrupted" in flags:
+        flags.remove("interrupted")
+        with interrupted(pytest.MonkeyPatch(), 2):  # one of them is enough
+            run(folder, *flags)
+    else:
+        run(folder, *(flag for flag in flags if flag != "interrupted"))
+
+
+def run_two(folder, port, *flags):
+    workers = [multiprocessing.get_context("fork").Process(target=process, args=(rank, port, folder, list(flags)))
+               for rank in range(2)]  # fmt: skip
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
+def test_two_processes_stop_together_and_go_on_bit_for_bit(folder, unused_port):
+    run_two(folder, unused_port(), *COMMON)
+    (folder / "out").rename(folder / "whole")
+    run_two(folder, unused_port(), *COMMON, "interrupted")
+    assert [path.name for path in (folder / "out").iterdir()] == ["one-step00000002-state"]
+    run_two(folder, unused_port(), *COMMON, "--resume", "latest")
+    assert same_tensors(folder / "whole" / "one.safetensors", folder / "out" / "one.safetensors")
+    with pytest.raises(InputError, match=r"processes 2 \(now 1\)"):
+        run(folder, *COMMON, "--resume", "latest")
+
+
+@pytest.fixture
+def unused_port():
+    import socket
+
+    def port():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return port

@@ -1,0 +1,234 @@
+"""The slices command: byte for byte what training one concept after the other gives, in any order, and back again."""
+
+import json
+import re
+from itertools import permutations
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
+
+from utils.selective_finetune import slice_indices
+from utils.slices import main
+from wan.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_chain(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture
+def slices(files, tmp_path):
+    """Runs a command in which {name} is a file of the chain; outputs go to the test's folder."""
+
+    def run(command: str):
+        paths = {path.name.removesuffix(".safetensors").replace(".", "_"): path for path in files.iterdir()}
+        main([word.format(out=tmp_path, **paths) for word in command.split()])
+
+    return run
+
+
+def same_tensors(a, b):
+    one, other = load_file(a), load_file(b)
+    assert list(one) == list(other)
+    return all(torch.equal(one[n].view(torch.uint8), other[n].view(torch.uint8)) for n in one)
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+@pytest.mark.parametrize("order", list(permutations(["one_slice", "two_slice"])))
+def test_slices_applied_in_any_order_are_the_chained_checkpoint_byte_for_byte(slices, files, tmp_path, order):
+    slices(f"apply {{base}} {{{order[0]}}} {{{order[1]}}} -o {{out}}/both.safetensors")
+    assert (tmp_path / "both.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
+
+
+def test_a_slice_goes_on_top_of_a_checkpoint_that_holds_another(slices, files, tmp_path):
+    slices("apply {one} {two_slice} -o {out}/both.safetensors")
+    assert (tmp_path / "both.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
+
+
+def test_an_extracted_slice_is_the_saved_one(slices, files, tmp_path):
+    slices("extract {two} --base {base} -o {out}")
+    assert names_of(tmp_path) == {"one.slice.safetensors", "two.slice.safetensors"}
+    for name in names_of(tmp_path):
+        assert same_tensors(tmp_path / name, files / name)
+        assert metadata_of(tmp_path / name)["wan_slices"] == metadata_of(files / name)["wan_slices"]
+    assert (tmp_path / "two.slice.safetensors").read_bytes() == (files / "two.slice.safetensors").read_bytes()
+    main(["apply", str(files / "base.safetensors"), *map(str, sorted(tmp_path.iterdir())), "-o",
+          str(tmp_path / "again.safetensors")])  # fmt: skip
+    assert (tmp_path / "again.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
+
+
+def test_only_what_the_base_does_not_hold_is_extracted_or_what_is_named(slices, tmp_path):
+    slices("extract {two} --base {one} -o {out}")
+    assert names_of(tmp_path) == {"two.slice.safetensors"}
+    slices("extract {two} --base {base} --name one 0.03:1 -o {out}")
+    assert names_of(tmp_path) == {"one.slice.safetensors", "two.slice.safetensors"}
+    with pytest.raises(InputError, match=r"has no slice three; there are: one \(ff 0\.05 ffid 2\)"):
+        slices("extract {two} --base {base} --name three -o {out}")
+
+
+@pytest.mark.parametrize(("name", "left"), [("one", "two_slice"), ("two", "one_slice")])
+def test_a_removed_slice_leaves_the_checkpoint_as_if_it_was_never_trained(slices, tmp_path, name, left):
+    slices(f"remove {{two}} {name} --base {{base}} -o {{out}}/less.safetensors")
+    slices(f"apply {{base}} {{{left}}} -o {{out}}/never.safetensors")
+    assert same_tensors(tmp_path / "less.safetensors", tmp_path / "never.safetensors")
+    (entry,) = json.loads(metadata_of(tmp_path / "less.safetensors")["wan_slices"])
+    assert entry["name"] == left.removesuffix("_slice")
+
+
+def test_without_its_only_slice_a_checkpoint_is_its_base_byte_for_byte(slices, files, tmp_path):
+    slices("remove {one} one --base {base} -o {out}/less.safetensors")
+    assert same_tensors(tmp_path / "less.safetensors", files / "base.safetensors")
+    assert metadata_of(tmp_path / "less.safetensors") == METADATA
+
+
+@pytest.mark.parametrize("strength", ["0", "0.5", "1", "-1", "2.5"])
+def test_a_strength_is_a_factor_on_what_was_learned(slices, files, tmp_path, strength):
+    slices(f"apply {{base}} {{one_slice}} --strength {strength} -o {{out}}/applied.safetensors")
+    slices(f"scale {{one_slice}} {strength} --base {{base}} -o {{out}}/scaled.safetensors")
+    slices("apply {base} {out}/scaled.safetensors -o {out}/again.safetensors")
+    assert same_tensors(tmp_path / "applied.safetensors", tmp_path / "again.safetensors")
+    base, one, found = (load_file(p) for p in (files / "base.safetensors", files / "one.safetensors",
+                                               tmp_path / "applied.safetensors"))  # fmt: skip
+    for name in base:
+        moved = base[name].float() + float(strength) * (one[name].float() - base[name].float())
+        assert torch.equal(found[name], moved.bfloat16()), name
+    ends = {"0": "base", "1": "one"}
+    assert strength not in ends or same_tensors(
+        tmp_path / "applied.safetensors", files / f"{ends[strength]}.safetensors"
+    )
+
+
+def test_each_slice_has_its_own_strength(slices, tmp_path, files):
+    slices("apply {base} {one_slice} {two_slice} --strength 1 0 -o {out}/a.safetensors")
+    assert same_tensors(tmp_path / "a.safetensors", files / "one.safetensors")
+    entries = json.loads(metadata_of(tmp_path / "a.safetensors")["wan_slices"])
+    assert [entry.get("strength") for entry in entries] == [None, 0.0]
+    with pytest.raises(InputError, match="one number, or one for each of the 2 slices"):
+        slices("apply {base} {one_slice} {two_slice} --strength 1 0 1 -o {out}/a.safetensors")
+
+
+def test_overlapping_slices_are_refused_with_the_share_and_the_next_id(slices, files, tmp_path):
+    train_concept(files / "base.safetensors", tmp_path, "over", "0.1", 1)
+    with pytest.raises(InputError, match=r"one \(ff 0\.05 ffid 2\), which has 50 % of .*the next is --ffid 2"):
+        slices("apply {base} {one_slice} {out}/over.slice.safetensors -o {out}/a.safetensors")
+    with pytest.raises(InputError, match="already holds one"):
+        slices("apply {one} {one_slice} -o {out}/a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_another_base_is_refused_by_its_identity(slices, tmp_path):
+    write_base(tmp_path / "other.safetensors", seed=1)
+    for command in ("apply {out}/other.safetensors {one_slice}", "scale {one_slice} 2 --base {out}/other.safetensors",
+                    "to-lora {one_slice} --base {out}/other.safetensors",
+                    "remove {one} one --base {out}/other.safetensors"):  # fmt: skip
+        with pytest.raises(InputError, match="is not the base of"):
+            slices(f"{command} -o {{out}}/a.safetensors")
+    with pytest.raises(InputError, match="is not the base of"):
+        slices("extract {one} --base {out}/other.safetensors -o {out}")
+    assert names_of(tmp_path) == {"other.safetensors"}
+
+
+def merged(files, path):
+    """The base with one value changed in the slice `one`: its identity stays the same."""
+    weights = load_file(files / "base.safetensors")
+    name = "blocks.1.ffn.2.weight"
+    weights[name].view(-1)[slice_indices(name, weights[name].shape, "0.05", 2)[-1]] += 1
+    save_file(weights, path, METADATA)
+
+
+def test_a_base_that_was_merged_or_finetuned_is_told_by_the_values_at_the_slice(slices, files, tmp_path):
+    merged(files, tmp_path / "merged.safetensors")
+    for command in ("apply {out}/merged.safetensors {one_slice}", "scale {one_slice} 2 --base {out}/merged.safetensors",
+                    "remove {one} one --base {out}/merged.safetensors"):  # fmt: skip
+        with pytest.raises(InputError, match="holds other values where the slice lies"):
+            slices(f"{command} -o {{out}}/a.safetensors")
+    assert names_of(tmp_path) == {"merged.safetensors"}
+    slices("apply {out}/merged.safetensors {two_slice} -o {out}/a.safetensors")  # it lies elsewhere
+
+
+def test_a_base_with_a_prefix_is_the_same_base(slices, files, tmp_path):
+    write_base(tmp_path / "comfy.safetensors", prefix="model.diffusion_model.")
+    slices("apply {out}/comfy.safetensors {one_slice} -o {out}/a.safetensors")
+    ours, theirs = load_file(tmp_path / "a.safetensors"), load_file(files / "one.safetensors")
+    assert all(torch.equal(ours[f"model.diffusion_model.{name}"], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bases_of_other_dtypes_chain_alike(tmp_path, dtype):
+    write_base(tmp_path / "base.safetensors", dtype)
+    train_concept(tmp_path / "base.safetensors", tmp_path, "one", "0.05", 2, compute=torch.bfloat16)
+    slice_file, out = tmp_path / "one.slice.safetensors", tmp_path / "a.safetensors"
+    assert {tensor.dtype for tensor in load_file(slice_file).values()} == {dtype}
+    main(["apply", str(tmp_path / "base.safetensors"), str(slice_file), "-o", str(out)])
+    assert out.read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+
+
+def test_a_checkpoint_is_verified_against_its_base(slices, files, tmp_path, capsys):
+    slices("verify {two} --base {base}")
+    assert "with one (ff 0.05 ffid 2), two (ff 0.03 ffid 1), byte for byte" in capsys.readouterr().out
+    weights = load_file(files / "two.safetensors")
+    weights["blocks.2.cross_attn.o.weight"][0, 0] += 1
+    weights["head.head.bias"][:2] += 1
+    save_file(weights, tmp_path / "touched.safetensors", metadata_of(files / "two.safetensors"))
+    with pytest.raises(InputError, match="2 differences"):
+        slices("verify {out}/touched.safetensors --base {base}")
+    told = capsys.readouterr().out
+    assert "head.head.bias differs in 2 of its 64 values outside the slices" in told
+    assert "blocks.2.cross_attn.o.weight differs in 1 of its 2,304 values" in told
+
+
+def test_verifying_on_another_base_tells_what_differs(slices, files, tmp_path, capsys):
+    merged(files, tmp_path / "merged.safetensors")
+    with pytest.raises(InputError, match="1 differences"):
+        slices("verify {one} --base {out}/merged.safetensors")
+    assert "one (ff 0.05 ffid 2) was trained on other values than the base holds" in capsys.readouterr().out
+
+
+def test_the_list_is_a_table_with_overlaps_and_free_ids(slices, files, tmp_path, capsys):
+    train_concept(files / "base.safetensors", tmp_path, "over", "0.1", 1)
+    slices("list {base} {two} {one_slice} {out}/over.slice.safetensors")
+    told = capsys.readouterr().out
+    assert re.search(r"base\.safetensors +checkpoint +\S+ kB +no ledger", told)
+    assert re.search(r"two\.safetensors +checkpoint +\S+ kB +two +0\.03 +1 +10 +20\d\d-\d\d-\d\d +[0-9a-f]{12}", told)
+    assert re.search(r"one\.slice\.safetensors +slice +\S+ kB +one +0\.05 +2 +20 ", told)
+    assert "overlap: one (ff 0.05 ffid 2) and over (ff 0.1 ffid 1)" in told
+    assert "18 of 20 ids at ff 0.05 are free, the next is --ffid 3" in told
+
+
+def test_the_list_as_json_holds_the_same(slices, files, capsys):
+    slices("list {two} {one_slice} --json")
+    told = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in told["files"][0]["entries"]] == ["one", "two"]
+    assert told["overlaps"] == [] and told["ids"]["0.05"] == {"free": 18, "of": 20, "next": 3}
+    assert [file["kind"] for file in told["files"]] == ["checkpoint", "slice"]
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("apply {base} {one_slice} -o {base}", "is .*base.safetensors, which is read"),
+        ("apply {base} {one_slice} -o {one_slice}", "which is read"),
+        ("apply {base} {one_slice} -o {out}/none/a.safetensors", "folder that exists"),
+        ("apply {base} {one_slice} -o {out}/a.bin", "no name for a .safetensors file"),
+        ("apply {base} {one} -o {out}/a.safetensors", "is no slice file"),
+        ("apply {base} {out}/none.safetensors -o {out}/a.safetensors", "does not exist"),
+        ("apply {base} {one_slice} --strength nan -o {out}/a.safetensors", "invalid _strength value"),
+        ("remove {base} one --base {base} -o {out}/a.safetensors", "has no slice one; there are: none"),
+        ("extract {base} --base {base} -o {out}", "holds no slice that"),
+        ("list {out}", "is a folder"),
+        ("list", "required"),
+        ("paint", "invalid choice"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_write_nothing(slices, tmp_path, command, told):
+    with pytest.raises(InputError, match=told) as error:
+        slices(command)
+    assert "\n" not in str(error.value) and not names_of(tmp_path)

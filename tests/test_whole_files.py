@@ -1,0 +1,214 @@
+"""Files are written whole or not at all: killed at every step of the writer, on a full disk, by hostile names."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_chain import names_of, write_base, write_chain
+
+from utils.checkpoints import KINDS, SaveConfig, remove_unfinished
+from utils.selective_finetune import SliceError, whole_file
+from utils.slices import main
+from utils.training_state import check_state, latest_state, load_state, save_state
+from wan.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+OLD, NEW = b"old" * 1000, b"new" * 2000
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+
+
+@posix
+def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
+    path, seen = tmp_path / "a.safetensors", set()
+    for point in range(1, 100):
+        path.write_bytes(OLD)
+        pid = os.fork()
+        if pid == 0:
+            _write_and_die(path, point)
+        _, status = os.waitpid(pid, 0)
+        content = path.read_bytes()
+        assert content in (OLD, NEW)
+        seen.add(content)
+        remove_unfinished(SaveConfig(tmp_path, "a"))
+        assert names_of(tmp_path) == {"a.safetensors"}
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0 and content == NEW
+            break
+    assert seen == {OLD, NEW} and point > 10
+
+
+def _write_and_die(path, point):
+    """In a child: SIGKILL before or after step `point` of the steps by which a file comes to be."""
+    _die_at(point)
+    with whole_file(path, len(NEW)) as file:
+        for start in range(0, len(NEW), 2000):
+            file.write(NEW[start : start + 2000])
+    os._exit(0)
+
+
+def _die_at(point):
+    steps = [0]
+
+    def step():
+        steps[0] += 1
+        if steps[0] == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function):
+        def call(*args, **options):
+            step()
+            result = function(*args, **options)
+            step()
+            return result
+
+        return call
+
+    opened = Path.open
+    Path.open = lambda path, *args, **options: _Counted(counted(opened)(path, *args, **options), counted)
+    Path.replace, Path.unlink, os.fsync, os.open = map(counted, (Path.replace, Path.unlink, os.fsync, os.open))
+
+
+class _Counted:
+    def __init__(self, file, counted):
+        self.file = file
+        self.write, self.flush, self.fileno = counted(file.write), counted(file.flush), file.fileno
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+@posix
+def test_a_killed_state_leaves_the_old_state_or_the_new_one(tmp_path):
+    """The writer's file object is passed to torch.save, so the steps are those of the real thing."""
+    folder, seen = tmp_path / "a-state", set()
+    for point in range(1, 200):
+        save_state(folder, {"seed": "1"}, {"step": 1, "values": torch.zeros(1000)})
+        pid = os.fork()
+        if pid == 0:
+            _die_at(point)
+            save_state(folder, {"seed": "2"}, {"step": 2, "values": torch.ones(1000)})
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        state = load_state(folder)
+        check_state(folder, {"seed": str(state["step"])})
+        assert torch.equal(state["values"], torch.full((1000,), state["step"] - 1.0))
+        seen.add(state["step"])
+        remove_unfinished(SaveConfig(tmp_path, "a"))
+        assert names_of(folder) == {"state.pt"}
+        if os.WIFEXITED(status):
+            break
+    assert seen == {1, 2} and point > 10
+
+
+def test_the_next_start_removes_what_this_run_left_and_nothing_else(tmp_path):
+    own = [f"a{stem}{end}.tmp" for stem in ("", "-000001", "-step00000007") for end in KINDS.values()]
+    others = ["ab.safetensors.tmp", "b-000001.safetensors.tmp", "a.safetensors", "a-1.safetensors.tmp", "a.tmp"]
+    for name in [*own, *others]:
+        (tmp_path / name).touch()
+    for folder in ("a-000001-state", "a-state", "b-state"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "state.pt.tmp").touch()
+    (tmp_path / "a-state" / "state.pt").touch()
+    remove_unfinished(SaveConfig(tmp_path, "a"))
+    assert names_of(tmp_path) == {*others, "a-state", "b-state"}
+    assert names_of(tmp_path / "a-state") == {"state.pt"} and names_of(tmp_path / "b-state") == {"state.pt.tmp"}
+
+
+@posix
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_has_the_mode_that_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with whole_file(tmp_path / "a") as file:
+            file.write(b"1")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path):
+    (tmp_path / "a").write_bytes(OLD)
+    with pytest.raises(KeyError), whole_file(tmp_path / "a") as file:
+        file.write(NEW)
+        raise KeyError
+    assert (tmp_path / "a").read_bytes() == OLD and names_of(tmp_path) == {"a"}
+
+
+def test_room_is_looked_for_before_the_first_byte(tmp_path):
+    (tmp_path / "a").write_bytes(OLD)
+    with (
+        pytest.raises(SliceError, match=r"a could not be written \(it needs 1,000,000,000,000\.0 MB"),
+        whole_file(tmp_path / "a", 10**18),
+    ):
+        raise AssertionError
+    assert names_of(tmp_path) == {"a"}
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from utils.cli import run
+from utils.slices import main
+run(main)
+"""
+
+
+@posix
+def test_a_disk_that_fills_up_ends_with_one_line_and_leaves_the_old_file(tmp_path):
+    write_chain(tmp_path)
+    (tmp_path / "out.safetensors").write_bytes(OLD)
+    before = names_of(tmp_path)
+    command = ["apply", "base.safetensors", "one.slice.safetensors", "-o", "out.safetensors"]
+    ended = subprocess.run(
+        [sys.executable, "-c", FULL, *command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: out.safetensors could not be written ([Errno 27] File too large); older")
+    assert ended.stderr.count("\n") == 1
+    assert (tmp_path / "out.safetensors").read_bytes() == OLD and names_of(tmp_path) == before
+
+
+def test_a_full_disk_while_a_state_is_saved_leaves_the_older_state(tmp_path, monkeypatch):
+    save_state(tmp_path / "a-state", {"seed": "1"}, {"step": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SliceError, match="No space left on device"):
+        save_state(tmp_path / "a-state", {"seed": "1"}, {"step": 2})
+    assert load_state(tmp_path / "a-state") == {"step": 1}
+
+
+def test_the_latest_state_is_the_one_saved_last_and_whole(tmp_path):
+    with pytest.raises(InputError, match=r"--resume latest: .* holds no state of a"):
+        latest_state(tmp_path, "a")
+    for number, name in enumerate(["a-000002-state", "a-step00000009-state", "a-state", "b-state"]):
+        save_state(tmp_path / name, {}, {})
+        os.utime(tmp_path / name / "state.pt", (number, number))
+    (tmp_path / "a-step00000010-state").mkdir()
+    (tmp_path / "a-step00000010-state" / "state.pt.tmp").touch()
+    assert latest_state(tmp_path, "a").name == "a-state"
+    os.utime(tmp_path / "a-000002-state" / "state.pt", (7, 7))
+    assert latest_state(tmp_path, "a").name == "a-000002-state"
+
+
+def test_an_output_through_a_link_to_an_input_is_refused(tmp_path):
+    write_base(tmp_path / "base.safetensors")
+    (tmp_path / "link.safetensors").hardlink_to(tmp_path / "base.safetensors")
+    before = (tmp_path / "base.safetensors").read_bytes()
+    with pytest.raises(InputError, match="which is read"):
+        main(["apply", f"{tmp_path}/base.safetensors", f"{tmp_path}/none.safetensors", "-o",
+              f"{tmp_path}/link.safetensors"])  # fmt: skip
+    assert (tmp_path / "base.safetensors").read_bytes() == before

@@ -1,0 +1,185 @@
+"""The ledger in a file's metadata: which slices it holds, where they overlap, which ids are free.
+
+Imports no torch, so that a command can list a folder of files at once.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+from wan.errors import InputError
+
+KEY = "wan_slices"
+CONTRACT = 1
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One slice in a file: contract version, share, number; how it came there; what it was trained on.
+
+    `base` is the base's identity, `start` the digest of the base's values at the slice's positions: None in files of
+    the first version. `strength` is the factor on what was learned that the values in the file have. `captions` are a
+    few of those that it was trained on.
+    """
+
+    contract: int
+    ff: str
+    ffid: int
+    name: str
+    steps: int
+    date: str
+    base: str | None = None
+    start: str | None = None
+    strength: float = 1.0
+    captions: tuple[str, ...] = ()
+
+    @property
+    def interval(self) -> tuple[Fraction, Fraction]:
+        """Where the slice lies on every matrix's line, from 0 to 1."""
+        ff = _fraction(self.ff)
+        return (self.ffid - 1) * ff, self.ffid * ff
+
+    @property
+    def age(self) -> tuple:
+        """What entries are sorted by, oldest first."""
+        return self.date, self.interval, self.name
+
+    @property
+    def label(self) -> str:
+        """The slice in words."""
+        strength = "" if self.strength == 1 else f", strength {self.strength:g}"
+        return f"{self.name or 'unnamed'} (ff {self.ff} ffid {self.ffid}{strength})"
+
+    def overlaps(self, other: "Entry") -> bool:
+        """Whether the two may share a value; of another contract's slice nothing is known, so it may."""
+        if self.contract != other.contract:
+            return True
+        (a, b), (c, d) = self.interval, other.interval
+        return max(a, c) < min(b, d)
+
+    def is_slice_of(self, other: "Entry") -> bool:
+        """Whether the two are the same slice, whatever was trained in it."""
+        return (self.contract, self.interval) == (other.contract, other.interval)
+
+
+def read_ledger(metadata: Mapping[str, str], source: object) -> list[Entry]:
+    """The entries of a file's metadata, oldest first, none where there is no ledger; InputError names the `source`."""
+    try:
+        listed = json.loads(metadata.get(KEY, "[]"))
+    except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, list):
+        raise InputError(f"{source}: its ledger ({KEY} in the metadata) cannot be read; the file is damaged")
+    return [_entry(fields, source) for fields in listed]
+
+
+def ledger_text(entries: Sequence[Entry]) -> str:
+    """The metadata's text for these entries."""
+    return json.dumps([_fields(entry) for entry in entries])
+
+
+def extended(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
+    """The ledger with `entry` as its newest; a slice that was trained further keeps its first start, adds up steps."""
+    earlier = [other for other in entries if other.is_slice_of(entry)]
+    if earlier:
+        entry = replace(entry, steps=entry.steps + sum(e.steps for e in earlier), start=earlier[0].start)
+    return [*(other for other in entries if other not in earlier), entry]
+
+
+def free_ids(entries: Sequence[Entry], ff: str) -> tuple[int, int, int | None]:
+    """How many ids of `ff` no entry touches, of how many, and the first of them.
+
+    Counted over intervals, since there may be more ids than memory has room for.
+    """
+    share = _fraction(ff)
+    last = int(1 / share)
+    used = sorted(
+        (math.floor(low / share) + 1, min(math.ceil(high / share), last)) for low, high in (e.interval for e in entries)
+    )
+    taken, end, first_free = 0, 0, 1
+    for first, final in used:
+        taken += max(final - max(first, end + 1) + 1, 0)
+        end = max(end, final)
+        if first <= first_free <= final:
+            first_free = final + 1
+    return last - taken, last, first_free if first_free <= last else None
+
+
+def ids_line(entries: Sequence[Entry], ff: str) -> str:
+    """How many ids are free at this ff, and which one to take."""
+    free, last, first = free_ids(entries, ff)
+    following = f", the next is --ffid {first}" if first else ""
+    return f"{free:,} of {last:,} ids at ff {ff} are free{following}"
+
+
+def refuse_overlap(entries: Sequence[Entry], entry: Entry, source: object, advice: str) -> None:
+    """InputError with what overlaps, by how much, and the next free id, if `entry` lies over one of `entries`."""
+    met = [other for other in entries if other.overlaps(entry)]
+    if met:
+        raise InputError(
+            f"{source} already holds {'; '.join(_meeting(other, entry) for other in met)}. "
+            f"{ids_line(entries, entry.ff)}. {advice}"
+        )
+
+
+def _meeting(other: Entry, entry: Entry) -> str:
+    if other.contract != entry.contract:
+        return f"{other.label}, of contract {other.contract}, whose values are not known"
+    (a, b), (c, d) = other.interval, entry.interval
+    share = float((min(b, d) - max(a, c)) / (d - c))
+    return f"{other.label}, which has {100 * share:.3g} % of the values of ff {entry.ff} ffid {entry.ffid}"
+
+
+def _fraction(ff: str) -> Fraction:
+    return Fraction(ff) if "/" in ff else Fraction(Decimal(ff))
+
+
+def _entry(fields: object, source: object) -> Entry:
+    match fields:
+        case {"contract": int(contract), "ff": str(ff), "ffid": int(ffid), "name": str(name), "steps": int(steps)}:
+            date, base, start, strength = (fields.get(key) for key in ("date", "base", "start", "strength"))
+            captions = fields.get("captions", [])
+        case _:
+            raise InputError(f"{source}: its ledger has an entry that is no slice; the file is damaged")
+    hashes = all(value is None or (isinstance(value, str) and _HASH.fullmatch(value)) for value in (base, start))
+    told = (
+        len(name) <= 200
+        and name.isprintable()
+        and isinstance(date, str | None)
+        and len(date or "") <= 40
+        and type(strength) in (int, float, type(None))
+        and math.isfinite(strength or 0)
+        and 0 <= steps < 10**12
+        and isinstance(captions, list)
+        and all(isinstance(caption, str) for caption in captions)
+    )
+    if not (_is_slice(ff, ffid) and hashes and told):
+        raise InputError(f"{source}: its ledger names a slice that cannot be (ff {ff[:40]!r}); the file is damaged")
+    strength = 1.0 if strength is None else strength
+    return Entry(contract, ff, ffid, name, steps, date or "", base, start, strength, tuple(captions))
+
+
+def _is_slice(ff: str, ffid: int) -> bool:
+    if not re.fullmatch(r"[0-9.eE/+-]{1,40}", ff):
+        return False
+    try:
+        exact = Fraction(ff) if "/" in ff else Decimal(ff)
+        if not 0 < exact <= 1 or (isinstance(exact, Decimal) and exact.adjusted() < -30):
+            return False
+    except (InvalidOperation, ValueError, ZeroDivisionError):
+        return False
+    return type(ffid) is int and 1 <= ffid <= int(1 / Fraction(exact))
+
+
+def _fields(entry: Entry) -> dict:
+    fields = asdict(entry)
+    if entry.strength == 1:
+        del fields["strength"]
+    if not entry.captions:
+        del fields["captions"]
+    return {key: value for key, value in fields.items() if value is not None}

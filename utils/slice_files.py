@@ -1,0 +1,165 @@
+"""Slice files: read, checked against a base, put into its matrices.
+
+A slice file holds one tensor for each matrix, under the matrix's contract name: the slice's final values in line order,
+in the base's dtype. Its ledger has one entry.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.ledger import CONTRACT, KEY, Entry, read_ledger, refuse_overlap
+from utils.selective_finetune import (
+    BLOCK_MATRIX,
+    Patch,
+    SliceUnits,
+    base_identity,
+    contract_name,
+    slice_digest,
+    slice_units,
+    value_digest,
+)
+from wan.errors import InputError
+from wan.loading import CheckpointHeader
+from wan.safetensors_header import TensorEntry, read_file_header
+from wan.stored_tensors import read_tensor
+
+_SLICED_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class SliceFile:
+    """A slice on disk: its entry, where each matrix's values lie, the metadata of the run that made it."""
+
+    path: Path
+    entry: Entry
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the final values."""
+        return slice_digest({name: value_digest(self.values(name)) for name in self.tensors})
+
+    def values(self, name: str) -> Tensor:
+        """The final values in the matrix `name`, in line order."""
+        return read_tensor(self.tensors[name])
+
+
+def read_slice_file(path: Path) -> SliceFile:
+    """The slice file at `path`; InputError if it is none, or one that cannot be."""
+    tensors, metadata = read_file_header(path)
+    entries = read_ledger(metadata, path)
+    if len(entries) != 1 or not all(len(tensor.shape) == 1 for tensor in tensors.values()) or not tensors:
+        raise InputError(f"{path} is no slice file; make one with --save_as slice, or with extract from a checkpoint")
+    if entries[0].contract != CONTRACT:
+        raise InputError(
+            f"{path} follows slice contract {entries[0].contract}, this program knows {CONTRACT}: update it"
+        )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _SLICED_DTYPES or not tensor.numel or name != contract_name(name):
+            raise InputError(f"{path}: {name[:80]} {tensor.dtype[:20]} is no tensor of a slice")
+    return SliceFile(path, entries[0], tensors, {key: text for key, text in metadata.items() if key != KEY})
+
+
+def units_of(header: CheckpointHeader, entry: Entry) -> dict[str, SliceUnits]:
+    """Where a slice lies in every block matrix of a checkpoint in which it is not empty."""
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if BLOCK_MATRIX.fullmatch(name)}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    units = {name: slice_units(name, shape, entry.ff, entry.ffid) for name, shape in matrices.items()}
+    return {name: own for name, own in units.items() if own.count}
+
+
+def scaled(start: Tensor, final: Tensor, strength: float) -> Tensor:
+    """round(start + strength * (final - start)): the start's own bits at 0, the final ones at 1."""
+    if strength in (0, 1):
+        return final if strength else start
+    moved = start.float() + strength * (final.float() - start.float())
+    return torch.where(same_bits(start, final), start, moved.to(start.dtype))
+
+
+def same_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors of one dtype hold the same bits."""
+    bits = {2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
+    return a.view(bits) == b.view(bits)
+
+
+class SlicesOnBase:
+    """Slices that fit a base and each other, ready to be put into its matrices.
+
+    `files` are the slices, oldest first; `patches` change a matrix as stored, by contract name; `entries` are the
+    ledger that the result has; `metadata` is what the slices' runs said.
+    """
+
+    def __init__(self, header: CheckpointHeader, slices: Sequence[SliceFile], strengths: Sequence[float]):
+        # One order, by date, whatever order they are given in: so the file that comes out is one, too.
+        pairs = sorted(zip(slices, strengths, strict=True), key=lambda pair: pair[0].entry.age)
+        self.patches: dict[str, Patch] = {}
+        self.entries = read_ledger(header.metadata, header.files[0])
+        self.metadata: dict[str, str] = {}
+        self._starts: dict[Path, dict[str, bytes]] = {file.path: {} for file, _ in pairs}
+        self.files = [file for file, _ in pairs]
+        self._base = header.files[0]
+        identity = base_identity(header.files) if pairs else None
+        for file, strength in pairs:
+            refuse_overlap(self.entries, file.entry, header.files[0], f"Leave out {file.path}, or another one.")
+            units_of_name = units_of(header, file.entry)
+            _check_fits(file, header, identity, {name: units.count for name, units in units_of_name.items()})
+            self.entries = [*self.entries, replace(file.entry, strength=strength * file.entry.strength)]
+            self.metadata |= file.metadata
+            for name, units in units_of_name.items():
+                self.patches[name] = partial(self._patch, self.patches.get(name), file, strength, name, units)
+
+    def check_starts(self) -> None:
+        """To be called once every matrix was patched; InputError if the base held other values than a slice knew."""
+        for file in self.files:
+            if file.entry.start and slice_digest(self._starts[file.path]) != file.entry.start:
+                raise InputError(
+                    f"{self._base} is not the base of {file.path}: it holds other values where the slice lies (merged, "
+                    "or otherwise finetuned?); give the base that the slice was trained on"
+                )
+
+    def _patch(
+        self, before: Patch | None, file: SliceFile, strength: float, name: str, units: SliceUnits, stored: Tensor
+    ) -> None:
+        if before:
+            before(stored)
+        start = units.cut(units.read(stored))
+        self._starts[file.path][name] = value_digest(start)
+        units.write(stored, scaled(start, file.values(name), strength))
+
+
+def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str) -> list[float]:
+    """One strength a slice, from none (all 1), one, or as many; InputError names the flag."""
+    given = list(strengths or [1.0])
+    if len(given) != 1 and len(given) != slices:
+        raise InputError(f"{flag} {' '.join(map(str, given))}: give one number, or one for each of the {slices} slices")
+    return given * slices if len(given) == 1 else given
+
+
+def _check_fits(file: SliceFile, header: CheckpointHeader, identity: str, counts: Mapping[str, int]) -> None:
+    base = header.files[0]
+    if file.entry.base and file.entry.base != identity:
+        raise InputError(
+            f"{base} is not the base of {file.path}: its identity is {identity[:12]}, the slice was trained on "
+            f"{file.entry.base[:12]}; give the base that the slice was trained on"
+        )
+    if counts != {name: tensor.numel for name, tensor in file.tensors.items()}:
+        wrong = min(n for n in counts.keys() | file.tensors.keys() if counts.get(n) != _count(file, n))
+        raise InputError(
+            f"{file.path}: {wrong[:80]} has {_count(file, wrong)} values, and slice ff {file.entry.ff} ffid "
+            f"{file.entry.ffid} has {counts.get(wrong, 0)} there in {base}; the file is damaged, or another model's"
+        )
+    for name, tensor in file.tensors.items():
+        if tensor.dtype != header.tensors[name].dtype:
+            raise InputError(f"{file.path}: {name} is {tensor.dtype}, in {base} {header.tensors[name].dtype}")
+        if not torch.isfinite(file.values(name)).all():
+            raise InputError(f"{file.path}: {name} holds values that are no numbers (NaN or infinite); do not use it")
+
+
+def _count(file: SliceFile, name: str) -> int:
+    return file.tensors[name].numel if name in file.tensors else 0

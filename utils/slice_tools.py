@@ -1,0 +1,239 @@
+"""What is done with slices on disk: apply, remove, extract, scale, verify."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.ledger import KEY, Entry, ledger_text, read_ledger
+from utils.selective_finetune import (
+    Patch,
+    SliceUnits,
+    base_identity,
+    read_header,
+    read_slice,
+    slice_digest,
+    stream,
+    value_digest,
+    write_safetensors,
+    write_slice,
+)
+from utils.slice_files import SliceFile, SlicesOnBase, read_slice_file, scaled, units_of
+from utils.slice_lora import DTYPES, LoraReport, lora_bytes, rank_of, write_lora
+from wan.errors import InputError
+from wan.loading import CheckpointHeader, read_checkpoint_header
+from wan.safetensors_header import TensorEntry
+
+
+def apply(base: Path, slices: Sequence[Path], strengths: Sequence[float], out: Path) -> list[Entry]:
+    """Writes `base` with the slices in it, byte for byte the chained checkpoint; the ledger it has comes back.
+
+    InputError if two slices overlap or one is another base's.
+    """
+    check_output(out, [base, *slices])
+    header = read_checkpoint_header(base)
+    on_base = SlicesOnBase(header, [read_slice_file(path) for path in slices], strengths)
+    write_patched(header, out, on_base.patches, on_base.metadata, on_base.entries, on_base.check_starts)
+    return on_base.entries
+
+
+def remove(checkpoint: Path, name: str, base: Path, out: Path) -> Entry:
+    """Writes `checkpoint` without the slice `name`, every tensor byte for byte as if it was never trained.
+
+    What the run of the newest slice said in the metadata goes with it.
+    """
+    check_output(out, [checkpoint, base])
+    header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
+    entries = read_ledger(header.metadata, checkpoint)
+    entry = find_entry(entries, name, checkpoint)
+    _refuse_trained_over(entries, entry, checkpoint)
+    units = units_of(header, entry)
+    start = _base_values(base_header, entry, units, checkpoint)
+    patches = {name: partial(_put, own, start[name]) for name, own in units.items()}
+    left = [other for other in entries if other is not entry]
+    if entry is entries[-1]:
+        header = replace(header, metadata=base_header.metadata)
+    write_patched(header, out, patches, {}, left)
+    return entry
+
+
+def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path) -> list[Path]:
+    """Writes the slices of `checkpoint` that `base` does not have (or only those `names`) as files into `folder`."""
+    header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
+    entries = read_ledger(header.metadata, checkpoint)
+    known = read_ledger(base_header.metadata, base)
+    wanted = [find_entry(entries, name, checkpoint) for name in names]
+    wanted = wanted or [entry for entry in entries if not any(entry.is_slice_of(other) for other in known)]
+    if not wanted:
+        raise InputError(f"{checkpoint} holds no slice that {base} does not hold (its ledger has {len(entries)})")
+    paths = [folder / f"{stem}.slice.safetensors" for stem in _stems(wanted, checkpoint)]
+    for path in paths:
+        check_output(path, [checkpoint, base])
+    for entry in wanted:
+        _refuse_trained_over(entries, entry, checkpoint)
+    for entry, path in zip(wanted, paths, strict=True):
+        units = units_of(header, entry)
+        start = _base_values(base_header, entry, units, checkpoint)
+        told = replace(entry, base=base_identity(base_header.files), start=_digest(start))
+        # The newest run's own words are what the checkpoint says beyond its base.
+        metadata = header.metadata.items() - base_header.metadata.items() if entry is entries[-1] else ()
+        own = {key: text for key, text in header.metadata.items() if (key, text) in metadata and key != KEY}
+        write_slice(path, read_slice(header.files, units), {**own, KEY: ledger_text([told])})
+    return paths
+
+
+def scale(slice_path: Path, base: Path, strength: float, out: Path) -> Entry:
+    """Writes the slice with `strength` times what it learned."""
+    check_output(out, [slice_path, base])
+    header, file = read_checkpoint_header(base), read_slice_file(slice_path)
+    start = checked_start(header, file)
+    values = {name: scaled(start[name], file.values(name), strength) for name in file.tensors}
+    entry = replace(file.entry, strength=strength * file.entry.strength)
+    write_slice(out, values, {**file.metadata, KEY: ledger_text([entry])})
+    return entry
+
+
+def to_lora(slice_path: Path, base: Path, out: Path, names: str, dtype: str, say: Callable[[str], None]) -> LoraReport:
+    """Writes the slice as a LoRA with the names of comfyui or diffusers, in fp32 or bf16; says how exact it is."""
+    check_output(out, [slice_path, base])
+    header, file = read_checkpoint_header(base), read_slice_file(slice_path)
+    units = units_of(header, file.entry)
+    say(f"{out}: {lora_bytes(units, DTYPES[dtype]) / 1e6:,.1f} MB, ranks up to {max(map(rank_of, units.values()))}")
+    start = checked_start(header, file)
+    report = write_lora(out, file.entry, units, start, file.values, names, DTYPES[dtype], file.metadata)
+    say(report.line)
+    return report
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A tensor that is not what the ledger says, and how."""
+
+    name: str
+    problem: str
+
+
+def verify(checkpoint: Path, base: Path) -> tuple[list[Entry], list[Finding]]:
+    """The slices by which `checkpoint` may differ from `base`, and every tensor that differs elsewhere."""
+    header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
+    known = read_ledger(base_header.metadata, base)
+    entries = [entry for entry in read_ledger(header.metadata, checkpoint) if entry not in known]
+    units = [units_of(base_header, entry) for entry in entries]
+    names = [*base_header.tensors, *(name for name in header.tensors if name not in base_header.tensors)]
+    findings = [
+        Finding(name, problem)
+        for name in names
+        if (problem := _difference(header.tensors.get(name), base_header.tensors.get(name), _own(units, name)))
+    ]
+    for entry, own in zip(entries, units, strict=True):
+        if entry.start and _digest(read_slice(base_header.files, own)) != entry.start:
+            findings.append(Finding(entry.label, "was trained on other values than the base holds"))
+    return entries, findings
+
+
+def write_patched(
+    header: CheckpointHeader,
+    out: Path,
+    patches: Mapping[str, Patch],
+    metadata: Mapping[str, str],
+    entries: Sequence[Entry],
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Streams a checkpoint to `out`, patched on the way; `check` has the last word before it takes its name."""
+    tensors, _ = read_header(header.files)
+    known = {key: text for key, text in header.metadata.items() if key != KEY}
+    ledger = {KEY: ledger_text(entries)} if entries else {}
+    write_safetensors(out, tensors, {**known, **metadata, **ledger}, _then(stream(tensors, patches), check))
+
+
+def check_output(out: Path, inputs: Iterable[Path]) -> None:
+    """InputError if `out` is no name for a new safetensors file, or is one of the `inputs`."""
+    if out.suffix.lower() != ".safetensors" or out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"{out} is no name for a .safetensors file in a folder that exists")
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"{out} is {path}, which is read: choose another name for the output")
+
+
+def find_entry(entries: Sequence[Entry], name: str, source: Path) -> Entry:
+    """The entry of this name, or of FF:FFID; InputError lists what there is."""
+    found = [entry for entry in entries if name in (entry.name, f"{entry.ff}:{entry.ffid}")]
+    if len(found) != 1:
+        listed = ", ".join(f"{entry.label} = {entry.ff}:{entry.ffid}" for entry in entries) or "none"
+        problem = "has no slice" if not found else f"has {len(found)} slices named"
+        raise InputError(f"{source} {problem} {name}; there are: {listed}")
+    return found[0]
+
+
+def checked_start(header: CheckpointHeader, file: SliceFile) -> dict[str, Tensor]:
+    """The base's values at the slice's positions, after every check that the file fits the base."""
+    SlicesOnBase(replace(header, metadata={}), [file], [1.0])
+    return _base_values(header, file.entry, units_of(header, file.entry), file.path)
+
+
+def _base_values(base: CheckpointHeader, entry: Entry, units: Mapping[str, SliceUnits], source: Path) -> dict:
+    if entry.base and entry.base != base_identity(base.files):
+        raise InputError(f"{base.files[0]} is not the base of {entry.label} in {source}: its identity is another one")
+    start = read_slice(base.files, units)
+    if entry.start and _digest(start) != entry.start:
+        raise InputError(
+            f"{base.files[0]} is not the base of {entry.label} in {source}: it holds other values where the slice lies"
+        )
+    return start
+
+
+def _digest(values: Mapping[str, Tensor]) -> str:
+    return slice_digest({name: value_digest(own) for name, own in values.items()})
+
+
+def _put(units: SliceUnits, values: Tensor, stored: Tensor) -> None:
+    units.write(stored, values)
+
+
+def _then(chunks: Iterator, check: Callable[[], None]) -> Iterator:
+    yield from chunks
+    check()
+
+
+def _refuse_trained_over(entries: Sequence[Entry], entry: Entry, source: Path) -> None:
+    over = [other.label for other in entries if other is not entry and other.overlaps(entry)]
+    if over:
+        raise InputError(
+            f"{source}: {entry.label} shares values with {', '.join(over)} (--allow_overlap): it cannot be told apart"
+        )
+
+
+def _stems(entries: Sequence[Entry], source: Path) -> list[str]:
+    stems = []
+    for entry in entries:
+        if set(entry.name) & set('/\\:*?"<>|') or entry.name.strip(". ") != entry.name:
+            raise InputError(f"{source}: {entry.name!a} cannot be a file's name")
+        doubled = not entry.name or sum(entry.name == other.name for other in entries) > 1
+        number = f"ff{entry.ff.replace('/', '_')}-ffid{entry.ffid}"
+        stems.append("-".join(filter(None, [entry.name, number if doubled else ""])))
+    return stems
+
+
+def _own(units: Sequence[Mapping[str, SliceUnits]], name: str) -> list[SliceUnits]:
+    return [own[name] for own in units if name in own]
+
+
+def _difference(found: TensorEntry | None, base: TensorEntry | None, slices: Sequence[SliceUnits]) -> str | None:
+    if found is None or base is None:
+        return "is missing" if found is None else "is not in the base"
+    if (found.dtype, found.shape) != (base.dtype, base.shape):
+        return f"is {found.dtype} {list(found.shape)}, in the base {base.dtype} {list(base.shape)}"
+    changed = (_bytes(found) != _bytes(base)).reshape(base.numel, -1).any(axis=1)
+    outside = torch.from_numpy(changed).view(base.shape)
+    for units in slices:
+        units.write(outside, torch.zeros(units.count, dtype=torch.bool))
+    count = int(outside.sum())
+    return f"differs in {count:,} of its {base.numel:,} values outside the slices" if count else None
+
+
+def _bytes(entry: TensorEntry) -> np.ndarray:
+    return np.fromfile(entry.file, dtype=np.uint8, count=entry.stop - entry.start, offset=entry.start)
