@@ -71,7 +71,7 @@ PICTURE = Size("512x512x1", 1, (1, 64, 64), work=1)
 PICTURES = Size("512x512x1, batch 4", 4, (1, 64, 64), work=4)
 CLIP = Size("832x480x81", 1, (21, 60, 104), work=75, steps=1)
 OFFLOADED_CLIP = replace(CLIP, name="832x480x81, inputs on the host", offload_inputs=True)
-SMALL = Size("32x32x1", 1, (1, 4, 4), work=1)
+SMALL = Size("32x32x1", 1, (1, 4, 4), work=1, steps=1)
 
 
 @dataclass(frozen=True)

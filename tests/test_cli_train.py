@@ -160,7 +160,6 @@ MISTAKES = {
     "--save_every_n_steps 2 --save_last_n_steps_state 2": "no effect without --save_state",
     "--persistent_data_loader_workers --max_data_loader_n_workers 0": "no effect",
     "--save_as slices": "invalid choice",
-    "--save_as slice --training_debug": "needs --save_as checkpoint",
     "--slices none.safetensors": "--slices none.safetensors does not exist",
     "--resume latest": "holds no state of one",
     "--sample_at_first": "needs --sample_prompts",

@@ -195,9 +195,18 @@ def test_one_dit_of_a_two_expert_task_has_one_guidance_scale(files, tmp_path):
     assert np.array_equal(made(files, tmp_path / "a", *defaults), made(files, tmp_path / "b", "--task", "t2v-A14B"))
 
 
-@pytest.mark.parametrize("blocks", ["1", "3"])
-def test_swapped_blocks_change_nothing(files, tmp_path, plain, blocks):
-    assert np.array_equal(made(files, tmp_path, "--guidance_scale", "2", "--blocks_to_swap", blocks), plain)
+@pytest.mark.parametrize(
+    "swap",
+    [
+        "--blocks_to_swap 1",
+        "--blocks_to_swap 3",
+        "--blocks_to_swap 3 --block_swap_ring_size 1 --host_weights staged",
+        "--weights_vram 200kB",
+    ],
+)
+def test_swapped_blocks_change_nothing(files, tmp_path, plain, swap, capsys):
+    assert np.array_equal(made(files, tmp_path, "--guidance_scale", "2", *swap.split()), plain)
+    assert "3 blocks (" in capsys.readouterr().out
 
 
 def test_flags_that_say_what_happens_anyway_change_nothing(files, tmp_path, plain):

@@ -84,6 +84,14 @@ def test_locked_memory_is_locked_once_and_freed_after_its_lock():
     assert device.locked == {}
 
 
+def test_memory_is_unlocked_after_the_copies_that_read_it():
+    device, target = FakeDevice("lazy"), torch.zeros(100, dtype=torch.uint8)
+    memory = LockedMemory(device)
+    device.copy(target, memory.region(100)[:100].fill_(7), device.mark())
+    memory.release()  # the fake device refuses to unlock under a copy
+    assert device.locked == {} and torch.all(target == 7)
+
+
 @pytest.mark.parametrize("timing", TIMINGS)
 def test_staging_brings_weights_larger_than_its_buffers(timing, monkeypatch):
     monkeypatch.setattr(host_store, "STAGING_BYTES", 1024)

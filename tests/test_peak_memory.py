@@ -34,7 +34,7 @@ def test_the_time_path_and_the_text_do_not_set_the_peak():
 
 
 def test_block_inputs_on_the_host_leave_a_few_of_them_on_the_device():
-    on_device, on_host = (measure(Case("", CLIP, 8, offload_inputs=offload), blocks=8) for offload in (False, True))
+    on_device, on_host = (measure(Case("", CLIP, 5, offload_inputs=offload), blocks=5) for offload in (False, True))
     u = 2 * 32_760 * 5120
-    assert 5 * u <= on_device.backward - on_host.backward <= 6 * u
+    assert 2 * u <= on_device.backward - on_host.backward <= 3 * u
     assert on_device.update <= on_host.update <= on_device.update + 2 * u

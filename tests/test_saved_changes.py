@@ -10,6 +10,7 @@ from tiny_run import write_dit
 from torch import nn
 
 from utils import saved_changes
+from utils.ledger import Entry
 from utils.saved_changes import SavedChanges, compare_save
 from utils.selective_finetune import attach_slice, slice_indices
 from wan.loading import load_dit
@@ -41,6 +42,16 @@ def trained(files):
     trained.write_back()
     trained.save_checkpoint(files / "base.safetensors", files / "trained.safetensors")
     return trained
+
+
+def test_only_where_slices_of_other_files_lie_may_anything_differ(files, trained):
+    name = "blocks.1.ffn.0.weight"
+    theirs = slice_indices(name, (64, 48), "0.05", 9).tolist()
+    changed = changed_file(files, {name: theirs})
+    other = Entry(1, "0.05", 9, "other", 1, "")
+    bases = [files / "base.safetensors"]
+    assert compare_save(bases, changed, trained, [other]) == SavedChanges(inside=trained.count)
+    assert compare_save(bases, changed, trained).outside == len(theirs)
 
 
 @pytest.mark.parametrize("chunk", [7, 100, 1 << 20])

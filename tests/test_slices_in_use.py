@@ -157,3 +157,12 @@ def test_a_model_with_slices_is_loaded_without_a_file_in_between_and_leaves_the_
     theirs = chained.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
     assert base.read_bytes() == before
+
+
+@pytest.mark.parametrize(("save_as", "compared"), [("checkpoint", True), ("slice", False)])
+def test_debugging_tells_what_moved_beside_slices_of_other_files(folder, save_as, compared):
+    below = ("--slices", str(folder / "first" / "one.slice.safetensors"), "--ffid", "3", "--save_as", save_as)
+    lines = run(folder, *BF16, *below, "--training_debug")
+    told = [line for line in lines if "none outside it" in line]
+    assert any("moved in use" in line for line in lines) and bool(told) == compared
+    assert not told or "of 4,924 values in the slice changed" in told[0]

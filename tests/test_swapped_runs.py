@@ -161,7 +161,7 @@ print(json.dumps(anonymous() - before))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_mapped_model_takes_no_memory_of_its_own(tmp_path):
-    """640 MB of weights in 20 blocks: two of them in buffers, and what a step needs besides."""
+    """540 MB of weights in 20 blocks: two of them in buffers, and what a step needs besides."""
     path = tmp_path / "base.safetensors"
     config = CONFIG.__class__("t2v", 1024, 2048, 8, 20, 16, 16, text_dim=64, freq_dim=256, text_len=8)
     with torch.device("meta"):
@@ -170,4 +170,6 @@ def test_a_mapped_model_takes_no_memory_of_its_own(tmp_path):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", PROBE, str(path)], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert path.stat().st_size > 500e6 and json.loads(done.stdout) < 200e6
+    written = path.stat().st_size
+    path.unlink()
+    assert written > 500e6 and json.loads(done.stdout) < written / 2

@@ -88,7 +88,8 @@ def check_swap(
         raise InputError(f"pinned memory is for copies to a GPU, and the device is {device}: use --host_weights mapped")
     if swap.host_weights == "mapped" and not mapped:
         raise InputError(
-            "--host_weights mapped: the file's weights are cast at load, so they are no longer its own bytes"
+            "--host_weights mapped: the weights in use are not the file's own bytes, since they are cast at load or "
+            "--slices are put into them; leave it out"
         )
     if swap.weights_vram is not None:
         with torch.device("meta"):

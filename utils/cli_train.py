@@ -165,8 +165,6 @@ def _save(flags: Namespace) -> SaveConfig:
                 raise InputError(f"--{flag} has no effect without --save_every_n_{unit}")
         if getattr(flags, f"save_last_n_{unit}_state") and not flags.save_state:
             raise InputError(f"--save_last_n_{unit}_state has no effect without --save_state")
-    if flags.training_debug and ("checkpoint" not in flags.save_as or flags.slices):
-        raise InputError("--training_debug compares checkpoints with --dit: it needs --save_as checkpoint, no --slices")
     return SaveConfig(
         folder=flags.output_dir,
         name=flags.output_name,

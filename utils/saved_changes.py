@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.selective_finetune import SliceUnits, TrainedSlice, contract_name, slice_units
+from utils.ledger import Entry
+from utils.selective_finetune import SliceUnits, TrainedSlice, contract_name, is_block_matrix, slice_units
 from wan.safetensors_header import TensorEntry, read_file_header
 
 _CHUNK = 1 << 20  # values
@@ -22,8 +23,13 @@ class SavedChanges:
     fault: str | None = None
 
 
-def compare_save(bases: Sequence[Path], saved: Path, trained: TrainedSlice) -> SavedChanges:
-    """Compares every tensor of `saved` with that of its base (one file, or its shards), bit for bit."""
+def compare_save(
+    bases: Sequence[Path], saved: Path, trained: TrainedSlice, applied: Sequence[Entry] = ()
+) -> SavedChanges:
+    """Compares every tensor of `saved` with that of its base (one file, or its shards), bit for bit.
+
+    Where `applied` slices lie, which `saved` has from other files, anything may differ.
+    """
     before = {key: entry for base in bases for key, entry in read_file_header(base)[0].items()}
     after, _ = read_file_header(saved)
     for key in [*before, *after]:
@@ -34,10 +40,15 @@ def compare_save(bases: Sequence[Path], saved: Path, trained: TrainedSlice) -> S
     for key, entry in before.items():
         name = contract_name(key)
         # Chosen anew, so that a slice that was attached wrongly shows.
-        units = slice_units(name, entry.shape, trained.ff, trained.ffid) if name in trained.matrices else None
-        in_slice = _slice_mask(units, entry.numel)
+        own, others = [], []
+        if is_block_matrix(name, entry.shape):
+            own = [slice_units(name, entry.shape, trained.ff, trained.ffid)] if name in trained.matrices else []
+            others = [slice_units(name, entry.shape, other.ff, other.ffid) for other in applied]
+        in_slice, in_others = _mask(own, entry), _mask(others, entry)
         for position, differs in _differences(entry, after[key]):
-            beyond = differs & ~in_slice[position : position + len(differs)]
+            part = slice(position, position + len(differs))
+            differs &= in_slice[part] | ~in_others[part]
+            beyond = differs & ~in_slice[part]
             if first is None and beyond.any():
                 place = np.unravel_index(position + int(beyond.argmax()), entry.shape)
                 first = f"{key} {[int(index) for index in place]}"
@@ -50,12 +61,13 @@ def _form(entries: dict[str, TensorEntry], key: str) -> str:
     return f"{entries[key].dtype} {list(entries[key].shape)}" if key in entries else "missing"
 
 
-def _slice_mask(units: SliceUnits | None, numel: int) -> np.ndarray:
-    """Which of a tensor's values are in the slice, [numel]."""
-    if units is None:
-        return np.broadcast_to(np.False_, numel)
-    mask = torch.zeros(units.shape, dtype=torch.bool)
-    units.write(mask, torch.ones(units.count, dtype=torch.bool))
+def _mask(slices: Sequence[SliceUnits], entry: TensorEntry) -> np.ndarray:
+    """Which of a tensor's values are in one of the slices, [numel]."""
+    if not slices:
+        return np.broadcast_to(np.False_, entry.numel)
+    mask = torch.zeros(entry.shape, dtype=torch.bool)
+    for units in slices:
+        units.write(mask, torch.ones(units.count, dtype=torch.bool))
     return mask.view(-1).numpy()
 
 

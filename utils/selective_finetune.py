@@ -39,7 +39,7 @@ CONTRACT = 1
 ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")  # what slices are cut from, by its name in a file
+_BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")
 _CHUNK = 1 << 18  # bytes; larger writes took five times as long (Linux 6.18, ext4)
 _PREFIX = r"^(model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|model\.|dit\.)+"
 _WRAPPERS = re.compile(_PREFIX + r"(?=blocks\.)|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
@@ -447,12 +447,17 @@ def read_header(base: Files) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
+def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether slices are cut from a file's tensor of this contract name, as far as name and shape tell."""
+    return len(shape) == 2 and _BLOCK_MATRIX.fullmatch(name) is not None
+
+
 def base_identity(base: Files) -> str:
     """SHA-256 over every tensor that no slice can touch: the same all along a chain of concepts on one base."""
     named = {re.sub(_PREFIX, "", contract_name(key)): tensor for key, tensor in read_header(base)[0].items()}
     digest = hashlib.sha256()
     for name, tensor in sorted(named.items()):
-        if len(tensor.shape) != 2 or not BLOCK_MATRIX.fullmatch(name):
+        if not is_block_matrix(name, tensor.shape):
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
             for piece in stream({name: tensor}):
                 digest.update(piece)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from utils.ledger import CONTRACT, KEY, Entry, read_ledger, refuse_overlap
 from utils.selective_finetune import (
-    BLOCK_MATRIX,
     Patch,
     SliceUnits,
     base_identity,
     contract_name,
+    is_block_matrix,
     slice_digest,
     slice_units,
     value_digest,
@@ -68,9 +68,8 @@ def read_slice_file(path: Path) -> SliceFile:
 
 def units_of(header: CheckpointHeader, entry: Entry) -> dict[str, SliceUnits]:
     """Where a slice lies in every block matrix of a checkpoint in which it is not empty."""
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if BLOCK_MATRIX.fullmatch(name)}
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    units = {name: slice_units(name, shape, entry.ff, entry.ffid) for name, shape in matrices.items()}
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if is_block_matrix(name, tensor.shape)}
+    units = {name: slice_units(name, shape, entry.ff, entry.ffid) for name, shape in shapes.items()}
     return {name: own for name, own in units.items() if own.count}
 
 

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-_HOST_REGISTER_DEFAULT = 0
+_HOST_REGISTER_PORTABLE = 1
 _CUDA_SUCCESS = 0
 
 
@@ -86,7 +86,7 @@ class CudaBackend:
 
     def page_lock(self, region: Tensor) -> bool:
         """Page-locks `region` where it lies, for all of CUDA; False, with no error left behind, if it cannot be."""
-        code = torch.cuda.cudart().cudaHostRegister(region.data_ptr(), region.nbytes, _HOST_REGISTER_DEFAULT)
+        code = torch.cuda.cudart().cudaHostRegister(region.data_ptr(), region.nbytes, _HOST_REGISTER_PORTABLE)
         if int(code) != _CUDA_SUCCESS:
             self._clear_error()
         return int(code) == _CUDA_SUCCESS

@@ -143,6 +143,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
 
     settings |= start_hash(trained)
     watches = config.training_debug and accelerator.is_main_process
+    applied = [file.entry for file in below.files]
     run = _Run(
         config=config,
         accelerator=accelerator,
@@ -160,7 +161,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
         samples=samples,
         preserved=preserved,
-        debug=TrainingDebug(trained, len(model.blocks), header.files) if watches else None,
+        debug=TrainingDebug(trained, len(model.blocks), header.files, applied) if watches else None,
         say=say,
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
@@ -420,7 +421,7 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
         lines = write_files(save.files, run.trained, run.header, run.below, metadata, concept)
         if run.debug:
-            lines += run.debug.after_save(save.files["checkpoint"], place.step, run.accelerator.trackers)
+            lines += run.debug.after_save(save.files.get("checkpoint"), place.step, run.accelerator.trackers)
         remove_expired(save)
         paths = [*map(str, save.files.values()), *([save.state.name] if save.state else [])]
         for line in [*lines, f"saved {' and '.join(paths)}"]:

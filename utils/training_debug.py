@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.heat_map import heat_map
+from utils.ledger import Entry
 from utils.saved_changes import compare_save
 from utils.selective_finetune import SlicedMatrix, TrainedSlice
 
@@ -42,9 +43,10 @@ class StepFigures:
 class TrainingDebug:
     """Watches a run's steps; holds one fp32 copy of the slice, on its device, and a few numbers for each step."""
 
-    def __init__(self, trained: TrainedSlice, blocks: int, bases: Sequence[Path]):
+    def __init__(self, trained: TrainedSlice, blocks: int, bases: Sequence[Path], applied: Sequence[Entry] = ()):
         self.trained = trained
         self.bases = bases
+        self.applied = applied  # slices that checkpoints have beside the base's values
         self.matrices = list(trained.matrices.values())
         self.by_block = [[matrix for matrix in self.matrices if _block(matrix) == number] for number in range(blocks)]
         self.device = self.matrices[0].start.device
@@ -85,12 +87,19 @@ class TrainingDebug:
             self._draw(trackers)
         return self._table() if self.seen in (1, READ_EVERY) else []
 
-    def after_save(self, checkpoint: Path, step: int, trackers: Sequence) -> list[str]:
-        """Compares the checkpoint with the run's base, and tells what has moved so far.
+    def after_save(self, checkpoint: Path | None, step: int, trackers: Sequence) -> list[str]:
+        """Tells what has moved so far, and compares the checkpoint, where one was saved, with the run's base.
 
         RuntimeError, and the file gets another name, where something outside the slice has changed.
         """
-        changes = compare_save(self.bases, checkpoint, self.trained)
+        compared = [] if checkpoint is None else [self._compare(checkpoint)]
+        self._read(step, trackers)
+        if self.history:
+            self._draw(trackers)
+        return [*self._table(), *compared]
+
+    def _compare(self, checkpoint: Path) -> str:
+        changes = compare_save(self.bases, checkpoint, self.trained, self.applied)
         if changes.fault:
             aside = checkpoint.with_name(f"{checkpoint.name}.wrong")
             checkpoint.replace(aside)
@@ -98,11 +107,9 @@ class TrainingDebug:
                 f"ERROR: {checkpoint.name} differs from --dit outside the slice: {changes.fault}. This is a bug of "
                 f"the trainer, please report it; the file is now {aside}, do not use it"
             )
-        self._read(step, trackers)
-        if self.history:
-            self._draw(trackers)
         changed = f"{changes.inside:,} of {self.counts.sum():,} values in the slice"
-        return [*self._table(), f"{checkpoint.name} against --dit: {changed} changed, none outside it"]
+        beside = "" if not self.applied else " and --slices"
+        return f"{checkpoint.name} against --dit{beside}: {changed} changed, none outside it"
 
     def _per_block(self, norms: Sequence[Tensor]) -> Tensor:
         """Norms of matrices to norms of blocks."""
