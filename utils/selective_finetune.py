@@ -116,8 +116,12 @@ class SliceUnits:
 
     def write(self, weight: Tensor, values: Tensor) -> None:
         """Puts the slice's `values` (line order) into `weight`; what its cut units hold beyond it stays."""
+        self.change(weight, lambda _: values)
+
+    def change(self, weight: Tensor, new: Callable[[Tensor], Tensor]) -> None:
+        """Puts what `new` makes of the slice's values in their place: in two walks over the matrix, which cost most."""
         values_UL = self.read(weight)
-        self.cut(values_UL).copy_(values)
+        self.cut(values_UL).copy_(new(self.cut(values_UL)))
         weight.view(-1, self.rows, self.shape[1])[self.groups_U, :, self.columns_U] = values_UL
 
 
@@ -508,9 +512,12 @@ def read_slice(base: Files, units: Mapping[str, SliceUnits]) -> dict[str, Tensor
 
 
 def _replace(name: str, units: SliceUnits, start: Tensor, final: Tensor, stored: Tensor) -> None:
-    if not torch.equal(units.cut(units.read(stored)).view(torch.uint8), start.view(torch.uint8)):
-        raise SliceError(f"{name} in the base file is not what this slice was trained on")
-    units.write(stored, final)
+    def checked(values: Tensor) -> Tensor:
+        if not torch.equal(values.view(torch.uint8), start.view(torch.uint8)):
+            raise SliceError(f"{name} in the base file is not what this slice was trained on")
+        return final
+
+    units.change(stored, checked)
 
 
 def write_slice(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
