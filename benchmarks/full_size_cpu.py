@@ -25,10 +25,11 @@ from utils.selective_finetune import TrainedSlice, slice_indices  # noqa: E402
 from wan.configs import TASKS, WanConfig  # noqa: E402
 from wan.loading import read_checkpoint_header  # noqa: E402
 from wan.model import WanModel  # noqa: E402
-from wan.safetensors_header import read_tensor  # noqa: E402
+from wan.stored_tensors import read_tensor  # noqa: E402
 
 FF, FFID = "0.001", 1
 STEPS = 2
+MATRICES, VALUES = 400, 14_050_720  # of that slice
 SHIFT = 1 << 24
 
 
@@ -166,14 +167,14 @@ def check_slice(folder: Path, base: Path, steps: int) -> None:
     """Every matrix has its share; it began with the file's values, and every step moved it by about the rate."""
     found = load_file(folder / "slice.safetensors")
     names = sorted(name.removeprefix("start.") for name in found if name.startswith("start."))
-    assert len(names) == 400, len(names)
+    assert len(names) == MATRICES, len(names)
     tensors = read_checkpoint_header(base).tensors
     for name in names[::13]:
         weight = read_tensor(tensors[name])
         expected = weight.flatten()[slice_indices(name, weight.shape, FF, FFID)]
         assert torch.equal(found[f"start.{name}"], expected), name
     moved = torch.cat([found[f"difference.{name}"] for name in names])
-    assert moved.isfinite().all() and len(moved) == 14_050_720, len(moved)
+    assert moved.isfinite().all() and len(moved) == VALUES, len(moved)
     share, farthest = (moved != 0).float().mean().item(), moved.abs().max().item()
     print(f"the slice: {len(moved):,} values in {len(names)} matrices, {share:.1%} moved, by up to {farthest:.1e}")
     assert share > 0.9 and farthest < 1.5e-4 * steps
