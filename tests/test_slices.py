@@ -136,6 +136,14 @@ def test_another_base_is_refused_by_its_identity(slices, tmp_path):
     assert names_of(tmp_path) == {"other.safetensors"}
 
 
+def test_a_base_that_differs_where_no_slice_lies_is_another_base(slices, files, tmp_path):
+    weights = load_file(files / "base.safetensors")
+    weights["head.head.bias"][0] += 1
+    save_file(weights, tmp_path / "touched.safetensors", METADATA)
+    with pytest.raises(InputError, match=r"is not the base of .*its identity is"):
+        slices("apply {out}/touched.safetensors {one_slice} -o {out}/a.safetensors")
+
+
 def merged(files, path):
     """The base with one value changed in the slice `one`: its identity stays the same."""
     weights = load_file(files / "base.safetensors")
