@@ -10,6 +10,7 @@ from torch import nn
 
 from utils import host_memory, host_store
 from utils.host_store import BackgroundCopies, LockedMemory, choose_mode, make_host_store
+from wan.errors import InputError
 
 GB = 10**9
 
@@ -78,6 +79,14 @@ def test_mapped_weights_stay_in_place_and_staged_ones_are_copied():
         store = make_host_store(given, mode, FakeDevice(), mapped=True)
         assert all((a.data_ptr() == b.data_ptr()) == in_place for a, b in zip(given, before, strict=True))
         assert store.bytes == (0 if in_place else sum(weight.nbytes for weight in given))
+
+
+@pytest.mark.parametrize("mode", ["pinned", "staged"])
+def test_weights_that_do_not_fit_into_the_memory_are_refused(mode, monkeypatch):
+    monkeypatch.setattr(host_store, "available_bytes", lambda: 10_000)
+    with pytest.raises(InputError, match=r"30\.0 kB of RAM, 10\.0 kB are free: use mapped"):
+        make_host_store(weights(), mode, FakeDevice(), mapped=True)
+    assert make_host_store(weights(), "auto", FakeDevice(), mapped=True).mode == "mapped"
 
 
 def test_weights_in_memory_are_moved_piece_by_piece(small_pieces):

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoints import readable
 from utils.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead
 from utils.swap_backend import CudaBackend, HostBackend
+from wan.errors import InputError
 
 MODES = ("auto", "pinned", "staged", "mapped")
 # Above 2 GiB some drivers refuse a page lock. A piece holds whole weights, since no copy may span two locks.
@@ -40,13 +42,19 @@ def make_host_store(
 ) -> HostStore:
     """Moves the weights' data to where `mode` has them; `mapped` says whether they are a file's own bytes so far.
 
-    Where page-locking fails, what was locked is unlocked and the weights are staged.
+    Where page-locking fails, what was locked is unlocked and the weights are staged. InputError where `mode` needs more
+    memory than there is.
     """
     total = sum(weight.nbytes for weight in weights)
+    # Weights that are in memory already leave it piece by piece, as they are moved.
+    available = available_bytes() + (0 if mapped else total)
     if mode == "auto":
-        # Weights that are in memory already leave it piece by piece, as they are moved.
-        available = available_bytes() + (0 if mapped else total)
         mode = choose_mode(total, backend.page_locks, mapped, available, page_locks_are_cheap())
+    if mode != "mapped" and total > available:
+        raise InputError(
+            f"--host_weights {mode} needs {readable(total)} of RAM, {readable(available)} are free: use mapped, or "
+            "swap fewer blocks"
+        )
     assert mode != "mapped" or mapped, "checked against the file's dtype before the model was loaded"
     if mode == "pinned":
         return _page_locked(weights, total, backend)
