@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8, help="nothing is begun after this time (default 8)")
+    parser.add_argument("--minutes", type=float, default=7, help="nothing is begun after this time (default 7)")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
     return parser.parse_args(argv)
 
