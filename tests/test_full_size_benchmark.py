@@ -1,5 +1,6 @@
 """The parts of the full-size run that need no 28 GB: its checkpoint, and its check of the trained slice."""
 
+import contextlib
 from dataclasses import replace
 
 import full_size_cpu
@@ -27,20 +28,18 @@ def test_the_random_checkpoint_loads_and_computes(base):
     assert model.dtype == torch.bfloat16 and noise.isfinite().all() and noise.std() > 0.01
 
 
-@pytest.mark.parametrize(("start", "step", "fine"), [(0.0, 1e-4, True), (1e-3, 1e-4, False), (0.0, 1e-2, False)])
-def test_a_slice_with_other_start_values_or_steps_is_found(base, start, step, fine, monkeypatch):
-    linears = {name: weight for name, weight in load_dit(base).named_parameters() if weight.dim() == 2}
-    linears = {name: weight for name, weight in linears.items() if name.startswith("blocks.")}
+@pytest.mark.parametrize(("step", "fine"), [(1e-4, True), (0.0, False), (1e-2, False)])
+def test_a_slice_that_did_not_move_or_moved_too_far_is_found(base, step, fine, monkeypatch):
+    weights = {name: weight for name, weight in load_dit(base).named_parameters() if weight.dim() == 2}
+    starts = {
+        name: weight.flatten()[slice_indices(name, weight.shape, "0.1", 1)]
+        for name, weight in weights.items()
+        if name.startswith("blocks.")
+    }
     monkeypatch.setattr(full_size_cpu, "FF", "0.1")
-    monkeypatch.setattr(full_size_cpu, "MATRICES", len(linears))
-    values = {}
-    for name, weight in linears.items():
-        values[f"start.{name}"] = weight.flatten()[slice_indices(name, weight.shape, "0.1", 1)] + start
-        values[f"difference.{name}"] = torch.full((len(values[f"start.{name}"]),), step)
-    monkeypatch.setattr(full_size_cpu, "VALUES", sum(len(v) for k, v in values.items() if k.startswith("start.")))
-    save_file(values, base.parent / "slice.safetensors")
-    if fine:
+    monkeypatch.setattr(full_size_cpu, "MATRICES", len(starts))
+    monkeypatch.setattr(full_size_cpu, "VALUES", sum(map(len, starts.values())))
+    trained = {name: (start.float() + step).bfloat16() for name, start in starts.items()}
+    save_file(trained, base.parent / "full_size.slice.safetensors")
+    with contextlib.nullcontext() if fine else pytest.raises(AssertionError):
         full_size_cpu.check_slice(base.parent, base, steps=1)
-    else:
-        with pytest.raises(AssertionError):
-            full_size_cpu.check_slice(base.parent, base, steps=1)
