@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tiny_run import CONFIG, run, write_dataset, write_dit
 from torch import nn
 
-from utils import training
+from utils import training, training_debug
+from utils.heat_map import heat_map
 from utils.optimizers import OptimizerConfig, build_optimizer
 from utils.selective_finetune import attach_slice, slice_indices
 from utils.training_debug import DRAW_EVERY, READ_EVERY, TrainingDebug
@@ -78,7 +79,7 @@ def test_figures_are_those_of_plain_recomputation(optimizer):
         debug.after_update()
         debug.after_step(step, [])
         weights, after = copies(model, trained)
-        check_figures(debug.history[-1], gradients, before, after, base, weights)
+        check_figures(debug.recent_SQB[-1], gradients, before, after, base, weights)
         before = after
 
 
@@ -88,15 +89,15 @@ def copies(model, trained):
     return weights, {name: matrix.difference.detach().clone() for name, matrix in trained.matrices.items()}
 
 
-def check_figures(figures, gradients, before, after, base, weights):
-    for block in (0, 1):
+def check_figures(figures_QB, gradients, before, after, base, weights):
+    for block, (gradient, update, moved, moved_in_use) in enumerate(figures_QB.T):
         names = [name for name in after if name.startswith(f"blocks.{block}.")]
         norms = [torch.cat([gradients[name] for name in names]), torch.cat([after[n] - before[n] for n in names])]
-        found = torch.stack([figures.gradient[block], figures.update[block]])
+        found = torch.stack([gradient, update]).float()
         torch.testing.assert_close(found, torch.stack([values.norm() for values in norms]))
-        assert figures.moved[block] == sum((after[name] != 0).sum() for name in names)
-        assert figures.moved_in_use[block] == sum((weights[name] != base[name]).sum() for name in names)
-        assert 0 < figures.moved_in_use[block] < figures.moved[block]
+        assert moved == sum((after[name] != 0).sum() for name in names)
+        assert moved_in_use == sum((weights[name] != base[name]).sum() for name in names)
+        assert 0 < moved_in_use < moved
 
 
 def test_a_run_logs_what_its_steps_did(folder):
@@ -183,9 +184,33 @@ def test_every_step_is_kept_until_it_is_read():
             parameter.grad = torch.full_like(parameter, step)
         watched_step(debug, trained)
         debug.after_step(step, [])
-    assert [figures.step for figures in debug.history] == list(range(41, 71))
+    assert (debug.step, debug.history.steps) == (70, 30)
     norms = torch.tensor([[step * count**0.5 for count in debug.counts] for step in range(41, 71)])
-    torch.testing.assert_close(torch.stack([figures.gradient for figures in debug.history]), norms)
+    torch.testing.assert_close(debug.history.means()[:, 0].float(), norms)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Histogram=lambda np_histogram: np_histogram))
+
+
+def test_a_heat_map_of_a_long_run_shows_the_means_of_all_its_steps(wandb, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(training_debug, "heat_map", lambda *given: drawn.update({given[1]: given}) or heat_map(*given))
+    _, trained = two_blocks()
+    debug = TrainingDebug(trained, 2, [])
+    for step in range(1, 1031):
+        for parameter in trained.parameters():
+            parameter.grad = torch.full_like(parameter, step % 7)
+        watched_step(debug, trained)
+        debug.after_step(step, [])
+    debug.after_save(None, 1030, [FakeTracker("wandb")])
+    steps = torch.arange(1, 1031)
+    means = torch.stack([part.double().mean() for part in (steps % 7).split(4)])
+    values_BC, _, _, *outer = drawn["gradient norm"]
+    torch.testing.assert_close(values_BC, debug.counts.sqrt().double()[:, None] * means, rtol=1e-6, atol=0)
+    assert outer == ["steps 1-4", "steps 1029-1030"]
+    assert len(debug.recent_SQB) == READ_EVERY and debug.history.sums_CQR.nbytes == 2 * 16384
 
 
 def test_blocks_without_gradient_are_named():
@@ -232,8 +257,7 @@ def test_neighbours_of_many_blocks_share_a_row():
     assert rows["blocks 0-2"][2] == f"{192 / 256:.2%}"  # block 0 has no gradient, and 64 of the 256 values
 
 
-def test_wandb_is_given_pictures_and_histograms(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Histogram=lambda np_histogram: np_histogram))
+def test_wandb_is_given_pictures_and_histograms(wandb):
     _, trained = two_blocks()
     debug = TrainingDebug(trained, 2, [])
     for parameter in trained.parameters():

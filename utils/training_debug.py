@@ -2,17 +2,17 @@
 
 A few small operations around each optimizer step leave their results on the device and wait for none of them; they are
 read after each of the run's first steps, then after every tenth.
+Shapes: S steps, C columns of a heat map, Q the quantities of _QUANTITIES, B blocks.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from utils.heat_map import heat_map
+from utils.heat_map import History, heat_map
 from utils.ledger import Entry
 from utils.saved_changes import compare_save
 from utils.selective_finetune import SlicedMatrix, TrainedSlice
@@ -29,19 +29,13 @@ _QUANTITIES = {
 _BINS = torch.arange(-14, 1.01, 0.25)  # edges for log10 of an update's size
 
 
-@dataclass(frozen=True)
-class StepFigures:
-    """What one optimizer step did, per block: tensors [blocks] on the CPU. Moved is counted from the run's base."""
-
-    step: int
-    gradient: Tensor  # norm over all processes' batches, before clipping
-    update: Tensor  # norm of what the step added to the differences
-    moved: Tensor  # values whose fp32 difference is not 0
-    moved_in_use: Tensor  # values in use, so rounded, whose bits are not the base's
-
-
 class TrainingDebug:
-    """Watches a run's steps; holds one fp32 copy of the slice, on its device, and a few numbers for each step."""
+    """Watches a run's steps; holds one fp32 copy of the slice, on its device, and 16 kB of figures for each block.
+
+    A step's figures are, of each block: the gradient's norm, over all processes' batches and before clipping; the norm
+    of what the step added to the differences; how many values moved since the run's base, in fp32 (the difference is
+    not 0) and in use (rounded, the bits are not the base's).
+    """
 
     def __init__(self, trained: TrainedSlice, blocks: int, bases: Sequence[Path], applied: Sequence[Entry] = ()):
         self.trained = trained
@@ -54,12 +48,16 @@ class TrainingDebug:
         self.counts = torch.tensor([sum(matrix.units.count for matrix in matrices) for matrices in self.by_block])
         starts = [torch.linalg.vector_norm(matrix.start, dtype=torch.float32) for matrix in self.matrices]
         self.weight_norms = self._per_block(starts).cpu()
+        nothing_without_slice = torch.where(self.counts > 0, 1.0, math.nan)
+        self.shown_in_QB = torch.stack([nothing_without_slice, self.weight_norms, *[self.counts.double()] * 2])
         self.no_gradient = torch.zeros(1, device=self.device)
         self.updates = [torch.zeros_like(matrix.difference) for matrix in self.matrices]  # of the last step, negative
         self.seen = 0  # steps
-        self.told = -1  # the last step with a table
+        self.step = 0  # the last one that was read
+        self.told = 0  # the last one with a table
         self.unread: list[tuple[Tensor, Tensor]] = []
-        self.history: list[StepFigures] = []
+        self.recent_SQB = torch.empty(0, len(_QUANTITIES), blocks, dtype=torch.float64)
+        self.history = History(len(_QUANTITIES), blocks)
 
     @torch.no_grad()
     def before_update(self) -> None:
@@ -94,7 +92,7 @@ class TrainingDebug:
         """
         compared = [] if checkpoint is None else [self._compare(checkpoint)]
         self._read(step, trackers)
-        if self.history:
+        if self.history.steps:
             self._draw(trackers)
         return [*self._table(), *compared]
 
@@ -134,44 +132,36 @@ class TrainingDebug:
             return
         norms, counts = (torch.stack(tensors).cpu() for tensors in zip(*self.unread, strict=True))
         self.unread.clear()
-        first = step + 1 - len(norms)
-        self.history += [StepFigures(first + i, *norms[i], *counts[i]) for i in range(len(norms))]
+        figures_SQB = torch.cat([norms.double(), counts], dim=1)
+        self.recent_SQB = torch.cat([self.recent_SQB, figures_SQB])[-READ_EVERY:]
+        self.history.add(figures_SQB)
+        self.step = step
         values = {
             f"debug_{quantity}/{block:02d}": value
-            for quantity, per_block in self._shown(self.history[-1]).items()
-            for block, value in enumerate(per_block.tolist())
+            for quantity, of_blocks in zip(_QUANTITIES, figures_SQB[-1] / self.shown_in_QB, strict=True)
+            for block, value in enumerate(of_blocks.tolist())
             if self.counts[block]
         }
         for tracker in trackers:
-            if tracker.name == "tensorboard" and len(self.history) == len(norms):
+            if tracker.name == "tensorboard" and self.history.steps == len(norms):
                 tracker.tracker.add_custom_scalars({"training debug": _charts()})
             tracker.log(values, step=step)
-
-    def _shown(self, figures: StepFigures) -> dict[str, Tensor]:
-        """The quantities as they are shown, [blocks]; NaN where a block holds nothing of the slice."""
-        return {
-            "gradient": figures.gradient.where(self.counts > 0, math.nan),
-            "update": figures.update / self.weight_norms,
-            "moved": figures.moved / self.counts,
-            "moved_in_use": figures.moved_in_use / self.counts,
-        }
 
     def _draw(self, trackers: Sequence) -> None:
         """Heat maps of all steps so far, histograms of the last step's updates."""
         if not trackers:
             return
-        first, last = self.history[0].step, self.history[-1].step
-        shown = [self._shown(figures) for figures in self.history]
+        shown_CQB = self.history.means() / self.shown_in_QB
+        outer_columns = self.history.outer_columns(self.step)
         blocks = [str(number) for number in range(len(self.by_block))]
         histograms = self._histograms()
-        for quantity, title in _QUANTITIES.items():
-            values_RC = torch.stack([figures[quantity] for figures in shown], dim=1)
-            picture = heat_map(values_RC, title, blocks, f"step {first}", f"step {last}")
+        for (quantity, title), values_CB in zip(_QUANTITIES.items(), shown_CQB.unbind(1), strict=True):
+            picture = heat_map(values_CB.T, title, blocks, *outer_columns)
             for tracker in trackers:
-                _log_picture(tracker, f"debug/{quantity}", picture, last)
+                _log_picture(tracker, f"debug/{quantity}", picture, self.step)
         for tracker in trackers:
             for block, counts in histograms.items():
-                _log_histogram(tracker, f"debug_log10_of_update/{block:02d}", counts, last)
+                _log_histogram(tracker, f"debug_log10_of_update/{block:02d}", counts, self.step)
 
     def _histograms(self) -> dict[int, Tensor]:
         """How many values of each block the last step moved by so much: [bins] for each block with a slice."""
@@ -184,33 +174,30 @@ class TrainingDebug:
 
     def _table(self) -> list[str]:
         """The last step's figures, a row for each block or for neighbours; then the blocks that nothing reaches."""
-        if not self.history or self.history[-1].step == self.told:
+        if self.step == self.told:
             return []
-        self.told = self.history[-1].step
-        figures, blocks = self.history[-1], len(self.by_block)
-        lines = [f"{f'step {figures.step}':>14}  gradient norm  update/weight  moved in fp32  moved in use"]
+        self.told, blocks = self.step, len(self.by_block)
+        lines = [f"{f'step {self.step}':>14}  gradient norm  update/weight  moved in fp32  moved in use"]
         together = -(-blocks // _TABLE_ROWS)
         for first in range(0, blocks, together):
             rows = slice(first, min(first + together, blocks))
             name = f"block {first}" if rows.stop - first == 1 else f"blocks {first}-{rows.stop - 1}"
-            lines.append(f"{name:>14}{self._cells(figures, rows)}")
-        lines.append(f"{'all':>14}{self._cells(figures, slice(None))}")
-        recent = self.history[-READ_EVERY:]
-        silent = (torch.stack([past.gradient for past in recent]) == 0).all(0) & (self.counts > 0)
+            lines.append(f"{name:>14}{self._cells(rows)}")
+        lines.append(f"{'all':>14}{self._cells(slice(None))}")
+        silent = (self.recent_SQB[:, 0] == 0).all(0) & (self.counts > 0)
         if silent.any():
-            lines.append(f"WARNING: no gradient in the last {len(recent)} steps in {_named(silent)}")
+            lines.append(f"WARNING: no gradient in the last {len(self.recent_SQB)} steps in {_named(silent)}")
         if (self.counts == 0).any():
             lines.append(f"nothing of the slice lies in {_named(self.counts == 0)}")
         return lines
 
-    def _cells(self, figures: StepFigures, rows: slice) -> str:
-        count = self.counts[rows].sum()
+    def _cells(self, rows: slice) -> str:
+        figures_QB, count = self.recent_SQB[-1][:, rows], self.counts[rows].sum()
         if not count:
             return f"{'-':>15}{'-':>15}{'-':>15}{'-':>14}"
-        gradient, update, weight = (
-            torch.linalg.vector_norm(norms[rows]) for norms in (figures.gradient, figures.update, self.weight_norms)
-        )
-        moved, moved_in_use = (moved[rows].sum() / count for moved in (figures.moved, figures.moved_in_use))
+        gradient, update = torch.linalg.vector_norm(figures_QB[:2], dim=1)
+        weight = torch.linalg.vector_norm(self.weight_norms[rows])
+        moved, moved_in_use = figures_QB[2:].sum(1) / count
         return f"{gradient:15.3e}{update / weight:15.3e}{moved:15.2%}{moved_in_use:14.2%}"
 
 
