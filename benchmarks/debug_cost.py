@@ -1,4 +1,4 @@
-"""What --training_debug costs: a training step with and without it in turn, and the comparison of a save.
+"""What --training_debug costs: a training step with and without it in turn, drawing, and the comparison of a save.
 
     python benchmarks/debug_cost.py
 
@@ -17,10 +17,15 @@ import torch
 from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import save_file
 from step_cost import DTYPES, FFS, FULL, QUICK, Blocks, Size, adamw, machine_line
+from torch import nn
 
 from utils.saved_changes import compare_save
 from utils.selective_finetune import TrainedSlice, attach_slice
-from utils.training_debug import READ_EVERY, TrainingDebug
+from utils.training_debug import DRAW_EVERY, READ_EVERY, TrainingDebug
+
+STEPS = (100, 10_000, 50_000)  # of a run, when it draws
+MANY_BLOCKS = 40
+DRAWS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,11 +38,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = QUICK if args.quick else FULL
     torch.set_num_threads(1)
     print(machine_line(size), flush=True)
-    columns = ("dtype", "ff", "values", "own share of a step", "step with / without", "saving, comparing the save")
-    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    print_heading("dtype", "ff", "values", "own share of a step", "step with / without", "a draw", "saving, comparing")
     for dtype in args.dtype:
         for ff in args.ff:
             print(row(size, dtype, ff, args.rounds), flush=True)
+    print_heading(f"steps, of a run with {MANY_BLOCKS} blocks", "a draw", "history")
+    for steps in STEPS:
+        print(draw_row(steps), flush=True)
+
+
+def print_heading(*columns: str) -> None:
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
 
 
 def row(size: Size, dtype: str, ff: str, rounds: int) -> str:
@@ -46,7 +57,7 @@ def row(size: Size, dtype: str, ff: str, rounds: int) -> str:
         base, saved = Path(folder, "base.safetensors"), Path(folder, "saved.safetensors")
         save_file(model.state_dict(), base)
         trained = attach_slice(model, ff, 1)
-        shares, ratios = time_steps(model, trained, rounds, folder)
+        shares, ratios, draws = time_steps(model, trained, rounds, folder)
         start = time.perf_counter()
         trained.save_checkpoint(base, saved)
         middle = time.perf_counter()
@@ -54,15 +65,48 @@ def row(size: Size, dtype: str, ff: str, rounds: int) -> str:
         seconds = f"{middle - start:.2f} s, {time.perf_counter() - middle:.2f} s for {base.stat().st_size / 1e6:.0f} MB"
     own = f"{100 * statistics.mean(shares):.2f} % (at most {100 * max(shares):.2f} %)"
     ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})"
-    return f"| {dtype} | {ff} | {trained.count:,} | {own} | {ratio} | {seconds} |"
+    draw = f"{statistics.mean(draws):.3f} of a step, {100 * statistics.mean(draws) / DRAW_EVERY:.3f} %"
+    return f"| {dtype} | {ff} | {trained.count:,} | {own} | {ratio} | {draw} | {seconds} |"
 
 
-def time_steps(model: Blocks, trained: TrainedSlice, rounds: int, folder: str) -> tuple[list[float], list[float]]:
-    """For each pair of steps: the watcher's share of its step, and that step's time over the other one's."""
-    optimizer = adamw(list(trained.parameters()))
-    debug = TrainingDebug(trained, len(model.blocks), [])
+def draw_row(steps: int) -> str:
+    """A draw's CPU seconds in a run of `steps` steps, all of whose figures are random; the history's size."""
+    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(256, 256) for _ in range(MANY_BLOCKS))})
+    debug = TrainingDebug(attach_slice(model, "0.5", 1), MANY_BLOCKS, [])
+    fill_history(debug, steps)
+    for update in debug.updates:
+        update.normal_()
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = start_tracker(folder)
+        seconds = [timed(lambda: debug.after_save(None, steps, [tracker])) for _ in range(DRAWS)]
+        tracker.finish()
+    return f"| {steps:,} | {statistics.median(seconds):.3f} s | {debug.history.sums_CQR.nbytes / 1e6:.2f} MB |"
+
+
+def fill_history(debug: TrainingDebug, steps: int) -> None:
+    for _ in range(0, steps, READ_EVERY):
+        figures_SQB = torch.rand(READ_EVERY, *debug.shown_in_QB.shape, dtype=torch.float64)
+        debug.history.add(figures_SQB)
+    debug.recent_SQB, debug.step = figures_SQB, steps
+
+
+def start_tracker(folder: str) -> TensorBoardTracker:
     tracker = TensorBoardTracker("debug_cost", folder)
     tracker.start()
+    return tracker
+
+
+def time_steps(
+    model: Blocks, trained: TrainedSlice, rounds: int, folder: str
+) -> tuple[list[float], list[float], list[float]]:
+    """For each pair of steps the watcher's share of its step, and that step's time over the other one's.
+
+    Then the times of draws with a full history, each over that of a step that nobody watched.
+    """
+    optimizer = adamw(list(trained.parameters()))
+    debug = TrainingDebug(trained, len(model.blocks), [])
+    tracker = start_tracker(folder)
+    fill_history(debug, STEPS[-1])
     debug.seen = READ_EVERY  # past the first steps, which are all read
 
     def step(watched: bool) -> tuple[float, float]:
@@ -78,13 +122,16 @@ def time_steps(model: Blocks, trained: TrainedSlice, rounds: int, folder: str) -
         return own, time.process_time() - start
 
     step(watched=False)
-    shares, ratios = [], []
+    shares, ratios, unwatched = [], [], []
     for number in range(rounds):
         results = {watched: step(watched) for watched in ((False, True) if number % 2 else (True, False))}
         shares.append(results[True][0] / results[True][1])
         ratios.append(results[True][1] / results[False][1])
+        unwatched.append(results[False][1])
+    seconds = statistics.median(unwatched)
+    draws = [timed(lambda: debug.after_save(None, debug.seen, [tracker])) / seconds for _ in range(DRAWS)]
     tracker.finish()
-    return shares, ratios
+    return shares, ratios, draws
 
 
 def timed(work: Callable[[], object]) -> float:
