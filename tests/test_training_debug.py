@@ -207,8 +207,11 @@ def test_a_heat_map_of_a_long_run_shows_the_means_of_all_its_steps(wandb, monkey
     debug.after_save(None, 1030, [FakeTracker("wandb")])
     steps = torch.arange(1, 1031)
     means = torch.stack([part.double().mean() for part in (steps % 7).split(4)])
-    values_BC, _, _, *outer = drawn["gradient norm"]
-    torch.testing.assert_close(values_BC, debug.counts.sqrt().double()[:, None] * means, rtol=1e-6, atol=0)
+    gradient_BC, _, _, *outer = drawn["gradient norm"]
+    torch.testing.assert_close(gradient_BC, debug.counts.sqrt().double()[:, None] * means, rtol=1e-6, atol=0)
+    update_BC = 1e-3 * gradient_BC / debug.weight_norms[:, None]
+    torch.testing.assert_close(drawn["update norm / weight norm"][0], update_BC, rtol=1e-3, atol=0)
+    assert (drawn["share of values that moved, fp32"][0] == 1).all()
     assert outer == ["steps 1-4", "steps 1029-1030"]
     assert len(debug.recent_SQB) == READ_EVERY and debug.history.sums_CQR.nbytes == 2 * 16384
 
@@ -239,6 +242,8 @@ def test_blocks_without_a_slice_are_named_and_have_no_figures():
     assert lines[-1] == "nothing of the slice lies in blocks 0, 2"
     assert rows_of(lines)["block 2"] == ["-"] * 4 and rows_of(lines)["block 1"][2] == "100.00%"
     assert {tag[-2:] for tag in tracker.logged} == {"01"}
+    shown_QB = (debug.history.means() / debug.shown_in_QB)[0]
+    assert shown_QB[:, [0, 2]].isnan().all() and shown_QB[:, 1].isfinite().all()
 
 
 def test_neighbours_of_many_blocks_share_a_row():

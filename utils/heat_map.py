@@ -43,7 +43,7 @@ class History:
         """The steps of the first and the last column in words, where the last step has the number `last`."""
         first = last + 1 - self.steps
         starts = range(first, last + 1, self.span)
-        return _steps(first, min(first + self.span - 1, last)), _steps(starts[-1], last)
+        return _steps(first, first + self.span - 1), _steps(starts[-1], last)
 
 
 def _steps(first: int, last: int) -> str:
