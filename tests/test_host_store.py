@@ -1,13 +1,16 @@
 """Where streamed weights wait: the choice, page locks and their failures, staging through small buffers."""
 
 import gc
+import weakref
 
 import pytest
 import torch
 from fake_device import TIMINGS, FakeDevice
+from torch import nn
 
 from utils import host_memory, host_store
 from utils.host_store import BackgroundCopies, LockedMemory, choose_mode, make_host_store
+from wan.errors import InputError
 
 GB = 10**9
 
@@ -29,7 +32,9 @@ def test_the_mode_follows_memory_platform_and_device(mode, total, gpu, mapped, a
 
 
 def weights(count=6, size=5000):
-    return [torch.randn(size // 2 + i, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(count)]
+    draws = [torch.Generator().manual_seed(i) for i in range(count)]
+    values = [torch.randn(size // 2 + i, generator=draw).bfloat16() for i, draw in enumerate(draws)]
+    return [nn.Parameter(value, requires_grad=False) for value in values]
 
 
 @pytest.fixture
@@ -38,15 +43,15 @@ def small_pieces(monkeypatch):
 
 
 def test_page_locks_are_pieces_of_whole_weights_and_go_with_the_store(small_pieces):
-    device = FakeDevice(page_locks=True)
-    store = make_host_store(weights(), "pinned", device, mapped=True)
+    device, moved = FakeDevice(), weights()
+    store = make_host_store(moved, "pinned", device, mapped=True)
     assert store.mode == "pinned" and store.note == "" and len(device.locked) == 2
-    for stored, weight in zip(store.weights, weights(), strict=True):
+    for stored, weight in zip(moved, weights(), strict=True):
         assert torch.equal(stored, weight)
         inside = [a for a, size in device.locked.items() if a <= stored.data_ptr() <= a + size - stored.nbytes]
         assert len(inside) == 1 and stored.data_ptr() % 256 == 0
     assert all(address % 4096 == 0 and size % 4096 == 0 for address, size in device.locked.items())
-    del store, stored
+    del store
     gc.collect()
     assert device.locked == {}
 
@@ -60,23 +65,45 @@ def test_no_piece_is_as_large_as_a_gibibyte():
 
 @pytest.mark.parametrize("locks", [0, 1])
 def test_a_page_lock_that_fails_ends_in_staging_with_nothing_locked(locks, small_pieces):
-    device = FakeDevice(page_locks=True, locks=locks)
-    store = make_host_store(weights(), "pinned", device, mapped=True)
+    device, moved = FakeDevice(locks=locks), weights()
+    store = make_host_store(moved, "pinned", device, mapped=True)
     assert store.mode == "staged" and "ulimit -l" in store.note and device.locked == {}
     assert len(device.lock_calls) == locks + 1  # none is tried after the failure
-    assert all(torch.equal(a, b) for a, b in zip(store.weights, weights(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moved, weights(), strict=True))
 
 
 def test_mapped_weights_stay_in_place_and_staged_ones_are_copied():
     for mode, in_place in {"mapped": True, "staged": False}.items():
         given = weights()
-        store = make_host_store(given, mode, FakeDevice(page_locks=True), mapped=True)
-        assert all((a.data_ptr() == b.data_ptr()) == in_place for a, b in zip(store.weights, given, strict=True))
+        before = [weight.data for weight in given]
+        store = make_host_store(given, mode, FakeDevice(), mapped=True)
+        assert all((a.data_ptr() == b.data_ptr()) == in_place for a, b in zip(given, before, strict=True))
         assert store.bytes == (0 if in_place else sum(weight.nbytes for weight in given))
 
 
+@pytest.mark.parametrize("mode", ["pinned", "staged"])
+def test_weights_that_do_not_fit_into_the_memory_are_refused(mode, monkeypatch):
+    monkeypatch.setattr(host_store, "available_bytes", lambda: 10_000)
+    with pytest.raises(InputError, match=r"30\.0 kB of RAM, 10\.0 kB are free: use mapped"):
+        make_host_store(weights(), mode, FakeDevice(), mapped=True)
+    assert make_host_store(weights(), "auto", FakeDevice(), mapped=True).mode == "mapped"
+
+
+def test_weights_in_memory_are_moved_piece_by_piece(small_pieces):
+    given, alive = weights(), []
+
+    class Device(FakeDevice):
+        def page_lock(self, region):
+            alive.append(sum(storage() is not None for storage in storages))
+            return super().page_lock(region)
+
+    storages = [weakref.ref(weight.data.untyped_storage()) for weight in given]
+    make_host_store(given, "pinned", Device(), mapped=False)
+    assert alive == [6, 3]
+
+
 def test_locked_memory_is_locked_once_and_freed_after_its_lock():
-    device = FakeDevice(page_locks=True)
+    device = FakeDevice()
     memory = LockedMemory(device)
     region = memory.region(10_000)
     assert region.nbytes >= 10_000 and device.locked == {region.data_ptr(): region.nbytes}
@@ -105,7 +132,7 @@ def test_staging_brings_weights_larger_than_its_buffers(timing, monkeypatch):
 
 
 def test_a_failure_in_the_staging_thread_is_not_lost():
-    link = BackgroundCopies(FakeDevice(page_locks=True))
+    link = BackgroundCopies(FakeDevice())
     copied = link.copy(torch.zeros(4), torch.zeros(5), FakeDevice().mark())
     with pytest.raises(RuntimeError):
         link.wait(copied)

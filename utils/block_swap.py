@@ -65,7 +65,7 @@ def place_model(
     if not streamed:
         return Placement(resident_bytes)
 
-    store = make_host_store([linear.weight.data for linear in streamed], swap.host_weights, backend, mapped)
+    store = make_host_store([linear.weight for linear in streamed], swap.host_weights, backend, mapped)
     return Placement(
         device_bytes=resident_bytes + plan.slot_bytes,
         buffer_bytes=plan.slot_bytes,
@@ -136,8 +136,6 @@ def _stream(
     trained: TrainedSlice | None,
 ) -> WeightStreamer:
     """Has these layers take their weights from a streamer, which learns of every pass of the model."""
-    for linear, stored in zip(linears, store.weights, strict=True):
-        linear.weight.data = stored
     matrices = {} if trained is None else {matrix.linear: matrix for matrix in trained.matrices.values()}
     streamer = WeightStreamer(
         [StreamedWeight(piece, matrices.get(linear)) for linear in linears for piece in _pieces(linear)],

@@ -10,10 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from utils.checkpoints import readable
 from utils.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead
 from utils.swap_backend import CudaBackend, HostBackend
+from wan.errors import InputError
 
 MODES = ("auto", "pinned", "staged", "mapped")
 # Above 2 GiB some drivers refuse a page lock. A piece holds whole weights, since no copy may span two locks.
@@ -27,31 +29,39 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True, eq=False)
 class HostStore:
-    """Where the masters of the streamed weights lie: one view each, in the order they were given."""
+    """How the masters of the streamed weights are kept."""
 
     mode: str
-    weights: list[Tensor]
     bytes: int  # of RAM, a file's own pages not counted
     note: str = ""  # why the mode is not the one that was asked for
     locks: "LockedMemory | None" = None
 
 
 def make_host_store(
-    weights: Sequence[Tensor], mode: str, backend: HostBackend | CudaBackend, mapped: bool
+    weights: Sequence[nn.Parameter], mode: str, backend: HostBackend | CudaBackend, mapped: bool
 ) -> HostStore:
-    """Lays the weights out in `mode`; `mapped` says whether they are a file's own bytes so far.
+    """Moves the weights' data to where `mode` has them; `mapped` says whether they are a file's own bytes so far.
 
-    Where page-locking fails, what was locked is unlocked and the weights are staged.
+    Where page-locking fails, what was locked is unlocked and the weights are staged. InputError where `mode` needs more
+    memory than there is.
     """
     total = sum(weight.nbytes for weight in weights)
+    # Weights that are in memory already leave it piece by piece, as they are moved.
+    available = available_bytes() + (0 if mapped else total)
     if mode == "auto":
-        mode = choose_mode(total, backend.page_locks, mapped, available_bytes(), page_locks_are_cheap())
+        mode = choose_mode(total, backend.page_locks, mapped, available, page_locks_are_cheap())
+    if mode != "mapped" and total > available:
+        raise InputError(
+            f"--host_weights {mode} needs {readable(total)} of RAM, {readable(available)} are free: use mapped, or "
+            "swap fewer blocks"
+        )
     assert mode != "mapped" or mapped, "checked against the file's dtype before the model was loaded"
     if mode == "pinned":
         return _page_locked(weights, total, backend)
     if mode == "staged" and mapped:
-        return HostStore(mode, [weight.clone() for weight in weights], total)
-    return HostStore(mode, list(weights), 0 if mapped else total)
+        for weight in weights:
+            weight.data = weight.data.clone()
+    return HostStore(mode, 0 if mode == "mapped" else total)
 
 
 def choose_mode(total: int, page_locks: bool, mapped: bool, available: int, cheap: bool) -> str:
@@ -92,25 +102,20 @@ def _unlock_all(backend: CudaBackend, regions: list[Tensor]) -> None:
         backend.page_unlock(regions.pop())
 
 
-def _page_locked(weights: Sequence[Tensor], total: int, backend: CudaBackend) -> HostStore:
+def _page_locked(weights: Sequence[nn.Parameter], total: int, backend: CudaBackend) -> HostStore:
     locks = LockedMemory(backend)
-    stored = []
     for piece in _pieces(weights):
         for weight in piece:
-            read_ahead(weight)
-        region = locks.region(sum(aligned(weight.nbytes) for weight in piece))
-        stored += _laid_out(piece, region)
-        if locks.failed:
-            break
+            read_ahead(weight.data)
+        _move(piece, locks.region(sum(aligned(weight.nbytes) for weight in piece)))
     if not locks.failed:
-        return HostStore("pinned", stored, total, locks=locks)
+        return HostStore("pinned", total, locks=locks)
     locks.release()
-    rest = [weight.clone() for weight in weights[len(stored) :]]
     note = f"page-locking failed (the limit of `ulimit -l` is {memlock_limit():,} bytes)"
-    return HostStore("staged", stored + rest, total, note)
+    return HostStore("staged", total, note)
 
 
-def _pieces(weights: Sequence[Tensor]) -> list[list[Tensor]]:
+def _pieces(weights: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Successive weights in groups of at most PIECE_BYTES."""
     groups, room = [], 0
     for weight in weights:
@@ -128,13 +133,12 @@ def aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _laid_out(weights: Sequence[Tensor], region: Tensor) -> list[Tensor]:
-    """Copies of the weights, one behind the other in `region`."""
-    copies, start = [], 0
+def _move(weights: Sequence[nn.Parameter], region: Tensor) -> None:
+    """Has the weights lie one behind the other in `region`."""
+    start = 0
     for weight in weights:
-        copies.append(as_weight(region[start:], weight).copy_(weight))
+        weight.data = as_weight(region[start:], weight.data).copy_(weight.data)
         start += aligned(weight.nbytes)
-    return copies
 
 
 def as_weight(memory: Tensor, weight: Tensor) -> Tensor:

@@ -127,9 +127,12 @@ class SlicesOnBase:
     ) -> None:
         if before:
             before(stored)
-        start = units.cut(units.read(stored))
-        self._starts[file.path][name] = value_digest(start)
-        units.write(stored, scaled(start, file.values(name), strength))
+
+        def applied(start: Tensor) -> Tensor:
+            self._starts[file.path][name] = value_digest(start)
+            return scaled(start, file.values(name), strength)
+
+        units.change(stored, applied)
 
 
 def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str) -> list[float]:
