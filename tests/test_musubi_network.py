@@ -225,7 +225,7 @@ def test_a_state_resumes_the_differences_and_refuses_another_slice(folder):
         ({"dit_high_noise": "high.safetensors"}, "each expert in a run of its own"),
         ({"base_weights": ["lora.safetensors"]}, "merge the LoRA"),
         ({"dim_from_weights": "lora.safetensors"}, "merge the LoRA"),
-        ({"output_name": "base"}, "over --dit: choose another --output_name"),
+        ({"output_name": "base"}, "is the base itself"),
         ({"scale_weight_norms": 1.0}, "no norm"),
         ({"network_weights": "a.safetensors"}, "--resume"),
     ],
@@ -248,10 +248,11 @@ def test_a_file_that_takes_no_slice_is_told_before_training(folder, base):
 def test_a_slice_over_an_earlier_one_is_refused_unless_it_is_meant(folder):
     fake_trainer(folder, steps=1)
     (folder / "out.safetensors").replace(folder / "base.safetensors")
-    with pytest.raises(ValueError, match=r"one in the values of ff 0\.05 ffid 2: ffid=1 is free"):
-        fake_trainer(folder)
-    with pytest.raises(ValueError, match=r"ff 0\.1 ffid 1: ffid=2 is free"):
+    with pytest.raises(
+        ValueError, match=r"holds one \(ff 0\.05 ffid 2\) in the values of ff 0\.1 ffid 1: take another"
+    ):
         fake_trainer(folder, network_args={"ff": "0.1", "ffid": "1"})
+    fake_trainer(folder, steps=1, network_args={"ff": "0.05", "ffid": "3"})
     fake_trainer(folder, steps=1, network_args={"ff": "0.05", "ffid": "2", "allow_overlap": "yes"})
 
 

@@ -18,7 +18,6 @@ import functools
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -45,6 +44,7 @@ _CHUNK = 1 << 18  # bytes; larger writes took five times as long (Linux 6.18, ex
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 _PREFIX = re.compile(r"^(model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)+")
 Ff = str | int | float | Decimal | Fraction
+NameOf = Callable[[str], str]  # from a name in a model or its file to the contract's
 Files = str | Path | Sequence[str | Path]  # one safetensors file, or its shards
 Patch = Callable[[Tensor], None]  # changes a matrix [out, in] on its way from the base's file into another
 
@@ -281,7 +281,7 @@ def attach_slice(
     ffid: int,
     device: str | torch.device | None = None,
     linears: Mapping[str, nn.Linear] | None = None,
-    name_of: Callable[[str], str] = contract_name,
+    name_of: NameOf = contract_name,
     beside: bool = False,
 ) -> "TrainedSlice":
     """Freezes the model, makes slice (ff, ffid) of its block matrices trainable, and returns it.
@@ -299,15 +299,14 @@ def attach_slice(
         units = slice_units(name_of(f"{name}.weight"), linear.weight.shape, ff, ffid)
         if units.count:
             matrices.append(SlicedMatrix(name_of(f"{name}.weight"), linear, units, device or linear.weight.device))
-    total = sum(p.numel() for p in model.parameters())
     if not matrices:
         raise SliceError(
-            f"ff is {ff}: no nn.Linear in a list of blocks of this model ({total:,} values) holds such a slice; take a "
-            "larger ff, or name the matrices (linears=)"
+            f"ff is {ff}: no nn.Linear in a list of blocks holds such a slice; take a larger ff, or name the matrices "
+            "(linears=)"
         )
     if len({matrix.start.device for matrix in matrices}) > 1:
         raise SliceError("the matrices are on several devices: name the one that trains (device=)")
-    trained = TrainedSlice(ff, ffid, total, matrices, name_of, beside)
+    trained = TrainedSlice(ff, ffid, matrices, name_of, beside)
     for matrix in matrices:
         forward = (_beside_forward, matrix, matrix.linear.forward) if beside else (_slice_forward, matrix)
         matrix.linear.forward = functools.partial(*forward)
@@ -317,18 +316,9 @@ def attach_slice(
 class TrainedSlice(nn.Module):
     """A slice attached to a model: its parameters (fp32 differences from the start values), its values, its files."""
 
-    def __init__(
-        self,
-        ff: Ff,
-        ffid: int,
-        total: int,
-        matrices: Sequence[SlicedMatrix],
-        name_of: Callable[[str], str] = contract_name,
-        beside: bool = False,
-    ):
+    def __init__(self, ff: Ff, ffid: int, matrices: Sequence[SlicedMatrix], name_of: NameOf, beside: bool):
         super().__init__()
         self.ff, self.ffid = str(ff), ffid
-        self.total = total  # values of the whole model
         self.name_of = name_of  # of names in the model, and in its files
         self.beside = beside
         self.version = 0  # of the values in use: goes up whenever they change
@@ -404,6 +394,7 @@ class TrainedSlice(nn.Module):
         Names, dtypes, order and metadata are the base's; `metadata` and this slice's line in the ledger are added.
         A save that is interrupted leaves whatever stood at `path`.
         """
+        refuse_base(path, base)
         tensors, known = read_header(base, self.name_of)
         start, final = self.stored_values(base)
         ledger = [*read_ledger(known), self.ledger_entry(base, start, concept, steps)]
@@ -415,9 +406,10 @@ class TrainedSlice(nn.Module):
         self, base: Files, path: str | Path, metadata: Mapping | None = None, concept: str = "", steps: int = 0
     ) -> None:
         """Writes the slice alone: its final values in the base's dtype, in line order, and its line in the ledger."""
+        refuse_base(path, base)
         start, final = self.stored_values(base)
         ledger = [self.ledger_entry(base, start, concept, steps)]
-        write_slice(path, final, {**(metadata or {}), LEDGER_KEY: json.dumps(ledger)}, keep=base)
+        write_slice(path, final, {**(metadata or {}), LEDGER_KEY: json.dumps(ledger)})
 
     def stored_values(self, base: Files) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the base's files hold of the slice, and what a checkpoint will: by name, on the CPU."""
@@ -464,17 +456,19 @@ class StoredTensor(NamedTuple):
     begin: int = 0  # of its bytes in the file
 
 
+def _listed(base: Files) -> Sequence[str | Path]:
+    return [base] if isinstance(base, str | Path) else base
+
+
 def read_ledger(metadata: Mapping[str, str]) -> list[dict]:
     """The slices that a checkpoint's safetensors metadata says it holds, oldest first."""
     return json.loads(metadata.get(LEDGER_KEY, "[]"))
 
 
-def read_header(
-    base: Files, name_of: Callable[[str], str] = contract_name
-) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_header(base: Files, name_of: NameOf = contract_name) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Every tensor of the files by its stored name, in the order of their bytes; their metadata."""
     tensors, metadata = {}, {}
-    for path in [base] if isinstance(base, str | Path) else base:
+    for path in _listed(base):
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > os.path.getsize(path) - 8:
@@ -493,7 +487,7 @@ def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 2 and _BLOCK_MATRIX.fullmatch(name) is not None
 
 
-def base_identity(base: Files, name_of: Callable[[str], str] = contract_name) -> str:
+def base_identity(base: Files, name_of: NameOf = contract_name) -> str:
     """SHA-256 over every tensor that no slice can touch: the same all along a chain of concepts on one base."""
     digest = hashlib.sha256()
     for tensor in sorted(read_header(base, name_of)[0].values()):
@@ -535,9 +529,7 @@ def stream(tensors: Iterable[StoredTensor], patches: Mapping[str, Patch] | None 
                 done += len(piece)
 
 
-def read_slice(
-    base: Files, units: Mapping[str, SliceUnits], name_of: Callable[[str], str] = contract_name
-) -> dict[str, Tensor]:
+def read_slice(base: Files, units: Mapping[str, SliceUnits], name_of: NameOf = contract_name) -> dict[str, Tensor]:
     """What the files hold of a slice, by contract name in line order."""
     values = {}
 
@@ -559,31 +551,30 @@ def _replace(name: str, units: SliceUnits, start: Tensor, final: Tensor, stored:
     units.change(stored, checked)
 
 
-def write_slice(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str, str], keep: Files = ()) -> None:
-    """Writes a slice file: the final values of each matrix, in line order, by contract name; never over `keep`."""
+def write_slice(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a slice file: the final values of each matrix, in line order, by contract name."""
     names, ordered = {dtype: name for name, dtype in DTYPES.items()}, [(name, values[name]) for name in sorted(values)]
     tensors = {name: StoredTensor(name, names[own.dtype], list(own.shape), own.nbytes) for name, own in ordered}
-    write_safetensors(path, tensors, metadata, (own.view(torch.uint8).numpy() for _, own in ordered), keep)
+    write_safetensors(path, tensors, metadata, (own.view(torch.uint8).numpy() for _, own in ordered))
+
+
+def refuse_base(path: str | Path, base: Files) -> None:
+    """SliceError if `path` is one of the base's files, which are read while it is written."""
+    if any(os.path.exists(path) and os.path.samefile(path, file) for file in _listed(base)):
+        raise SliceError(f"{path} is the base itself: write to another file")
 
 
 def write_safetensors(
-    path: str | Path,
-    tensors: Mapping[str, StoredTensor],
-    metadata: Mapping[str, str],
-    chunks: Iterable,
-    keep: Files = (),
+    path: str | Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], chunks: Iterable
 ) -> None:
-    """Writes tensors, whose bytes `chunks` gives in their order, to `path`; never over `keep` or a file they lie in."""
-    path, table, size = Path(path), {"__metadata__": dict(metadata)} if metadata else {}, 0
-    read = {tensor.file for tensor in tensors.values()} - {None} | {*([keep] if isinstance(keep, str | Path) else keep)}
-    if path.exists() and any(path.samefile(file) for file in read):
-        raise SliceError(f"{path} is the base itself: write to another file")
+    """Writes tensors, whose bytes `chunks` gives in their order, to `path`."""
+    table, size = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for key, tensor in tensors.items():
         offsets = [size, size := size + tensor.size]
         table[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path, 8 + len(text) + size) as file:
+    with whole_file(Path(path), 8 + len(text) + size) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for chunk in chunks:
             for at in range(0, len(chunk), _CHUNK):
@@ -641,21 +632,13 @@ def create_arch_network_from_weights(*_, **__):
     )
 
 
-def refuse_overlap(ledger: Sequence[Mapping], ff: Ff, ffid: int) -> None:
-    """SliceError, with a free id, where slice (ff, ffid) lies over one that the ledger lists."""
+def _refuse_overlap(ledger: Sequence[Mapping], ff: Ff, ffid: int) -> None:
     share = exact_fraction(ff)
-    taken = [
-        ((e["ffid"] - 1) * exact_fraction(e["ff"]), e["ffid"] * exact_fraction(e["ff"]), e["name"]) for e in ledger
-    ]
-
-    def met(number: int) -> list[str]:
-        return [name for low, high, name in taken if max(low, (number - 1) * share) < min(high, number * share)]
-
-    if names := met(ffid):
-        behind = [1, *(math.ceil(high / share) + 1 for _, high, _ in taken)]
-        free = next((n for n in sorted(behind) if n <= ids_available(ff) and not met(n)), None)
-        advice = f"ffid={free} is free" if free else f"no id is free at ff {ff}"
-        raise SliceError(f"--dit holds {', '.join(names)} in the values of ff {ff} ffid {ffid}: {advice}")
+    for entry in ledger:
+        theirs = exact_fraction(entry["ff"])
+        if max((entry["ffid"] - 1) * theirs, (ffid - 1) * share) < min(entry["ffid"] * theirs, ffid * share):
+            held = f"{entry['name']} (ff {entry['ff']} ffid {entry['ffid']})"
+            raise SliceError(f"--dit holds {held} in the values of ff {ff} ffid {ffid}: take another ffid")
 
 
 class SliceNetwork(nn.Module):
@@ -683,11 +666,9 @@ class SliceNetwork(nn.Module):
         path = Path(args.dit)
         shards = re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", path.name)
         self.base = sorted(path.parent.glob(glob.escape(path.name) if shards == path.name else shards))
-        out = Path(args.output_dir, f"{args.output_name}.safetensors")
-        if out.exists() and any(out.samefile(file) for file in self.base):
-            raise SliceError(f"the run would write {out} over --dit: choose another --output_name")
+        refuse_base(Path(args.output_dir, f"{args.output_name}.safetensors"), self.base)
         if not self.allow_overlap:
-            refuse_overlap(read_ledger(read_header(self.base)[1]), self.ff, self.ffid)
+            _refuse_overlap(read_ledger(read_header(self.base)[1]), self.ff, self.ffid)
         self.beside = bool(flags.get("block_swap_h2d_only") or flags.get("fp8_base"))
 
     def apply_to(self, text_encoders, unet: nn.Module, apply_text_encoder=False, apply_unet=True) -> None:
