@@ -132,7 +132,7 @@ def _forgetting_curve(rows: dict[str, list[dict]], path: Path) -> None:
         )
         axes.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.08)
     axes.set(xlabel="concepts taught", ylabel="recognised, mean of all taught so far", ylim=(0, 1.02))
-    axes.legend(fontsize=7, loc="lower left")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 

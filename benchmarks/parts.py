@@ -25,7 +25,8 @@ def run_parts(options: argparse.Namespace, stages: Sequence[Sequence[str]], work
     """Does all parts of each stage before the next; False in a part's own process, where the caller is to end."""
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.part:
-        text = json.dumps(work(options.part, options.folder))
+        result = work(options.part, options.folder)
+        text = json.dumps(result | {"cpu_seconds": time.process_time()})
         unfinished = part_file(options.folder, options.part).with_suffix(".tmp")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(unfinished.with_suffix(".json"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_selective_finetune import TINY, tiny_model
 from transformers import BertConfig, BertModel
 
-from utils.selective_finetune import attach_slice, slice_indices
+from utils.selective_finetune import attach_slice, base_identity, contract_name, slice_indices
 
 PATCH = Path(__file__).parents[1] / "utils" / "selective_finetune.py"
 
@@ -27,12 +27,15 @@ def renames():
     return {new: names[int(mark)] for new, mark in convert_wan_transformer_to_diffusers(marked).items()}
 
 
-def test_a_diffusers_wan_trains_the_same_values_as_ours(renames):
-    theirs = WanTransformer3DModel(
+def diffusers_wan():
+    return WanTransformer3DModel(
         num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=24, freq_dim=32,
         ffn_dim=96, num_layers=3,
     )  # fmt: skip
-    ours = tiny_model()
+
+
+def test_a_diffusers_wan_trains_the_same_values_as_ours(renames):
+    theirs, ours = diffusers_wan(), tiny_model()
     theirs.load_state_dict(convert_wan_transformer_to_diffusers(dict(ours.state_dict())))
     ours_trained = attach_slice(ours, "0.05", 3)
     trained = attach_slice(theirs, "0.05", 3, name_of=renames.__getitem__)
@@ -46,22 +49,53 @@ def test_a_diffusers_wan_trains_the_same_values_as_ours(renames):
         )
 
 
-def test_a_transformers_model_trains_its_slice_alone():
+def test_a_slice_of_a_diffusers_wan_is_saved_into_its_own_file_and_is_that_of_the_original(renames, tmp_path):
+    original, states = tiny_model().state_dict(), {}
+    save_file(original, tmp_path / "original.safetensors")
+    save_file(convert_wan_transformer_to_diffusers(dict(original)), tmp_path / "diffusers.safetensors")
+    for kind in ("original", "diffusers"):
+        model, name_of = (tiny_model(), contract_name) if kind == "original" else (diffusers_wan(), renames.__getitem__)
+        model.load_state_dict(load_file(tmp_path / f"{kind}.safetensors"))
+        trained = attach_slice(model, "0.05", 3, name_of=name_of)
+        for parameter in trained.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        optimizer.step()
+        trained.write_back()
+        trained.save_checkpoint(tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}_trained.safetensors")
+        states[kind] = model.state_dict(), load_file(tmp_path / f"{kind}_trained.safetensors")
+        assert all(torch.equal(states[kind][1][name], tensor) for name, tensor in states[kind][0].items())
+    converted = convert_wan_transformer_to_diffusers(dict(states["original"][1]))
+    assert all(torch.equal(converted[name], tensor) for name, tensor in states["diffusers"][1].items())
+    identities = {
+        base_identity(tmp_path / f"{kind}.safetensors", name_of)
+        for kind, name_of in (("original", contract_name), ("diffusers", renames.__getitem__))
+    }
+    assert len(identities) == 1
+
+
+def test_a_transformers_model_trains_its_slice_alone(tmp_path):
+    torch.manual_seed(0)
+    target = torch.randn(1, 9, 32)  # the output is normalised, so a constant would be as far from any
     model = BertModel(
         BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     ).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(before, tmp_path / "base.safetensors")
     trained = attach_slice(model, "0.1", 4)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     losses = []
     for _ in range(5):
-        loss = (model(torch.arange(9)[None]).last_hidden_state - 1).square().mean()
+        loss = (model(torch.arange(9)[None]).last_hidden_state - target).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         trained.write_back()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and len(trained.matrices) == 12
+    trained.save_checkpoint(tmp_path / "base.safetensors", tmp_path / "saved.safetensors")
+    saved = load_file(tmp_path / "saved.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
     for name, tensor in model.state_dict().items():
         changed = (tensor != before[name]).flatten()
         if name in trained.matrices:

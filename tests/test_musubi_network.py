@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_selective_finetune import loss_of, tiny_model
@@ -85,14 +86,19 @@ BASES = {"resident": lambda model: None, "classic": swap_by_exchange, "h2d": swa
 def fake_trainer(folder, base="resident", steps=STEPS, resume=None, **more):
     """Losses of the run, then that of one pass without gradients, as a sample would see it."""
     flags = {"dit": str(folder / "base.safetensors"), "block_swap_h2d_only": base == "h2d", "fp8_base": base == "fp8"}
-    flags |= {"network_args": {"ff": "0.05", "ffid": "2"}, "network_dim": None, "dit_high_noise": None, **more}
+    flags |= {"network_args": {"ff": "0.05", "ffid": "2"}, "network_dim": None, "dit_high_noise": None}
+    flags |= {"output_dir": str(folder), "output_name": "out", "base_weights": None, "dim_from_weights": None, **more}
     args = Namespace(**flags)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = tiny_model(torch.bfloat16)
+    model.load_state_dict(load_file(args.dit))
     model.eval().requires_grad_(False)
     BASES[base](model)
     sys.path.insert(0, UTILS)
     module = importlib.import_module("selective_finetune")
+    for given in (args.base_weights, args.dim_from_weights):
+        if given:
+            module.create_arch_network_from_weights(1, {}, unet=model)
     network = module.create_arch_network(
         1.0, args.network_dim, 1, None, None, model, neuron_dropout=None, **args.network_args
     )
@@ -103,7 +109,9 @@ def fake_trainer(folder, base="resident", steps=STEPS, resume=None, **more):
     network.enable_gradient_checkpointing()
     groups, _ = network.prepare_optimizer_params(unet_lr=1e-3)
     optimizer = torch.optim.AdamW(groups)
+    model = accelerator.prepare(model)
     network, optimizer = accelerator.prepare(network, optimizer)
+    model.train()
     accelerator.unwrap_model(network).prepare_grad_etc(model)
     if resume:
         accelerator.load_state(resume)
@@ -112,13 +120,14 @@ def fake_trainer(folder, base="resident", steps=STEPS, resume=None, **more):
     for step in range(steps):
         with accelerator.accumulate(network):
             accelerator.unwrap_model(network).on_step_start()
-            loss = loss_of(model, step)
+            with accelerator.autocast():
+                loss = loss_of(model, step)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(accelerator.unwrap_model(network).get_trainable_params(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-    with torch.no_grad():
+    with torch.no_grad(), accelerator.autocast():
         losses.append(loss_of(model, 99).item())
     accelerator.save_state(folder / "state")
     metadata = {"ss_output_name": "one", "ss_steps": str(steps), "modelspec.architecture": "wan2.1/lora"}
@@ -128,8 +137,10 @@ def fake_trainer(folder, base="resident", steps=STEPS, resume=None, **more):
 
 @pytest.fixture
 def folder(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
     save_file(tiny_model(torch.bfloat16).state_dict(), tmp_path / "base.safetensors")
-    return tmp_path
+    yield tmp_path
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def our_run(beside=False):
@@ -140,14 +151,15 @@ def our_run(beside=False):
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
     losses = []
     for step in range(STEPS):
-        loss = loss_of(model, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         trained.write_back()
         losses.append(loss.item())
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         return [*losses, loss_of(model, 99).item()], model.state_dict()
 
 
@@ -198,7 +210,7 @@ def test_a_state_resumes_the_differences_and_refuses_another_slice(folder):
     (folder / "state").rename(folder / "kept")
     fake_trainer(folder, steps=0, resume=folder / "kept")
     assert all(torch.equal(first[name], tensor) for name, tensor in load_file(folder / "out.safetensors").items())
-    with pytest.raises(Exception, match=r"ff 0\.05 ffid 2 .*, not ff 0\.05 ffid 3"):
+    with pytest.raises(Exception, match=r"ff 0\.05 ffid 2, not 0\.05 and 3"):
         fake_trainer(folder, resume=folder / "kept", network_args={"ff": "0.05", "ffid": "3"})
 
 
@@ -206,12 +218,14 @@ def test_a_state_resumes_the_differences_and_refuses_another_slice(folder):
     ("more", "message"),
     [
         ({"network_args": {"ff": "0.05"}}, r"ff=0\.05: it takes ff=0\.001 ffid=1"),
-        ({"network_args": {"ff": "0.05", "ffid": "one"}}, "from 1 to 20"),
+        ({"network_args": {"ff": "0.05", "ffid": "one"}}, r"ffid=one: it takes ff=0\.001 ffid=1 \(a number\)"),
         ({"network_args": {"ff": "0.05", "ffid": "21"}}, "from 1 to 20"),
         ({"network_args": {"ff": "0.05", "ffid": "1", "rank": "4"}}, "rank=4"),
         ({"network_dim": 32}, "leave out --network_dim"),
         ({"dit_high_noise": "high.safetensors"}, "each expert in a run of its own"),
         ({"base_weights": ["lora.safetensors"]}, "merge the LoRA"),
+        ({"dim_from_weights": "lora.safetensors"}, "merge the LoRA"),
+        ({"output_name": "base"}, "is the base itself"),
         ({"scale_weight_norms": 1.0}, "no norm"),
         ({"network_weights": "a.safetensors"}, "--resume"),
     ],
@@ -220,3 +234,31 @@ def test_what_does_not_go_with_a_slice_is_refused_in_one_line(folder, more, mess
     with pytest.raises(ValueError, match=message) as error:
         fake_trainer(folder, **more)
     assert "\n" not in str(error.value) and type(error.value).__name__ == SliceError.__name__
+
+
+@pytest.mark.parametrize("base", ["resident", "fp8"])
+def test_a_file_that_takes_no_slice_is_told_before_training(folder, base):
+    weights = load_file(folder / "base.safetensors")
+    stored = {name: w.to(torch.float8_e4m3fn) if ".ffn." in name and w.dim() == 2 else w for name, w in weights.items()}
+    save_file(stored, folder / "base.safetensors")
+    with pytest.raises(ValueError, match=r"ffn\.0\.weight is F8_E4M3 in the base file: slices are saved into"):
+        fake_trainer(folder, base, steps=1)
+
+
+def test_a_slice_over_an_earlier_one_is_refused_unless_it_is_meant(folder):
+    fake_trainer(folder, steps=1)
+    (folder / "out.safetensors").replace(folder / "base.safetensors")
+    with pytest.raises(
+        ValueError, match=r"holds one \(ff 0\.05 ffid 2\) in the values of ff 0\.1 ffid 1: take another"
+    ):
+        fake_trainer(folder, network_args={"ff": "0.1", "ffid": "1"})
+    fake_trainer(folder, steps=1, network_args={"ff": "0.05", "ffid": "3"})
+    fake_trainer(folder, steps=1, network_args={"ff": "0.05", "ffid": "2", "allow_overlap": "yes"})
+
+
+def test_a_slice_file_is_saved_where_it_is_asked_for(folder):
+    fake_trainer(folder, network_args={"ff": "0.05", "ffid": "2", "save": "slice"})
+    saved, (_, expected) = load_file(folder / "out.safetensors"), our_run()
+    for name, values in saved.items():
+        assert torch.equal(values, expected[name].flatten()[slice_indices(name, expected[name].shape, "0.05", 2)])
+    assert len(saved) == 30

@@ -2,8 +2,9 @@
 
 import copy
 import functools
-import json
+import itertools
 from fractions import Fraction
+from time import process_time
 
 import bitsandbytes.optim
 import pytest
@@ -15,7 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.block_swap import checkpoint_blocks, place_model
-from utils.selective_finetune import SliceError, attach_slice, block_linears, read_ledger, slice_indices
+from utils.selective_finetune import (
+    SliceError,
+    attach_slice,
+    block_linears,
+    contract_name,
+    read_ledger,
+    slice_indices,
+    slice_units,
+)
 from wan.configs import WanConfig
 from wan.model import WanModel
 
@@ -144,11 +153,15 @@ def test_nothing_outside_the_slice_moves_and_the_slice_is_start_plus_difference_
 
 
 def test_small_steps_on_bf16_weights_add_up_as_in_float32():
-    model = tiny_model(torch.bfloat16)
-    trained = attach_slice(model, "0.05", 1)
-    train(model, trained, steps=20, lr=1e-6, weight_decay=0.0)
-    moved = torch.cat([p.detach().abs() for p in trained.parameters()])
-    assert (moved > 0).all() and moved.median() > 2e-6
+    moved = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = tiny_model(torch.bfloat16).to(dtype)
+        trained = attach_slice(model, "0.05", 1)
+        train(model, trained, steps=20, lr=1e-6, weight_decay=0.0)
+        moved.append(torch.cat([p.detach() for p in trained.parameters()]))
+    # Rounding of activations turns some small gradients; the rest walk as far as in float32.
+    assert (moved[0] - moved[1]).abs().median() < 1e-6
+    assert moved[0].abs().mean().item() == pytest.approx(moved[1].abs().mean().item(), rel=0.02)
 
 
 def test_weight_decay_pulls_to_the_start_values():
@@ -215,13 +228,70 @@ def test_only_the_columns_of_the_slice_are_kept_for_backward():
     assert kept == [(10, 26)]  # 102.4 values are cut from 26 units of 4 rows
 
 
-def test_autocast_casts_before_the_product_is_saved():
+def test_under_autocast_a_slice_has_the_gradients_of_the_plain_linear():
+    name, x, results = "blocks.0.ffn.0.weight", torch.randn(3, 48), []
+    for sliced in (False, True):
+        model, leaf = tiny_model(), x.clone().requires_grad_()
+        linear = model.blocks[0].ffn[0].requires_grad_(not sliced)
+        trained = attach_slice(model, "0.05", 1) if sliced else None
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(leaf)
+        y.float().square().mean().backward()
+        grad = trained.matrices[name].difference.grad if sliced else cut(linear.weight.grad, name, "0.05", 1)
+        results.append((y.detach(), leaf.grad, grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_what_is_gathered_of_a_large_slice_is_never_more_than_the_input(monkeypatch):
     model = tiny_model()
-    trained = attach_slice(model, "0.05", 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model.blocks[0].ffn[0](torch.randn(3, 48, requires_grad=True)).float().square().mean()
-    loss.backward()
-    assert trained.matrices["blocks.0.ffn.0.weight"].difference.grad.dtype == torch.float32
+    trained = attach_slice(model, "1", 1)
+    sizes, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append((a.numel(), b.numel())) or bmm(a, b))
+    linear = model.blocks[0].ffn[2]
+    linear(torch.randn(5, 96, requires_grad=True)).sum().backward()
+    assert len(sizes) == 8 and all(gathered <= 5 * 96 for gathered, _ in sizes) and trained.count
+
+
+def test_past_half_of_the_columns_q_k_and_v_keep_the_one_input_that_they_share():
+    model = tiny_model()
+    attach_slice(model, "0.7", 1)
+    attention, x, kept = model.blocks[0].self_attn, torch.randn(1, 6, 48, requires_grad=True), set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add((t.data_ptr(), t.shape)) or t, lambda t: t):
+        for linear in (attention.q, attention.k, attention.v):
+            linear(x)
+    assert {pointer for pointer, shape in kept if shape == x.shape} == {x.data_ptr()}
+
+
+def test_a_negative_zero_that_did_not_move_keeps_its_sign():
+    model = tiny_model(torch.bfloat16)
+    model.blocks[0].ffn[0].weight.data.fill_(-0.0)
+    trained = attach_slice(model, "0.3", 1)
+    for strength in (1.0, 0.0):
+        with trained.at_strength(strength):
+            assert torch.signbit(model.blocks[0].ffn[0].weight).all()
+
+
+@given(st.integers(1, 40), st.integers(1, 17), st.fractions("1/150", 1), st.sampled_from([0.0, 0.5, 1.0]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_difference_beside_the_frozen_linear_computes_what_it_does_in_the_weight(rows, columns, ff, strength, data):
+    ffid = data.draw(st.integers(1, int(1 / ff)))
+    if not len(slice_indices("blocks.0.weight", (rows, columns), ff, ffid)):
+        return
+    x, results = torch.randn(2, 5, columns, dtype=torch.float64), []
+    linear = nn.Linear(columns, rows).double()
+    for beside in (False, True):
+        own = copy.deepcopy(linear)
+        model = nn.ModuleDict({"blocks": nn.ModuleList([own])})
+        trained = attach_slice(model, ff, ffid, beside=beside)
+        (difference,) = trained.parameters()
+        difference.data.copy_(torch.arange(difference.numel()) / 7 - 1)
+        trained.write_back()
+        leaf = x.clone().requires_grad_()
+        with trained.at_strength(strength):
+            y = own(leaf)
+            y.square().sum().backward()
+        results.append((y.detach(), leaf.grad, difference.grad if strength == 1 else None))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -280,10 +350,39 @@ def test_another_base_is_refused_and_leaves_the_old_file(base_file, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_the_base_itself_is_never_written(base_file):
+@pytest.mark.parametrize("save", ["save_checkpoint", "save_slice"])
+def test_the_base_itself_is_never_written(base_file, save):
     trained = attach_slice(tiny_model(torch.bfloat16), "0.02", 7)
+    before = base_file.read_bytes()
     with pytest.raises(SliceError, match="is the base itself"):
-        trained.save_checkpoint(base_file, base_file)
+        getattr(trained, save)(base_file, base_file)
+    assert base_file.read_bytes() == before
+
+
+PREFIXES = ("", "model.diffusion_model.", "module.", "model.", "transformer.")
+WRAPPERS = ("", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_no_mixture_of_prefixes_and_wrappers_changes_the_name(prefix):
+    name = "blocks.0.ffn.0.weight"
+    for outer, inner in itertools.product(WRAPPERS, WRAPPERS):
+        assert contract_name(f"{outer}{prefix}{inner}{name}") == name
+        assert contract_name(f"{outer}{prefix}blocks.0.{inner}ffn.0.weight") == name
+
+
+def test_matrices_that_never_train_or_have_one_name_are_not_attached():
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    assert not [name for name in block_linears(layers) if "out_proj" in name]
+    twice = nn.ModuleDict({"model": tiny_model(), "dit": tiny_model()})
+    with pytest.raises(SliceError, match="attach each on its own"):
+        attach_slice(twice, "0.02", 7)
+
+
+def test_one_ff_spelled_in_two_ways_is_one_slice():
+    state = attach_slice(tiny_model(), "0.10", 2).state_dict()
+    for same in ("0.1", "1e-1", Fraction(1, 10), "1/10", 0.1):
+        attach_slice(tiny_model(), same, 2).load_state_dict(state)
 
 
 def test_a_state_goes_on_where_it_was_and_another_slice_is_refused():
@@ -294,16 +393,16 @@ def test_a_state_goes_on_where_it_was_and_another_slice_is_refused():
     resumed = attach_slice(fresh, "0.02", 7)
     resumed.load_state_dict(trained.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
-    with pytest.raises(SliceError, match=r"ffid 7 .*, not ff 0\.02 ffid 8"):
+    with pytest.raises(SliceError, match=r"ff 0\.02 ffid 7, not 0\.02 and 8"):
         attach_slice(fresh, "0.02", 8).load_state_dict(trained.state_dict())
 
 
 def test_a_slice_that_is_empty_in_the_whole_model_is_refused():
-    with pytest.raises(SliceError, match="no matrix"):
+    with pytest.raises(SliceError, match="holds such a slice; take a larger ff"):
         attach_slice(tiny_model(), "0.0000001", 1)
 
 
-def test_differences_live_on_the_asked_device_and_fp8_weights_are_refused():
+def test_fp8_weights_are_refused():
     model = tiny_model()
     model.blocks[0].ffn[0].weight.data = model.blocks[0].ffn[0].weight.data.to(torch.float8_e4m3fn)
     with pytest.raises(SliceError, match="bf16, fp16 or fp32"):
@@ -311,12 +410,8 @@ def test_differences_live_on_the_asked_device_and_fp8_weights_are_refused():
 
 
 def test_choosing_the_slices_of_a_14b_model_takes_under_two_seconds():
-    from time import process_time
-
-    from utils.selective_finetune import slice_units
-
     shapes = [(5120, 5120)] * 8 + [(13824, 5120), (5120, 13824)]
     begin = process_time()
     units = [slice_units(f"blocks.{b}.{i}", s, "0.001", 7) for b in range(40) for i, s in enumerate(shapes)]
     assert sum(u.count for u in units) == pytest.approx(14_050_918, abs=400)
-    assert process_time() - begin < 2 and json.dumps(units[0].count)
+    assert process_time() - begin < 2

@@ -297,7 +297,7 @@ def test_texts_that_do_not_fit_the_model_are_refused(folder, monkeypatch):
 
 
 def test_a_slice_that_is_empty_in_the_model_is_refused(folder):
-    with pytest.raises(SliceError, match="large enough"):
+    with pytest.raises(SliceError, match="holds such a slice; take a larger ff"):
         run(folder, "--ff", "1e-9")
 
 

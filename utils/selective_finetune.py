@@ -41,9 +41,10 @@ LEDGER_KEY = "wan_slices"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")
 _CHUNK = 1 << 18  # bytes; larger writes took five times as long (Linux 6.18, ext4)
-_PREFIX = r"^(model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|model\.|dit\.)+"
-_WRAPPERS = re.compile(_PREFIX + r"(?=blocks\.)|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_PREFIX = re.compile(r"^(model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)+")
 Ff = str | int | float | Decimal | Fraction
+NameOf = Callable[[str], str]  # from a name in a model or its file to the contract's
 Files = str | Path | Sequence[str | Path]  # one safetensors file, or its shards
 Patch = Callable[[Tensor], None]  # changes a matrix [out, in] on its way from the base's file into another
 
@@ -56,11 +57,11 @@ class SliceError(ValueError):
 
 
 def exact_fraction(ff: Ff) -> Fraction:
-    """`ff` as the decimal that was typed, with 0 < ff <= 1; a float is read through its shortest decimal."""
+    """`ff` as the decimal (or a/b) that was typed, with 0 < ff <= 1; a float is read through its shortest decimal."""
     try:
-        exact = ff if isinstance(ff, Fraction) else Decimal(str(ff))
-        allowed = 0 < exact <= 1 and (isinstance(ff, Fraction) or exact.adjusted() >= -30)
-    except InvalidOperation:
+        exact = Fraction(ff) if isinstance(ff, Fraction) or "/" in str(ff) else Decimal(str(ff))
+        allowed = 0 < exact <= 1 and (isinstance(exact, Fraction) or exact.adjusted() >= -30)
+    except (InvalidOperation, ValueError, ZeroDivisionError):
         allowed = False
     if not allowed:
         raise SliceError(f"ff is {ff}: it is the share of the model that trains, a decimal above 0 and up to 1")
@@ -258,17 +259,19 @@ def _beside_forward(matrix: SlicedMatrix, frozen_forward: Callable[[Tensor], Ten
 
 
 def contract_name(name: str) -> str:
-    """A weight's name in the contract: without the prefixes and wrapper parts that trainers put around Wan's names."""
-    return _WRAPPERS.sub("", name)
+    """A weight's name in the contract: without the wrapper parts and prefixes that trainers put around Wan's names."""
+    return _PREFIX.sub("", _WRAPPERS.sub("", name))
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside the model's lists of repeated blocks, by module name."""
+    """Every nn.Linear that is called inside the model's lists of repeated blocks, by module name."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(name.startswith(f"{blocks}.") for blocks in lists)
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)  # of nn.MultiheadAttention
+        and any(name.startswith(f"{blocks}.") for blocks in lists)
     }
 
 
@@ -278,7 +281,7 @@ def attach_slice(
     ffid: int,
     device: str | torch.device | None = None,
     linears: Mapping[str, nn.Linear] | None = None,
-    name_of: Callable[[str], str] = contract_name,
+    name_of: NameOf = contract_name,
     beside: bool = False,
 ) -> "TrainedSlice":
     """Freezes the model, makes slice (ff, ffid) of its block matrices trainable, and returns it.
@@ -296,25 +299,32 @@ def attach_slice(
         units = slice_units(name_of(f"{name}.weight"), linear.weight.shape, ff, ffid)
         if units.count:
             matrices.append(SlicedMatrix(name_of(f"{name}.weight"), linear, units, device or linear.weight.device))
-    total = sum(p.numel() for p in model.parameters())
     if not matrices:
-        raise SliceError(f"ff is {ff}: no matrix of this model ({total:,} values) is large enough to hold such a slice")
+        raise SliceError(
+            f"ff is {ff}: no nn.Linear in a list of blocks holds such a slice; take a larger ff, or name the matrices "
+            "(linears=)"
+        )
+    if len({matrix.start.device for matrix in matrices}) > 1:
+        raise SliceError("the matrices are on several devices: name the one that trains (device=)")
+    trained = TrainedSlice(ff, ffid, matrices, name_of, beside)
     for matrix in matrices:
         forward = (_beside_forward, matrix, matrix.linear.forward) if beside else (_slice_forward, matrix)
         matrix.linear.forward = functools.partial(*forward)
-    return TrainedSlice(ff, ffid, total, matrices, beside)
+    return trained
 
 
 class TrainedSlice(nn.Module):
     """A slice attached to a model: its parameters (fp32 differences from the start values), its values, its files."""
 
-    def __init__(self, ff: Ff, ffid: int, total: int, matrices: Sequence[SlicedMatrix], beside: bool = False):
+    def __init__(self, ff: Ff, ffid: int, matrices: Sequence[SlicedMatrix], name_of: NameOf, beside: bool):
         super().__init__()
         self.ff, self.ffid = str(ff), ffid
-        self.total = total  # values of the whole model
+        self.name_of = name_of  # of names in the model, and in its files
         self.beside = beside
         self.version = 0  # of the values in use: goes up whenever they change
         self.matrices = {matrix.name: matrix for matrix in matrices}
+        if len(self.matrices) < len(matrices):
+            raise SliceError("two matrices have one name in the contract, as in two models: attach each on its own")
         for name, matrix in self.matrices.items():
             self.register_parameter(name.replace(".", "/"), matrix.difference)
 
@@ -365,12 +375,15 @@ class TrainedSlice(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Which slice state_dict() is of, as text in bytes, since some savers take tensors alone."""
-        return torch.tensor(list(f"ff {self.ff} ffid {self.ffid} contract {CONTRACT}".encode()), dtype=torch.uint8)
+        text = json.dumps({"contract": CONTRACT, "ff": self.ff, "ffid": self.ffid})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Puts loaded differences to use; SliceError where they are another slice's."""
-        if not torch.equal(state.cpu(), self.get_extra_state()):
-            raise SliceError(f"the state holds {bytes(state.tolist()).decode()}, not ff {self.ff} ffid {self.ffid}")
+        theirs = json.loads(bytes(state.tolist()))
+        same = (theirs["contract"], theirs["ffid"]) == (CONTRACT, self.ffid)
+        if not same or exact_fraction(theirs["ff"]) != exact_fraction(self.ff):
+            raise SliceError(f"the state holds ff {theirs['ff']} ffid {theirs['ffid']}, not {self.ff} and {self.ffid}")
         self.write_back()
 
     def save_checkpoint(
@@ -381,28 +394,40 @@ class TrainedSlice(nn.Module):
         Names, dtypes, order and metadata are the base's; `metadata` and this slice's line in the ledger are added.
         A save that is interrupted leaves whatever stood at `path`.
         """
-        tensors, known = read_header(base)
+        refuse_base(path, base)
+        tensors, known = read_header(base, self.name_of)
         start, final = self.stored_values(base)
         ledger = [*read_ledger(known), self.ledger_entry(base, start, concept, steps)]
         known.pop(LEDGER_KEY, None)  # so that it comes last
         told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
-        write_safetensors(path, tensors, told, stream(tensors, self.patches(start, final)))
+        write_safetensors(path, tensors, told, stream(tensors.values(), self.patches(start, final)))
 
     def save_slice(
         self, base: Files, path: str | Path, metadata: Mapping | None = None, concept: str = "", steps: int = 0
     ) -> None:
         """Writes the slice alone: its final values in the base's dtype, in line order, and its line in the ledger."""
+        refuse_base(path, base)
         start, final = self.stored_values(base)
         ledger = [self.ledger_entry(base, start, concept, steps)]
         write_slice(path, final, {**(metadata or {}), LEDGER_KEY: json.dumps(ledger)})
 
     def stored_values(self, base: Files) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the base's files hold of the slice, and what a checkpoint will: by name, on the CPU."""
-        dtypes = {contract_name(key): DTYPES.get(tensor.dtype) for key, tensor in read_header(base)[0].items()}
+        dtypes = self.stored_dtypes(base)
         start = {name: matrix.start.cpu() for name, matrix in self.matrices.items()}
-        if any(dtypes.get(name) != values.dtype for name, values in start.items()):  # it was cast to be trained
-            start = read_slice(base, {name: matrix.units.to("cpu") for name, matrix in self.matrices.items()})
+        if any(dtypes[name] != values.dtype for name, values in start.items()):  # it was cast to be trained
+            units = {name: matrix.units.to("cpu") for name, matrix in self.matrices.items()}
+            start = read_slice(base, units, self.name_of)
         return start, {n: _moved(start[n], m.difference.detach().cpu(), 1.0) for n, m in self.matrices.items()}
+
+    def stored_dtypes(self, base: Files) -> dict[str, torch.dtype]:
+        """The dtype of each matrix in the base's files; SliceError where one is missing, or cannot take a slice."""
+        stored = {tensor.name: tensor.dtype for tensor in read_header(base, self.name_of)[0].values()}
+        for name in self.matrices:
+            if stored.get(name) not in DTYPES:
+                found = stored.get(name, "missing")
+                raise SliceError(f"{name} is {found} in the base file: slices are saved into bf16, fp16 or fp32")
+        return {name: DTYPES[stored[name]] for name in self.matrices}
 
     def patches(self, start: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> dict[str, Patch]:
         """What puts `final` in the place of `start` into the base's matrices; SliceError where they hold otherwise."""
@@ -414,20 +439,25 @@ class TrainedSlice(nn.Module):
         own = {"contract": CONTRACT, "ff": self.ff, "ffid": self.ffid, "name": concept, "steps": steps}
         date = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         hashed = slice_digest({name: value_digest(values) for name, values in start.items()})
-        return {**own, "date": date, "base": base_identity(base), "start": hashed}
+        return {**own, "date": date, "base": base_identity(base, self.name_of), "start": hashed}
 
 
 # ---- files: read as they lie, written whole or not at all
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: its bytes from `begin` up to `end`, its dtype as safetensors spells it."""
+    """A tensor in a file, or to be written: its contract name, its bytes, its dtype as safetensors spells it."""
 
+    name: str
     dtype: str
     shape: list[int]
-    begin: int
-    end: int
+    size: int  # in bytes
     file: str | Path | None = None
+    begin: int = 0  # of its bytes in the file
+
+
+def _listed(base: Files) -> Sequence[str | Path]:
+    return [base] if isinstance(base, str | Path) else base
 
 
 def read_ledger(metadata: Mapping[str, str]) -> list[dict]:
@@ -435,10 +465,10 @@ def read_ledger(metadata: Mapping[str, str]) -> list[dict]:
     return json.loads(metadata.get(LEDGER_KEY, "[]"))
 
 
-def read_header(base: Files) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_header(base: Files, name_of: NameOf = contract_name) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Every tensor of the files by its stored name, in the order of their bytes; their metadata."""
     tensors, metadata = {}, {}
-    for path in [base] if isinstance(base, str | Path) else base:
+    for path in _listed(base):
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > os.path.getsize(path) - 8:
@@ -446,8 +476,9 @@ def read_header(base: Files) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             header = json.loads(file.read(length))
         metadata |= header.pop("__metadata__", {})
         for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            tensors[key] = StoredTensor(entry["dtype"], entry["shape"], begin, end, path)
+            begin, end = entry["data_offsets"]
+            stored = (name_of(key), entry["dtype"], entry["shape"], end - begin)
+            tensors[key] = StoredTensor(*stored, path, 8 + length + begin)
     return tensors, metadata
 
 
@@ -456,14 +487,13 @@ def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 2 and _BLOCK_MATRIX.fullmatch(name) is not None
 
 
-def base_identity(base: Files) -> str:
+def base_identity(base: Files, name_of: NameOf = contract_name) -> str:
     """SHA-256 over every tensor that no slice can touch: the same all along a chain of concepts on one base."""
-    named = {re.sub(_PREFIX, "", contract_name(key)): tensor for key, tensor in read_header(base)[0].items()}
     digest = hashlib.sha256()
-    for name, tensor in sorted(named.items()):
-        if not is_block_matrix(name, tensor.shape):
-            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-            for piece in stream({name: tensor}):
+    for tensor in sorted(read_header(base, name_of)[0].values()):
+        if not is_block_matrix(tensor.name, tensor.shape):
+            digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
+            for piece in stream([tensor]):
                 digest.update(piece)
     return digest.hexdigest()
 
@@ -478,34 +508,35 @@ def value_digest(values: Tensor) -> bytes:
     return hashlib.sha256(values.view(torch.uint8).numpy()).digest()
 
 
-def stream(tensors: Mapping[str, StoredTensor], patches: Mapping[str, Patch] | None = None) -> Iterator[memoryview]:
+def stream(tensors: Iterable[StoredTensor], patches: Mapping[str, Patch] | None = None) -> Iterator[memoryview]:
     """The bytes of the tensors in order, patched by contract name; each piece lasts until the next one."""
-    patches = patches or {}
-    if missing := patches.keys() - {contract_name(key) for key in tensors}:
+    tensors, patches = list(tensors), patches or {}
+    if missing := patches.keys() - {tensor.name for tensor in tensors}:
         raise SliceError(f"the base has no {min(missing)}: it is not the base of this slice")
-    buffer = bytearray(max([_CHUNK, *(t.end - t.begin for k, t in tensors.items() if contract_name(k) in patches)]))
-    for key, tensor in tensors.items():
-        patch = patches.get(contract_name(key))
+    buffer = bytearray(max([_CHUNK, *(tensor.size for tensor in tensors if tensor.name in patches)]))
+    for tensor in tensors:
+        patch, done = patches.get(tensor.name), 0
         with open(tensor.file, "rb") as source:
-            source.seek(left := tensor.begin)
-            while left < tensor.end:
-                piece = memoryview(buffer)[: tensor.end - left if patch else min(_CHUNK, tensor.end - left)]
+            source.seek(tensor.begin)
+            while done < tensor.size:
+                left = tensor.size - done
+                piece = memoryview(buffer)[: left if patch else min(_CHUNK, left)]
                 if source.readinto(piece) < len(piece):
                     raise SliceError(f"{tensor.file} is truncated")
                 if patch:
                     patch(torch.frombuffer(piece, dtype=DTYPES[tensor.dtype]).view(tensor.shape))
                 yield piece
-                left += len(piece)
+                done += len(piece)
 
 
-def read_slice(base: Files, units: Mapping[str, SliceUnits]) -> dict[str, Tensor]:
+def read_slice(base: Files, units: Mapping[str, SliceUnits], name_of: NameOf = contract_name) -> dict[str, Tensor]:
     """What the files hold of a slice, by contract name in line order."""
     values = {}
 
     def record(name: str, stored: Tensor) -> None:
         values[name] = units[name].cut(units[name].read(stored))
 
-    tensors = {key: tensor for key, tensor in read_header(base)[0].items() if contract_name(key) in units}
+    tensors = [tensor for tensor in read_header(base, name_of)[0].values() if tensor.name in units]
     for _ in stream(tensors, {name: functools.partial(record, name) for name in units}):
         pass
     return values
@@ -523,23 +554,27 @@ def _replace(name: str, units: SliceUnits, start: Tensor, final: Tensor, stored:
 def write_slice(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a slice file: the final values of each matrix, in line order, by contract name."""
     names, ordered = {dtype: name for name, dtype in DTYPES.items()}, [(name, values[name]) for name in sorted(values)]
-    tensors = {name: StoredTensor(names[own.dtype], list(own.shape), 0, own.nbytes) for name, own in ordered}
+    tensors = {name: StoredTensor(name, names[own.dtype], list(own.shape), own.nbytes) for name, own in ordered}
     write_safetensors(path, tensors, metadata, (own.view(torch.uint8).numpy() for _, own in ordered))
+
+
+def refuse_base(path: str | Path, base: Files) -> None:
+    """SliceError if `path` is one of the base's files, which are read while it is written."""
+    if any(os.path.exists(path) and os.path.samefile(path, file) for file in _listed(base)):
+        raise SliceError(f"{path} is the base itself: write to another file")
 
 
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], chunks: Iterable
 ) -> None:
-    """Writes tensors, whose bytes `chunks` gives in their order, to `path`, but never over a file they lie in."""
-    path, table, size = Path(path), {"__metadata__": dict(metadata)} if metadata else {}, 0
-    if path.exists() and any(path.samefile(file) for file in {tensor.file for tensor in tensors.values()} - {None}):
-        raise SliceError(f"{path} is the base itself: write to another file")
+    """Writes tensors, whose bytes `chunks` gives in their order, to `path`."""
+    table, size = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for key, tensor in tensors.items():
-        offsets = [size, size := size + tensor.end - tensor.begin]
+        offsets = [size, size := size + tensor.size]
         table[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path, 8 + len(text) + size) as file:
+    with whole_file(Path(path), 8 + len(text) + size) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for chunk in chunks:
             for at in range(0, len(chunk), _CHUNK):
@@ -570,21 +605,40 @@ def whole_file(path: Path, size: int = 0) -> Iterator:
 
 # ---- musubi-tuner: --network_module selective_finetune --network_args ff=0.001 ffid=1
 
-prepare_network = True  # a module with this name has the trainer hand its flags to network.prepare_network
+prepare_network = True  # that the module has this name is enough for network.prepare_network(flags) to be called
 
 
 def create_arch_network(multiplier, network_dim, network_alpha, vae, text_encoders, unet, neuron_dropout=None, **args):
-    """The SliceNetwork that --network_args (`ff`, `ffid`, and `save`: checkpoint or slice) ask for."""
-    unknown = args.keys() - {"ff", "ffid", "save"}
-    if unknown or not {"ff", "ffid"} <= args.keys() or args.get("save", "checkpoint") not in ("checkpoint", "slice"):
+    """The SliceNetwork that --network_args ask for: `ff`, `ffid`; `save` checkpoint or slice; `allow_overlap` yes."""
+    choices = {"save": ("checkpoint", "slice"), "allow_overlap": ("no", "yes")}
+    known = {"ff", "ffid"} <= args.keys() <= {"ff", "ffid", *choices} and args.get("ffid", "").isdecimal()
+    if not known or any(args.get(key, allowed[0]) not in allowed for key, allowed in choices.items()):
         given = " ".join(f"{key}={value}" for key, value in args.items())
-        raise SliceError(f"--network_args {given}: it takes ff=0.001 ffid=1 and, to save slice files, save=slice")
+        raise SliceError(
+            f"--network_args {given}: it takes ff=0.001 ffid=1 (a number) and, if wanted, save=slice, allow_overlap=yes"
+        )
     if network_dim is not None or neuron_dropout is not None:
         raise SliceError("a slice has no rank and no dropout: leave out --network_dim and --network_dropout")
-    if not args["ffid"].isdecimal():
-        raise SliceError(f"--network_args ffid={args['ffid']}: it is a number, from 1 to {ids_available(args['ff'])}")
     check_slice(args["ff"], int(args["ffid"]))
-    return SliceNetwork(args["ff"], int(args["ffid"]), args.get("save", "checkpoint"))
+    allow_overlap = args.get("allow_overlap") == "yes"
+    return SliceNetwork(args["ff"], int(args["ffid"]), args.get("save", "checkpoint"), allow_overlap)
+
+
+def create_arch_network_from_weights(*_, **__):
+    """What --base_weights and --dim_from_weights call before there is a network."""
+    raise SliceError(
+        "--base_weights and --dim_from_weights do not go with a slice, which trains on the values of the --dit file: "
+        "merge the LoRA into a file first"
+    )
+
+
+def _refuse_overlap(ledger: Sequence[Mapping], ff: Ff, ffid: int) -> None:
+    share = exact_fraction(ff)
+    for entry in ledger:
+        theirs = exact_fraction(entry["ff"])
+        if max((entry["ffid"] - 1) * theirs, (ffid - 1) * share) < min(entry["ffid"] * theirs, ffid * share):
+            held = f"{entry['name']} (ff {entry['ff']} ffid {entry['ffid']})"
+            raise SliceError(f"--dit holds {held} in the values of ff {ff} ffid {ffid}: take another ffid")
 
 
 class SliceNetwork(nn.Module):
@@ -594,16 +648,15 @@ class SliceNetwork(nn.Module):
     the trainer uses copies (H2D-only swap) or fp8, the difference is multiplied beside the frozen linears.
     """
 
-    def __init__(self, ff: str, ffid: int, save: str):
+    def __init__(self, ff: str, ffid: int, save: str, allow_overlap: bool):
         super().__init__()
-        self.ff, self.ffid, self.save = ff, ffid, save
+        self.ff, self.ffid, self.save, self.allow_overlap = ff, ffid, save, allow_overlap
         self.written: set[str] = set()  # weights that hold this step's values
 
     def prepare_network(self, args) -> None:
         flags = vars(args)
         refused = {
             "dit_high_noise": "train each expert in a run of its own",
-            "base_weights": "a slice is trained on the values of the --dit file, so merge the LoRA into a file first",
             "network_weights": "go on with --resume, or give the checkpoint as --dit",
             "scale_weight_norms": "a slice has no norm to scale",
         }
@@ -613,12 +666,16 @@ class SliceNetwork(nn.Module):
         path = Path(args.dit)
         shards = re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", path.name)
         self.base = sorted(path.parent.glob(glob.escape(path.name) if shards == path.name else shards))
+        refuse_base(Path(args.output_dir, f"{args.output_name}.safetensors"), self.base)
+        if not self.allow_overlap:
+            _refuse_overlap(read_ledger(read_header(self.base)[1]), self.ff, self.ffid)
         self.beside = bool(flags.get("block_swap_h2d_only") or flags.get("fp8_base"))
 
     def apply_to(self, text_encoders, unet: nn.Module, apply_text_encoder=False, apply_unet=True) -> None:
         # With block swap some blocks are still on the CPU; what lies around them is on the training device.
         device = next((p.device for p in unet.parameters() if p.device.type != "cpu"), torch.device("cpu"))
         self.trained = attach_slice(unet, self.ff, self.ffid, device, beside=self.beside)
+        self.trained.stored_dtypes(self.base)  # so that what cannot be saved is told now
         for matrix in () if self.beside else self.trained.matrices.values():
             matrix.linear.forward = functools.partial(self._write_and_forward, matrix)
 

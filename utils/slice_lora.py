@@ -80,10 +80,10 @@ def write_lora(
     for name, own in units.items():
         rank = rank_of(own)
         down, up, alpha = lora_names(name, names)
-        layout[down] = _stored(dtype, [rank, own.shape[1]])
-        layout[up] = _stored(dtype, [own.shape[0], rank])
+        layout[down] = _stored(down, dtype, [rank, own.shape[1]])
+        layout[up] = _stored(up, dtype, [own.shape[0], rank])
         if alpha:
-            layout[alpha] = _stored(torch.float32, [])
+            layout[alpha] = _stored(alpha, torch.float32, [])
     found = Counter()
     chunks = _chunks(units, start, final, names, dtype, found)
     write_safetensors(path, layout, {**metadata, **_told(entry, units, names)}, chunks)
@@ -139,8 +139,8 @@ def _bytes(tensor: Tensor):
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
-def _stored(dtype: torch.dtype, shape: list[int]) -> StoredTensor:
-    return StoredTensor(_STORED[dtype], shape, 0, math.prod(shape) * dtype.itemsize)
+def _stored(name: str, dtype: torch.dtype, shape: list[int]) -> StoredTensor:
+    return StoredTensor(name, _STORED[dtype], shape, math.prod(shape) * dtype.itemsize)
 
 
 def _told(entry: Entry, units: Mapping[str, SliceUnits], names: str) -> dict[str, str]:

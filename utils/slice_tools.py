@@ -147,7 +147,7 @@ def write_patched(
     tensors, _ = read_header(header.files)
     known = {key: text for key, text in header.metadata.items() if key != KEY}
     ledger = {KEY: ledger_text(entries)} if entries else {}
-    write_safetensors(out, tensors, {**known, **metadata, **ledger}, _then(stream(tensors, patches), check))
+    write_safetensors(out, tensors, {**known, **metadata, **ledger}, _then(stream(tensors.values(), patches), check))
 
 
 def check_output(out: Path, inputs: Iterable[Path]) -> None:

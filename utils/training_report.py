@@ -19,10 +19,11 @@ from wan.model import WanModel
 def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry]) -> list[str]:
     """How much trains and where, and which ids are left after it."""
     blocks = {name.split(".")[1] for name in trained.matrices}
+    total = sum(parameter.numel() for parameter in model.parameters())
     own = Entry(CONTRACT, trained.ff, trained.ffid, "", 0, "")
     return [
-        f"slice ff {trained.ff} ffid {trained.ffid}: {trained.count:,} of {trained.total:,} values train "
-        f"({100 * trained.count / trained.total:.4f} %), in {len(trained.matrices)} matrices of {len(blocks)} of "
+        f"slice ff {trained.ff} ffid {trained.ffid}: {trained.count:,} of {total:,} values train "
+        f"({100 * trained.count / total:.4f} %), in {len(trained.matrices)} matrices of {len(blocks)} of "
         f"{len(model.blocks)} blocks",
         f"after this run {ids_line([*ledger, own], trained.ff)}",
     ]
