@@ -1,14 +1,23 @@
-"""The same numbers on a CUDA device: slices, swapped blocks, 8-bit optimizers. Skipped where there is none."""
+"""The same numbers on a CUDA device: slices, swapped blocks, 8-bit optimizers, fp16. Skipped where there is none."""
+
+import copy
+import functools
 
 import pytest
+import test_musubi_network as musubi
 import torch
-from test_selective_finetune import TINY, tiny_model
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file, save_file
+from test_selective_finetune import TINY, cut, tiny_model
+from test_training_debug import events, rows_of
+from tiny_run import run, write_dataset, write_dit
 
 from utils.block_inputs import BlockInputs
 from utils.block_swap import checkpoint_blocks, place_model
 from utils.host_store import LockedMemory
 from utils.optimizers import OptimizerConfig, build_optimizer
-from utils.selective_finetune import attach_slice
+from utils.selective_finetune import attach_slice, block_linears
 from utils.swap_backend import CudaBackend
 from utils.swap_plan import SwapConfig
 
@@ -24,10 +33,7 @@ def train(device, blocks_to_swap=0, dtype=torch.bfloat16, optimizer="adamw", ste
     steps_taken = build_optimizer(OptimizerConfig(optimizer, 1e-3), trained.parameters())
     losses = []
     for step in range(steps):
-        draw = torch.Generator().manual_seed(step)
-        x, target = (torch.randn(2, 4, 2, 6, 8, generator=draw).to(device) for _ in range(2))
-        context = [torch.randn(n, TINY.text_dim, generator=draw).to(device) for n in (3, 7)]
-        loss = (model(x, torch.tensor([300.0, 800.0], device=device), context) - target).square().mean()
+        loss = loss_of(model, step, device)
         loss.backward()
         steps_taken.step()
         steps_taken.zero_grad()
@@ -36,8 +42,15 @@ def train(device, blocks_to_swap=0, dtype=torch.bfloat16, optimizer="adamw", ste
     return losses, [parameter.detach().cpu() for parameter in trained.parameters()]
 
 
-def same(run, other):
-    return run[0] == other[0] and all(torch.equal(a, b) for a, b in zip(run[1], other[1], strict=True))
+def loss_of(model, seed, device="cuda"):
+    draw = torch.Generator().manual_seed(seed)
+    x, target = (torch.randn(2, 4, 2, 6, 8, generator=draw).to(device) for _ in range(2))
+    context = [torch.randn(n, TINY.text_dim, generator=draw).to(device) for n in (3, 7)]
+    return (model(x, torch.tensor([300.0, 800.0], device=device), context) - target).square().mean()
+
+
+def same(one, other):
+    return one[0] == other[0] and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
 def test_a_slice_trains_on_the_gpu_as_on_the_cpu():
@@ -85,3 +98,90 @@ def test_page_locked_memory_is_seen_as_such_and_a_failure_leaves_no_error():
     assert torch.ones(4, device="cuda").sum().item() == 4
     memory.release()
     assert not region.is_pinned()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_slice_has_the_gradient_of_whole_weights(dtype, checkpointed):
+    model = tiny_model().to("cuda")
+    whole = copy.deepcopy(model)
+    for linear in block_linears(whole).values():
+        linear.weight.requires_grad_(True)
+    trained = attach_slice(model, "0.05", 3)
+    if checkpointed:
+        checkpoint_blocks(model)
+    for either in (whole, model):
+        with torch.autocast("cuda", dtype):
+            loss = loss_of(either, 1)
+        (1024 * loss).backward()  # what fp16 needs of loss scaling
+    for name, matrix in trained.matrices.items():
+        grad = whole.get_parameter(name).grad
+        expected = cut(grad.cpu(), name, "0.05", 3)
+        found = matrix.difference.grad
+        assert found.dtype == torch.float32 and found.device.type == "cuda" and expected.norm() > 0
+        assert (found.cpu() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.fixture
+def accelerator_on_gpu():
+    """The device is the process's own state, which tests on the CPU may have set."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run_folder(tmp_path, accelerator_on_gpu):
+    write_dit(tmp_path / "base.safetensors", torch.float32)
+    write_dataset(tmp_path)
+    return tmp_path
+
+
+def use_scale(monkeypatch, initial, backoff):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=initial, backoff_factor=backoff)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+
+
+SGD = ("--optimizer_type", "SGD", "--learning_rate", "1")
+
+
+def test_fp16_with_loss_scaling_moves_the_slice_as_float32_does(run_folder, monkeypatch):
+    use_scale(monkeypatch, 2.0**12, 0.5)
+    moved, base = [], load_file(run_folder / "base.safetensors")
+    for precision in ("no", "fp16"):
+        run(run_folder, *SGD, "--mixed_precision", precision, "--output_name", precision)
+        saved = load_file(run_folder / "out" / f"{precision}.safetensors")
+        moved.append(torch.cat([(saved[name] - base[name]).flatten() for name in base]))
+    assert 0 < (moved[1] - moved[0]).norm() < 0.05 * moved[0].norm()
+
+
+def test_a_step_whose_gradients_overflow_in_fp16_moves_nothing_and_the_next_one_does(run_folder, monkeypatch):
+    use_scale(monkeypatch, 2.0**40, 2.0**-28)
+    more = ("--mixed_precision", "fp16", "--lr_scheduler", "linear", "--training_debug", "--save_every_n_steps", "2")
+    lines = run(run_folder, *SGD, *more, "--logging_dir", str(run_folder / "logs"))
+    tables = [number for number, line in enumerate(lines) if line.strip().startswith("step ")]
+    first, second = (rows_of(lines[begin : begin + 4])["all"] for begin in tables[:2])
+    assert first[0] in ("inf", "nan") and first[1:] == ["0.000e+00", "0.00%", "0.00%"]
+    assert float(second[0]) > 0 and float(second[2][:-1]) > 90
+    rates = [event.value for event in events(run_folder).Scalars("lr/slice")]
+    assert rates[0] == rates[1] > rates[2]
+
+
+@pytest.mark.parametrize("base", musubi.BASES)
+def test_musubi_tuner_trains_a_slice_on_the_gpu_as_on_the_cpu(base, tmp_path, accelerator_on_gpu, monkeypatch):
+    save_file(tiny_model(torch.bfloat16).state_dict(), tmp_path / "base.safetensors")
+    untrained = musubi.fake_trainer(tmp_path, base, steps=0)[-1]
+    expected = musubi.fake_trainer(tmp_path, base, steps=10)
+    reset_accelerate()
+    monkeypatch.setattr(musubi, "Accelerator", lambda cpu, **more: Accelerator(**more))
+    monkeypatch.setattr(musubi, "tiny_model", lambda dtype: tiny_model(dtype).to("cuda"))
+    monkeypatch.setattr(musubi, "loss_of", loss_of)
+    losses = musubi.fake_trainer(tmp_path, base, steps=10)
+    assert losses == pytest.approx(expected, rel=5e-3)
+    # The last one is of a pass without gradients: a lost update would leave it what it was.
+    assert abs(losses[-1] - expected[-1]) < 0.3 * abs(untrained - expected[-1])
