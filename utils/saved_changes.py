@@ -1,4 +1,4 @@
-"""How a saved checkpoint differs from its base: streamed, with less than one tensor in memory."""
+"""How a saved checkpoint differs from its base: streamed, with a mask of one tensor in memory, a byte a value."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from utils.selective_finetune import SliceUnits, TrainedSlice, contract_name, is
 from wan.safetensors_header import TensorEntry, read_file_header
 
 _CHUNK = 1 << 20  # values
+_OUTSIDE, _APPLIED, _OWN = range(3)  # where a value lies
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,19 @@ def compare_save(
     for key, entry in before.items():
         name = contract_name(key)
         # Chosen anew, so that a slice that was attached wrongly shows.
-        own, others = [], []
+        slices = []
         if is_block_matrix(name, entry.shape):
-            own = [slice_units(name, entry.shape, trained.ff, trained.ffid)] if name in trained.matrices else []
-            others = [slice_units(name, entry.shape, other.ff, other.ffid) for other in applied]
-        in_slice, in_others = _mask(own, entry), _mask(others, entry)
+            slices = [(slice_units(name, entry.shape, other.ff, other.ffid), _APPLIED) for other in applied]
+            if name in trained.matrices:
+                slices.append((slice_units(name, entry.shape, trained.ff, trained.ffid), _OWN))
+        places = _places(slices, entry)
         for position, differs in _differences(entry, after[key]):
-            part = slice(position, position + len(differs))
-            differs &= in_slice[part] | ~in_others[part]
-            beyond = differs & ~in_slice[part]
+            place = places[position : position + len(differs)]
+            beyond = differs & (place == _OUTSIDE)
             if first is None and beyond.any():
-                place = np.unravel_index(position + int(beyond.argmax()), entry.shape)
-                first = f"{key} {[int(index) for index in place]}"
-            inside += int(np.count_nonzero(differs)) - int(np.count_nonzero(beyond))
+                index = np.unravel_index(position + int(beyond.argmax()), entry.shape)
+                first = f"{key} {[int(number) for number in index]}"
+            inside += int(np.count_nonzero(differs & (place == _OWN)))
             outside += int(np.count_nonzero(beyond))
     return SavedChanges(inside, outside, f"{outside:,} values, the first is {first}" if outside else None)
 
@@ -61,14 +62,14 @@ def _form(entries: dict[str, TensorEntry], key: str) -> str:
     return f"{entries[key].dtype} {list(entries[key].shape)}" if key in entries else "missing"
 
 
-def _mask(slices: Sequence[SliceUnits], entry: TensorEntry) -> np.ndarray:
-    """Which of a tensor's values are in one of the slices, [numel]."""
+def _places(slices: Sequence[tuple[SliceUnits, int]], entry: TensorEntry) -> np.ndarray:
+    """Where each of a tensor's values lies, uint8 [numel]: in the last one of the slices that holds it."""
     if not slices:
-        return np.broadcast_to(np.False_, entry.numel)
-    mask = torch.zeros(entry.shape, dtype=torch.bool)
-    for units in slices:
-        units.write(mask, torch.ones(units.count, dtype=torch.bool))
-    return mask.view(-1).numpy()
+        return np.broadcast_to(np.uint8(_OUTSIDE), entry.numel)
+    places = torch.full(entry.shape, _OUTSIDE, dtype=torch.uint8)
+    for units, place in slices:
+        units.write(places, torch.full((units.count,), place, dtype=torch.uint8))
+    return places.view(-1).numpy()
 
 
 def _differences(before: TensorEntry, after: TensorEntry) -> Iterator[tuple[int, np.ndarray]]:
