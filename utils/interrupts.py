@@ -4,7 +4,11 @@ import os
 import signal
 import threading
 
-_TOLD = b"\nstopping after this step, with a state to go on from; Ctrl-C again stops at once\n"
+# accelerate's launcher ends at the first Ctrl-C, and the terminal's next one goes to the shell.
+_TOLD = (
+    "\nstopping after this step, with a state to go on from; Ctrl-C again stops at once (where the prompt is back "
+    "already, as under accelerate launch: end process {pid})\n"
+)
 
 
 class StopRequest:
@@ -27,7 +31,7 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(2, _TOLD)  # print may be at work where the signal came in
+        os.write(2, _TOLD.format(pid=os.getpid()).encode())  # print may be at work where the signal came in
 
 
 def ignore_interrupts(*_) -> None:
