@@ -86,7 +86,8 @@ LEDGERS = [
     *(json.dumps([{"contract": 1, "ff": "0.05", "ffid": 2, "name": "one", "steps": 1, "date": "", **wrong}])
       for wrong in ({"ff": 0.05}, {"ff": "1e-999999999"}, {"ff": "nan"}, {"ff": "0"}, {"ff": "1/0"}, {"ffid": 21},
                     {"ffid": 0}, {"ffid": True}, {"name": "a\nb"}, {"name": "x" * 999}, {"steps": -1}, {"base": "zz"},
-                    {"start": 3}, {"strength": "1"}, {"date": []}, {"captions": "a"}, {"strength": 1e999})),
+                    {"start": 3}, {"strength": "1"}, {"date": []}, {"captions": "a"}, {"strength": 1e999},
+                    {"strength": 10**400}, {"date": "a\x1b[2J"})),
 ]  # fmt: skip
 
 
