@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
+from utils.ledger import extended, ledger_text, read_ledger
 from utils.selective_finetune import slice_indices
 from utils.slice_tools import verify
 from utils.slices import main
@@ -251,10 +252,20 @@ def test_verifying_on_another_base_tells_what_differs(slices, files, tmp_path, c
     assert "one (ff 0.05 ffid 2) was trained on other values than the base holds" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("base", ["base", "one"])
-def test_a_slice_that_was_trained_over_another_is_verified(slices, files, tmp_path, base, capsys):
+def test_a_slice_that_was_trained_over_another_is_verified(slices, files, tmp_path, capsys):
     train_concept(files / "one.safetensors", tmp_path, "over", "0.1", 1)
-    slices(f"verify {{out}}/over.safetensors --base {{{base}}}")
+    slices("verify {out}/over.safetensors --base {base}")
+    assert "byte for byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["base", "one"])
+def test_a_slice_that_was_trained_further_is_verified(slices, files, tmp_path, base, capsys):
+    train_concept(files / "one.safetensors", tmp_path, "more", "0.05", 2)
+    told = metadata_of(tmp_path / "more.safetensors")
+    first, second = read_ledger(told, "more")
+    told["wan_slices"] = ledger_text(extended([first], second))  # one entry, as a run with --continue_slice writes
+    save_file(load_file(tmp_path / "more.safetensors"), tmp_path / "further.safetensors", told)
+    slices(f"verify {{out}}/further.safetensors --base {{{base}}}")
     assert "byte for byte" in capsys.readouterr().out
 
 
