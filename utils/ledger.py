@@ -84,20 +84,20 @@ def ledger_text(entries: Sequence[Entry]) -> str:
     return json.dumps([_fields(entry) for entry in entries])
 
 
-def extended(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
-    """The ledger with `entry` as its newest; a slice that was trained further keeps its first start, adds up steps."""
-    earlier = [other for other in entries if other.is_slice_of(entry)]
-    if earlier:
-        entry = replace(entry, steps=entry.steps + sum(e.steps for e in earlier), start=earlier[0].start)
-    return [*(other for other in entries if other not in earlier), entry]
-
-
 def at_strength(entry: Entry, strength: float) -> Entry:
     """The entry with `strength` times what it has; InputError beyond a million."""
     product = strength * entry.strength
     if not abs(product) <= _STRONGEST:
         raise InputError(f"{entry.label} at {strength:g} times that: allowed is a strength up to {_STRONGEST:,.0f}")
     return replace(entry, strength=product)
+
+
+def extended(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
+    """The ledger with `entry` as its newest; a slice that was trained further keeps its first start, adds up steps."""
+    earlier = [other for other in entries if other.is_slice_of(entry)]
+    if earlier:
+        entry = replace(entry, steps=entry.steps + sum(e.steps for e in earlier), start=earlier[0].start)
+    return [*(other for other in entries if other not in earlier), entry]
 
 
 def free_ids(entries: Sequence[Entry], ff: str) -> tuple[int, int, int | None]:
