@@ -81,7 +81,9 @@ def test_many_names_of_which_the_last_stands_twice_are_read_in_linear_time(tmp_p
     assert process_time() - began < 5
 
 
+SLICE = {"contract": 1, "ff": "0.05", "ffid": 2, "name": "one", "steps": 1}
 LEDGERS = [
+    json.dumps([{**SLICE, "strength": 10**400}]), json.dumps([{**SLICE, "date": "a\x1b[2J"}]),
     "{", "{}", "[1]", '[{"ff": "0.1"}]', "[" * 100_000,
     *(json.dumps([{"contract": 1, "ff": "0.05", "ffid": 2, "name": "one", "steps": 1, "date": "", **wrong}])
       for wrong in ({"ff": 0.05}, {"ff": "1e-999999999"}, {"ff": "nan"}, {"ff": "0"}, {"ff": "1/0"}, {"ffid": 21},

@@ -10,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
+from utils.ledger import extended, ledger_text, read_ledger
 from utils.selective_finetune import slice_indices
+from utils.slice_tools import verify
 from utils.slices import main
 from wan.errors import InputError
 
@@ -65,10 +67,32 @@ def test_an_extracted_slice_is_the_saved_one(slices, files, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
 
 
+def test_slices_are_extracted_into_a_new_folder_and_over_no_file(slices, tmp_path):
+    slices("extract {one} --base {base} -o {out}/new/slices")
+    path = tmp_path / "new" / "slices" / "one.slice.safetensors"
+    path.write_bytes(b"another")
+    with pytest.raises(InputError, match="is there already: choose another folder, or add --overwrite"):
+        slices("extract {one} --base {base} -o {out}/new/slices")
+    assert path.read_bytes() == b"another"
+    slices("extract {one} --base {base} -o {out}/new/slices --overwrite")
+    assert path.read_bytes() != b"another"
+    with pytest.raises(InputError, match="cannot be made"):
+        slices(f"extract {{one}} --base {{base}} -o {path}")
+
+
+def test_names_that_differ_by_case_alone_are_two_files_everywhere(slices, files, tmp_path):
+    train_concept(files / "one.safetensors", tmp_path, "One", "0.03", 1)
+    slices("extract {out}/One.safetensors --base {base} -o {out}/slices")
+    assert names_of(tmp_path / "slices") == {
+        "one-ff0.05-ffid2.slice.safetensors",
+        "One-ff0.03-ffid1.slice.safetensors",
+    }
+
+
 def test_only_what_the_base_does_not_hold_is_extracted_or_what_is_named(slices, tmp_path):
     slices("extract {two} --base {one} -o {out}")
     assert names_of(tmp_path) == {"two.slice.safetensors"}
-    slices("extract {two} --base {base} --name one 0.03:1 -o {out}")
+    slices("extract {two} --base {base} --name one 0.03:1 one -o {out} --overwrite")
     assert names_of(tmp_path) == {"one.slice.safetensors", "two.slice.safetensors"}
     with pytest.raises(InputError, match=r"has no slice three; there are: one \(ff 0\.05 ffid 2\)"):
         slices("extract {two} --base {base} --name three -o {out}")
@@ -106,6 +130,25 @@ def test_a_strength_is_a_factor_on_what_was_learned(slices, files, tmp_path, str
     )
 
 
+@pytest.mark.parametrize("command", ["apply {base} {one_slice} --strength 1e5", "scale {one_slice} 1e5 --base {base}"])
+def test_a_strength_that_leaves_the_numbers_is_refused(slices, files, tmp_path, command):
+    weights = load_file(files / "one.slice.safetensors")
+    weights["blocks.1.ffn.2.weight"][-1] = 3e38
+    save_file(weights, tmp_path / "big.slice.safetensors", metadata_of(files / "one.slice.safetensors"))
+    command = command.replace("{one_slice}", "{out}/big.slice.safetensors")
+    with pytest.raises(InputError, match=r"strength 100000 makes values that torch\.bfloat16 cannot hold"):
+        slices(f"{command} -o {{out}}/a.safetensors")
+    assert names_of(tmp_path) == {"big.slice.safetensors"}
+
+
+def test_a_strength_that_no_reader_takes_is_refused(slices, tmp_path):
+    slices("scale {one_slice} 1e4 --base {base} -o {out}/a.safetensors")
+    for command in ("scale {out}/a.safetensors 1e4 --base {base}", "apply {base} {out}/a.safetensors --strength 1e300"):
+        with pytest.raises(InputError, match="allowed is a strength up to 1,000,000"):
+            slices(f"{command} -o {{out}}/b.safetensors")
+    slices("list {out}/a.safetensors")
+
+
 def test_each_slice_has_its_own_strength(slices, tmp_path, files):
     slices("apply {base} {one_slice} {two_slice} --strength 1 0 -o {out}/a.safetensors")
     assert same_tensors(tmp_path / "a.safetensors", files / "one.safetensors")
@@ -117,11 +160,20 @@ def test_each_slice_has_its_own_strength(slices, tmp_path, files):
 
 def test_overlapping_slices_are_refused_with_the_share_and_the_next_id(slices, files, tmp_path):
     train_concept(files / "base.safetensors", tmp_path, "over", "0.1", 1)
-    with pytest.raises(InputError, match=r"one \(ff 0\.05 ffid 2\), which has 50 % of .*the next is --ffid 2"):
+    with pytest.raises(InputError, match=r"one \(ff 0\.05 ffid 2\), which has 50 % of .*Leave out"):
         slices("apply {base} {one_slice} {out}/over.slice.safetensors -o {out}/a.safetensors")
     with pytest.raises(InputError, match="already holds one"):
         slices("apply {one} {one_slice} -o {out}/a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_two_overlapping_slices_are_told_by_their_files(slices, files, tmp_path):
+    train_concept(files / "base.safetensors", tmp_path, "over", "0.1", 1)
+    with pytest.raises(InputError) as error:
+        slices("apply {base} {out}/over.slice.safetensors {one_slice} -o {out}/a.safetensors")
+    one, over = files / "one.slice.safetensors", tmp_path / "over.slice.safetensors"
+    assert str(error.value).startswith(f"{one} already holds one") and f"Leave out {over}, or {one}" in str(error.value)
+    assert "--ffid" not in str(error.value)
 
 
 def test_another_base_is_refused_by_its_identity(slices, tmp_path):
@@ -200,6 +252,41 @@ def test_verifying_on_another_base_tells_what_differs(slices, files, tmp_path, c
     assert "one (ff 0.05 ffid 2) was trained on other values than the base holds" in capsys.readouterr().out
 
 
+def test_a_slice_that_was_trained_over_another_is_verified(slices, files, tmp_path, capsys):
+    train_concept(files / "one.safetensors", tmp_path, "over", "0.1", 1)
+    slices("verify {out}/over.safetensors --base {base}")
+    assert "byte for byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["base", "one"])
+def test_a_slice_that_was_trained_further_is_verified(slices, files, tmp_path, base, capsys):
+    train_concept(files / "one.safetensors", tmp_path, "more", "0.05", 2)
+    told = metadata_of(tmp_path / "more.safetensors")
+    first, second = read_ledger(told, "more")
+    told["wan_slices"] = ledger_text(extended([first], second))  # one entry, as a run with --continue_slice writes
+    save_file(load_file(tmp_path / "more.safetensors"), tmp_path / "further.safetensors", told)
+    slices(f"verify {{out}}/further.safetensors --base {{{base}}}")
+    assert "byte for byte" in capsys.readouterr().out
+
+
+def test_a_tensor_without_values_is_verified(tmp_path):
+    weights = load_file(write_base(tmp_path / "base.safetensors"))
+    save_file({**weights, "nothing": torch.zeros(0, 4)}, tmp_path / "base.safetensors", METADATA)
+    assert verify(tmp_path / "base.safetensors", tmp_path / "base.safetensors") == ([], [])
+
+
+def test_what_another_contract_placed_is_neither_taken_out_nor_verified(slices, files, tmp_path):
+    told = metadata_of(files / "one.safetensors")
+    told["wan_slices"] = told["wan_slices"].replace('"contract": 1', '"contract": 2')
+    save_file(load_file(files / "one.safetensors"), tmp_path / "later.safetensors", told)
+    for command in ("remove {out}/later.safetensors one --base {base} -o {out}/a.safetensors",
+                    "extract {out}/later.safetensors --base {base} -o {out}",
+                    "verify {out}/later.safetensors --base {base}"):  # fmt: skip
+        with pytest.raises(InputError, match="follows slice contract 2, this program knows 1"):
+            slices(command)
+    assert names_of(tmp_path) == {"later.safetensors"}
+
+
 def test_the_list_is_a_table_with_overlaps_and_free_ids(slices, files, tmp_path, capsys):
     train_concept(files / "base.safetensors", tmp_path, "over", "0.1", 1)
     slices("list {base} {two} {one_slice} {out}/over.slice.safetensors")
@@ -228,10 +315,17 @@ def test_the_list_as_json_holds_the_same(slices, files, capsys):
         ("apply {base} {one_slice} -o {out}/a.bin", "no name for a .safetensors file"),
         ("apply {base} {one} -o {out}/a.safetensors", "is no slice file"),
         ("apply {base} {out}/none.safetensors -o {out}/a.safetensors", "does not exist"),
-        ("apply {base} {one_slice} --strength nan -o {out}/a.safetensors", "invalid _strength value"),
+        (
+            "apply {base} {one_slice} --strength nan -o {out}/a.safetensors",
+            "argument --strength: nan was given, a finite number is needed",
+        ),
         ("remove {base} one --base {base} -o {out}/a.safetensors", "has no slice one; there are: none"),
         ("extract {base} --base {base} -o {out}", "holds no slice that"),
         ("list {out}", "is a folder"),
+        (f"list {'y' * 300}", "cannot be read|does not exist"),
+        (f"verify {'y' * 300} --base {{base}}", "cannot be read|does not exist"),
+        (f"apply {{base}} {{one_slice}} -o {{out}}/{'y' * 240}.safetensors", "cannot be written"),
+        ("apply {base} {one_slice} --strength one -o {out}/a.safetensors", "a finite number is needed"),
         ("list", "required"),
         ("paint", "invalid choice"),
     ],

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chain import names_of, write_base, write_chain
+from safetensors.torch import load_file, save_file
+from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
 from utils.checkpoints import KINDS, SaveConfig, remove_unfinished
 from utils.selective_finetune import SliceError, whole_file
@@ -202,6 +203,33 @@ def test_the_latest_state_is_the_one_saved_last_and_whole(tmp_path):
     assert latest_state(tmp_path, "a").name == "a-state"
     os.utime(tmp_path / "a-000002-state" / "state.pt", (7, 7))
     assert latest_state(tmp_path, "a").name == "a-000002-state"
+
+
+def test_a_shard_of_the_base_is_no_output(tmp_path):
+    weights = load_file(write_base(tmp_path / "base.safetensors"))
+    names = sorted(weights)
+    for number, own in enumerate((names[:20], names[20:]), 1):
+        save_file({name: weights[name] for name in own}, tmp_path / f"a-0000{number}-of-00002.safetensors", METADATA)
+    shards = [tmp_path / f"a-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    train_concept(tmp_path / "base.safetensors", tmp_path, "one", "0.05", 2)
+    before = shards[1].read_bytes()
+    for words in (["apply", shards[0], tmp_path / "one.slice.safetensors"],
+                  ["scale", tmp_path / "one.slice.safetensors", "2", "--base", shards[0]],
+                  ["remove", tmp_path / "one.safetensors", "one", "--base", shards[0]]):  # fmt: skip
+        with pytest.raises(InputError, match="which is read"):
+            main([*map(str, words), "-o", str(shards[1])])
+    assert shards[1].read_bytes() == before
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next_one(tmp_path):
+    base = write_base(tmp_path / "base.safetensors")
+    train_concept(base, tmp_path, "one", "0.05", 2)
+    for name in ("left.safetensors.tmp", "written.safetensors.tmp", "foreign.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    for name in ("left.safetensors.tmp", "foreign.tmp"):
+        os.utime(tmp_path / name, (0, 0))
+    main(["apply", str(base), f"{tmp_path}/one.slice.safetensors", "-o", f"{tmp_path}/a.safetensors"])
+    assert {name for name in names_of(tmp_path) if name.endswith(".tmp")} == {"written.safetensors.tmp", "foreign.tmp"}
 
 
 def test_an_output_through_a_link_to_an_input_is_refused(tmp_path):

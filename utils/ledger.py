@@ -15,6 +15,7 @@ from wan.errors import InputError
 
 KEY = "wan_slices"
 CONTRACT = 1
+_STRONGEST = 1e6
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -83,6 +84,14 @@ def ledger_text(entries: Sequence[Entry]) -> str:
     return json.dumps([_fields(entry) for entry in entries])
 
 
+def at_strength(entry: Entry, strength: float) -> Entry:
+    """The entry with `strength` times what it has; InputError beyond a million."""
+    product = strength * entry.strength
+    if not abs(product) <= _STRONGEST:
+        raise InputError(f"{entry.label} at {strength:g} times that: allowed is a strength up to {_STRONGEST:,.0f}")
+    return replace(entry, strength=product)
+
+
 def extended(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
     """The ledger with `entry` as its newest; a slice that was trained further keeps its first start, adds up steps."""
     earlier = [other for other in entries if other.is_slice_of(entry)]
@@ -119,12 +128,13 @@ def ids_line(entries: Sequence[Entry], ff: str) -> str:
 
 def refuse_overlap(entries: Sequence[Entry], entry: Entry, source: object, advice: str) -> None:
     """InputError with what overlaps, by how much, and the next free id, if `entry` lies over one of `entries`."""
-    met = [other for other in entries if other.overlaps(entry)]
-    if met:
-        raise InputError(
-            f"{source} already holds {'; '.join(_meeting(other, entry) for other in met)}. "
-            f"{ids_line(entries, entry.ff)}. {advice}"
-        )
+    if met := meetings(entries, entry):
+        raise InputError(f"{source} already holds {met}. {ids_line(entries, entry.ff)}. {advice}")
+
+
+def meetings(entries: Sequence[Entry], entry: Entry) -> str:
+    """What of `entries` overlaps `entry`, by how much, in words; empty if nothing does."""
+    return "; ".join(_meeting(other, entry) for other in entries if other.overlaps(entry))
 
 
 def _meeting(other: Entry, entry: Entry) -> str:
@@ -152,8 +162,9 @@ def _entry(fields: object, source: object) -> Entry:
         and name.isprintable()
         and isinstance(date, str | None)
         and len(date or "") <= 40
+        and (date or "").isprintable()
         and type(strength) in (int, float, type(None))
-        and math.isfinite(strength or 0)
+        and abs(strength or 0) <= _STRONGEST
         and 0 <= steps < 10**12
         and isinstance(captions, list)
         and all(isinstance(caption, str) for caption in captions)

@@ -5,14 +5,14 @@ in the base's dtype. Its ledger has one entry.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from utils.ledger import CONTRACT, KEY, Entry, read_ledger, refuse_overlap
+from utils.ledger import CONTRACT, KEY, Entry, at_strength, meetings, read_ledger
 from utils.selective_finetune import (
     Patch,
     SliceUnits,
@@ -67,18 +67,31 @@ def read_slice_file(path: Path) -> SliceFile:
 
 
 def units_of(header: CheckpointHeader, entry: Entry) -> dict[str, SliceUnits]:
-    """Where a slice lies in every block matrix of a checkpoint in which it is not empty."""
+    """Where a slice lies in every block matrix of a checkpoint in which it is not empty.
+
+    InputError if it follows another contract, by which it lies elsewhere.
+    """
+    if entry.contract != CONTRACT:
+        raise InputError(
+            f"{entry.label} follows slice contract {entry.contract}, this program knows {CONTRACT}: update it"
+        )
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if is_block_matrix(name, tensor.shape)}
     units = {name: slice_units(name, shape, entry.ff, entry.ffid) for name, shape in shapes.items()}
     return {name: own for name, own in units.items() if own.count}
 
 
 def scaled(start: Tensor, final: Tensor, strength: float) -> Tensor:
-    """round(start + strength * (final - start)): the start's own bits at 0, the final ones at 1."""
+    """round(start + strength * (final - start)): the start's own bits at 0, the final ones at 1.
+
+    InputError if a value becomes infinite.
+    """
     if strength in (0, 1):
         return final if strength else start
-    moved = start.float() + strength * (final.float() - start.float())
-    return torch.where(same_bits(start, final), start, moved.to(start.dtype))
+    moved = (start.float() + strength * (final.float() - start.float())).to(start.dtype)
+    moved = torch.where(same_bits(start, final), start, moved)
+    if not (moved.isfinite() | ~start.isfinite() | ~final.isfinite()).all():
+        raise InputError(f"strength {strength:g} makes values that {start.dtype} cannot hold: choose a smaller one")
+    return moved
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:
@@ -100,15 +113,17 @@ class SlicesOnBase:
         self.patches: dict[str, Patch] = {}
         self.entries = read_ledger(header.metadata, header.files[0])
         self.metadata: dict[str, str] = {}
+        self._held = [(header.files[0], self.entries)]
         self._starts: dict[Path, dict[str, bytes]] = {file.path: {} for file, _ in pairs}
         self.files = [file for file, _ in pairs]
         self._base = header.files[0]
         identity = base_identity(header.files) if pairs else None
         for file, strength in pairs:
-            refuse_overlap(self.entries, file.entry, header.files[0], f"Leave out {file.path}, or another one.")
+            self._refuse_overlap(file)
             units_of_name = units_of(header, file.entry)
             _check_fits(file, header, identity, {name: units.count for name, units in units_of_name.items()})
-            self.entries = [*self.entries, replace(file.entry, strength=strength * file.entry.strength)]
+            self.entries = [*self.entries, at_strength(file.entry, strength)]
+            self._held.append((file.path, [file.entry]))
             self.metadata |= file.metadata
             for name, units in units_of_name.items():
                 self.patches[name] = partial(self._patch, self.patches.get(name), file, strength, name, units)
@@ -121,6 +136,12 @@ class SlicesOnBase:
                     f"{self._base} is not the base of {file.path}: it holds other values where the slice lies (merged, "
                     "or otherwise finetuned?); give the base that the slice was trained on"
                 )
+
+    def _refuse_overlap(self, file: SliceFile) -> None:
+        for path, entries in self._held:
+            if met := meetings(entries, file.entry):
+                other = f", or {path}" if path != self._base else ""
+                raise InputError(f"{path} already holds {met}. Leave out {file.path}{other}")
 
     def _patch(
         self, before: Patch | None, file: SliceFile, strength: float, name: str, units: SliceUnits, stored: Tensor

@@ -1,6 +1,8 @@
 """What is done with slices on disk: apply, remove, extract, scale, verify."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.ledger import KEY, Entry, ledger_text, read_ledger
+from utils.ledger import KEY, Entry, at_strength, ledger_text, read_ledger
 from utils.selective_finetune import (
     Patch,
     SliceUnits,
@@ -28,14 +30,16 @@ from wan.errors import InputError
 from wan.loading import CheckpointHeader, read_checkpoint_header
 from wan.safetensors_header import TensorEntry
 
+_GONE = 600  # seconds without a byte
+
 
 def apply(base: Path, slices: Sequence[Path], strengths: Sequence[float], out: Path) -> list[Entry]:
     """Writes `base` with the slices in it, byte for byte the chained checkpoint; the ledger it has comes back.
 
     InputError if two slices overlap or one is another base's.
     """
-    check_output(out, [base, *slices])
     header = read_checkpoint_header(base)
+    check_output(out, [*header.files, *slices])
     on_base = SlicesOnBase(header, [read_slice_file(path) for path in slices], strengths)
     write_patched(header, out, on_base.patches, on_base.metadata, on_base.entries, on_base.check_starts)
     return on_base.entries
@@ -46,8 +50,8 @@ def remove(checkpoint: Path, name: str, base: Path, out: Path) -> Entry:
 
     What the run of the newest slice said in the metadata goes with it.
     """
-    check_output(out, [checkpoint, base])
     header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
+    check_output(out, [*header.files, *base_header.files])
     entries = read_ledger(header.metadata, checkpoint)
     entry = find_entry(entries, name, checkpoint)
     _refuse_trained_over(entries, entry, checkpoint)
@@ -61,20 +65,26 @@ def remove(checkpoint: Path, name: str, base: Path, out: Path) -> Entry:
     return entry
 
 
-def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path) -> list[Path]:
-    """Writes the slices of `checkpoint` that `base` does not have (or only those `names`) as files into `folder`."""
+def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path, overwrite: bool = False) -> list[Path]:
+    """Writes the slices of `checkpoint` that `base` does not have (or only those `names`) as files into `folder`.
+
+    InputError if one of the files is there already, unless `overwrite`.
+    """
     header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
     entries = read_ledger(header.metadata, checkpoint)
     known = read_ledger(base_header.metadata, base)
-    wanted = [find_entry(entries, name, checkpoint) for name in names]
+    wanted = list(dict.fromkeys(find_entry(entries, name, checkpoint) for name in names))
     wanted = wanted or [entry for entry in entries if not any(entry.is_slice_of(other) for other in known)]
     if not wanted:
         raise InputError(f"{checkpoint} holds no slice that {base} does not hold (its ledger has {len(entries)})")
     paths = [folder / f"{stem}.slice.safetensors" for stem in _stems(wanted, checkpoint)]
-    for path in paths:
-        check_output(path, [checkpoint, base])
     for entry in wanted:
         _refuse_trained_over(entries, entry, checkpoint)
+    _make_folder(folder)
+    for path in paths:
+        check_output(path, [*header.files, *base_header.files])
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} is there already: choose another folder, or add --overwrite to replace it")
     for entry, path in zip(wanted, paths, strict=True):
         units = units_of(header, entry)
         start = _base_values(base_header, entry, units, checkpoint)
@@ -88,19 +98,19 @@ def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path) ->
 
 def scale(slice_path: Path, base: Path, strength: float, out: Path) -> Entry:
     """Writes the slice with `strength` times what it learned."""
-    check_output(out, [slice_path, base])
     header, file = read_checkpoint_header(base), read_slice_file(slice_path)
+    check_output(out, [*header.files, slice_path])
+    entry = at_strength(file.entry, strength)
     start = checked_start(header, file)
     values = {name: scaled(start[name], file.values(name), strength) for name in file.tensors}
-    entry = replace(file.entry, strength=strength * file.entry.strength)
     write_slice(out, values, {**file.metadata, KEY: ledger_text([entry])})
     return entry
 
 
 def to_lora(slice_path: Path, base: Path, out: Path, names: str, dtype: str, say: Callable[[str], None]) -> LoraReport:
     """Writes the slice as a LoRA with the names of comfyui or diffusers, in fp32 or bf16; says how exact it is."""
-    check_output(out, [slice_path, base])
     header, file = read_checkpoint_header(base), read_slice_file(slice_path)
+    check_output(out, [*header.files, slice_path])
     units = units_of(header, file.entry)
     say(f"{out}: {lora_bytes(units, DTYPES[dtype]) / 1e6:,.1f} MB, ranks up to {max(map(rank_of, units.values()))}")
     start = checked_start(header, file)
@@ -129,8 +139,10 @@ def verify(checkpoint: Path, base: Path) -> tuple[list[Entry], list[Finding]]:
         for name in names
         if (problem := _difference(header.tensors.get(name), base_header.tensors.get(name), _own(units, name)))
     ]
-    for entry, own in zip(entries, units, strict=True):
-        if entry.start and _digest(read_slice(base_header.files, own)) != entry.start:
+    for number, (entry, own) in enumerate(zip(entries, units, strict=True)):
+        # Trained over another slice, it began with values that are in neither file.
+        over = any(entry.overlaps(earlier) for earlier in [*known, *entries[:number]])
+        if entry.start and not over and _digest(read_slice(base_header.files, own)) != entry.start:
             findings.append(Finding(entry.label, "was trained on other values than the base holds"))
     return entries, findings
 
@@ -151,12 +163,20 @@ def write_patched(
 
 
 def check_output(out: Path, inputs: Iterable[Path]) -> None:
-    """InputError if `out` is no name for a new safetensors file, or is one of the `inputs`."""
-    if out.suffix.lower() != ".safetensors" or out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"{out} is no name for a .safetensors file in a folder that exists")
-    for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
-            raise InputError(f"{out} is {path}, which is read: choose another name for the output")
+    """InputError if `out` is no name for a new safetensors file, or is one of the `inputs`.
+
+    What killed writers left in its folder is removed.
+    """
+    try:
+        if out.suffix.lower() != ".safetensors" or out.is_dir() or not out.parent.is_dir():
+            raise InputError(f"{out} is no name for a .safetensors file in a folder that exists")
+        for path in inputs:
+            if out.exists() and path.exists() and out.samefile(path):
+                raise InputError(f"{out} is {path}, which is read: choose another name for the output")
+        out.with_name(out.name + ".tmp").exists()  # the name that it is written under may be too long as well
+        _remove_unfinished(out.parent)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from None
 
 
 def find_entry(entries: Sequence[Entry], name: str, source: Path) -> Entry:
@@ -199,6 +219,20 @@ def _then(chunks: Iterator, check: Callable[[], None]) -> Iterator:
     check()
 
 
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob("*.safetensors.tmp"):
+        with suppress(OSError):  # gone meanwhile, or open in another program: nothing that the output needs
+            if time.time() - path.stat().st_mtime > _GONE:
+                path.unlink()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from None
+
+
 def _refuse_trained_over(entries: Sequence[Entry], entry: Entry, source: Path) -> None:
     over = [other.label for other in entries if other is not entry and other.overlaps(entry)]
     if over:
@@ -212,9 +246,12 @@ def _stems(entries: Sequence[Entry], source: Path) -> list[str]:
     for entry in entries:
         if set(entry.name) & set('/\\:*?"<>|') or entry.name.strip(". ") != entry.name:
             raise InputError(f"{source}: {entry.name!a} cannot be a file's name")
-        doubled = not entry.name or sum(entry.name == other.name for other in entries) > 1
+        # Windows and macOS tell no upper case from lower.
+        doubled = not entry.name or sum(entry.name.casefold() == other.name.casefold() for other in entries) > 1
         number = f"ff{entry.ff.replace('/', '_')}-ffid{entry.ffid}"
         stems.append("-".join(filter(None, [entry.name, number if doubled else ""])))
+    if len({stem.casefold() for stem in stems}) < len(stems):
+        raise InputError(f"{source}: two of {', '.join(stems)} would be one file; extract them one by one with --name")
     return stems
 
 
@@ -227,6 +264,8 @@ def _difference(found: TensorEntry | None, base: TensorEntry | None, slices: Seq
         return "is missing" if found is None else "is not in the base"
     if (found.dtype, found.shape) != (base.dtype, base.shape):
         return f"is {found.dtype} {list(found.shape)}, in the base {base.dtype} {list(base.shape)}"
+    if not base.numel:
+        return None
     changed = (_bytes(found) != _bytes(base)).reshape(base.numel, -1).any(axis=1)
     outside = torch.from_numpy(changed).view(base.shape)
     for units in slices:

@@ -5,7 +5,7 @@ Each command imports what it needs: torch takes seconds to import, and `list` re
 
 import json
 import math
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +34,7 @@ def _parser() -> Parser:
     _add_base(command)
     command.add_argument("--name", nargs="+", default=[], help="only these slices (names, or FF:FFID)")
     command.add_argument("-o", "--output", type=Path, default=Path(), help="folder (default: this one)")
+    command.add_argument("--overwrite", action="store_true", help="replace slice files that are there already")
     command.set_defaults(command=_extract)
 
     command = commands.add_parser("apply", help="a checkpoint from a base and slice files, in any order")
@@ -85,9 +86,12 @@ def _add_output(command: Parser) -> None:
 
 
 def _strength(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text} was given, a finite number is needed")
     return value
 
 
@@ -99,7 +103,7 @@ def _list(flags: Namespace) -> None:
 def _extract(flags: Namespace) -> None:
     from utils.slice_tools import extract
 
-    for path in extract(flags.checkpoint, flags.base, flags.name, flags.output):
+    for path in extract(flags.checkpoint, flags.base, flags.name, flags.output, flags.overwrite):
         print(f"saved {path}")
 
 

@@ -58,7 +58,10 @@ def read_checkpoint_header(path: str | Path) -> CheckpointHeader:
     InputError if a file is missing or damaged, is not a Wan transformer, or is quantised in an unknown way.
     """
     path = Path(path)
-    files = _checkpoint_files(path)
+    try:
+        files = _checkpoint_files(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     stored, metadata = {}, {}
     for file in files:
         entries, file_metadata = read_file_header(file)

@@ -45,7 +45,10 @@ def read_file_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]
 
     InputError, in one line with the path, if the file is missing, truncated, damaged or no safetensors file.
     """
-    text, size = _header_text(path)
+    try:
+        text, size = _header_text(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     try:
         # Decoded here: the parser alone would take UTF-16 and UTF-32 as well.
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
