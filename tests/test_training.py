@@ -283,6 +283,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folder):
         assert not (folder / "out").exists()
 
 
+def test_what_a_killed_run_left_is_removed_before_room_is_looked_for(folder, monkeypatch):
+    left = folder / "out" / "one.safetensors.tmp"
+    left.parent.mkdir(exist_ok=True)
+    left.touch()
+    room = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=0) if left.exists() else room)
+    run(folder, "--max_train_steps", "1")
+    assert (folder / "out" / "one.safetensors").is_file()
+
+
 def test_an_output_that_is_the_base_is_refused(folder):
     with pytest.raises(InputError, match=r"over .*base"):
         run(folder, "--output_dir", str(folder), "--output_name", "base")
