@@ -12,7 +12,7 @@ from torch import Tensor
 from utils.selective_finetune import whole_file
 from wan.errors import InputError
 
-_FORMAT = 2
+_FORMAT = 3
 _FILE = "state.pt"
 
 
