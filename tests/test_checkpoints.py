@@ -1,5 +1,6 @@
 """Checkpoints of a run: names, turns, retention, metadata, state folders, the plan of a run's steps."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,26 @@ def test_steps_keep_checkpoints_of_the_last_n_steps(last, expired):
     found = names(save_after_step(replace(EVERY, last_n_steps=last, save_state=False), 60).expired)
     assert "c1-step00000060.safetensors" not in found
     assert found[:1] == ([f"c1-step{expired:08d}.safetensors"] if expired else [])
+
+
+def test_a_run_without_states_deletes_none():
+    quiet = replace(EVERY, save_state=False, last_n_epochs=1, last_n_steps=1)
+    assert names(save_after_epoch(quiet, 4, 8).expired) == ["c1-000002.safetensors"]
+    assert names(save_after_step(quiet, 20).expired) == ["c1-step00000010.safetensors"]
+
+
+def test_an_old_file_that_is_open_elsewhere_stays_and_is_told(tmp_path, monkeypatch):
+    def is_open(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    paths = (tmp_path / "a.safetensors", tmp_path / "a-state", tmp_path / "b.safetensors")
+    paths[1].mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", is_open)
+        patch.setattr(shutil, "rmtree", is_open)
+        told = remove_expired(Save({}, None, paths))
+    assert told == [f"could not delete {path} (Permission denied): delete it by hand" for path in paths]
+    assert remove_expired(Save({}, None, paths)) == [] and not paths[1].exists()
 
 
 def test_a_plan_lists_every_save_in_order():

@@ -188,6 +188,17 @@ def test_mistakes_are_told_in_one_line(flags):
     assert MISTAKES[flags] in refusal(*SHORT, *flags.split())
 
 
+@pytest.mark.parametrize("name", ["a\x1b[2J", "x" * 256], ids=ascii)
+def test_a_name_that_the_ledger_would_not_take_is_told_before_training(name):
+    assert "255 characters" in refusal(*SHORT, "--output_name", name)
+    assert parse_train([*SHORT, "--output_name", "a\u3000b"]).save.name == "a\u3000b"
+
+
+@pytest.mark.parametrize("flag", ["--output_name", "--training_comment", "--dit", "--slices"])
+def test_a_text_that_no_file_could_take_is_told_before_training(flag):
+    assert f"{flag} 'a\\udcff' is not UTF-8" in refusal(*SHORT, flag, "a\udcff")
+
+
 def test_the_preservation_of_fewer_steps_weighs_more_unless_told():
     common = [*SHORT, "--t5", "models_t5.pth", "--preserve_prompts", "random_prompt.txt"]
     assert [(p.every, p.weight) for p in (parse_train(common).preserve,)] == [(4, 4.0)]

@@ -2,12 +2,13 @@
 
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import ledger, selective_finetune
-from utils.ledger import Entry, extended, free_ids, ledger_text, read_ledger
+from utils.ledger import Entry, extended, free_ids, is_concept_name, ledger_text, read_ledger
 from utils.slice_files import scaled
 
 fractions = st.fractions(Fraction(1, 40), 1, max_denominator=40)
@@ -50,6 +51,12 @@ def test_the_ledger_comes_back_as_it_was_written():
     written = [entry("0.1", 2, base="a" * 64, start="b" * 64), entry("1/3", 1, strength=0.5, captions=("a\nb", "é"))]
     assert read_ledger({"wan_slices": ledger_text(written)}, "file") == written
     assert read_ledger({}, "file") == []
+
+
+@pytest.mark.parametrize("name", ["a\u3000b", "a\xa0b", "\U0001f469\u200d\U0001f680", "x" * 255], ids=ascii)
+def test_a_concept_can_have_any_name_that_a_file_can_have(name):
+    written = [Entry(ledger.CONTRACT, "0.1", 1, name, 10, "")]
+    assert is_concept_name(name) and read_ledger({"wan_slices": ledger_text(written)}, "file") == written
 
 
 def test_a_slice_that_is_trained_further_is_the_newest_with_all_its_steps():

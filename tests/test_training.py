@@ -10,6 +10,7 @@ from tiny_run import ITEMS, flags, run, write_dataset, write_dit, write_sample_m
 from torch.nn import functional as F
 
 from utils import training
+from utils.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents, write_text
 from utils.checkpoints import readable
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
@@ -167,6 +168,32 @@ def test_a_state_of_another_base_is_refused(folder):
         run(folder, "--resume", str(folder / "out" / "one-state"), "--dit", str(folder / "other.safetensors"))
 
 
+def test_a_state_of_the_same_base_with_another_slice_in_it_is_refused(folder):
+    other = folder / "other.safetensors"
+    run(folder, "--ffid", "1", "--max_train_epochs", "1")
+    shutil.copy(folder / "out" / "one.safetensors", other)
+    run(folder, "--save_state", "--max_train_epochs", "1")
+    with pytest.raises(InputError, match="base_ledger_sha256"):
+        run(folder, "--resume", str(folder / "out" / "one-state"), "--dit", str(other))
+
+
+def test_a_state_of_other_pictures_or_texts_of_the_same_shapes_is_refused(folder, tmp_path):
+    shutil.copy(folder / "base.safetensors", tmp_path)
+    write_dataset(tmp_path)
+    run(tmp_path, "--save_state", "--max_train_epochs", "1")
+    latents, text = image_latents_path(tmp_path / "pics", "wide0", (32, 16)), text_path(tmp_path / "pics", "wide1")
+    for path, change in (
+        (latents, lambda: write_latents(latents, read_latents(latents) + 1, (32, 16))),
+        (text, lambda: write_text(text, read_text(text) + 1, "wide1")),
+    ):
+        before = path.read_bytes()
+        change()
+        with pytest.raises(InputError, match="another run: dataset_sha256"):
+            run(tmp_path, "--resume", "latest")
+        path.write_bytes(before)
+    run(tmp_path, "--resume", "latest", "--max_train_epochs", "2")
+
+
 def test_a_complete_run_can_be_continued_with_more_epochs(folder):
     run(folder, "--save_state", "--max_train_epochs", "1")
     resume = ("--resume", str(folder / "out" / "one-state"))
@@ -281,6 +308,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folder):
         with pytest.raises(InputError, match=told):
             run(folder, *more)
         assert not (folder / "out").exists()
+
+
+def test_what_a_killed_run_left_is_removed_before_room_is_looked_for(folder, monkeypatch):
+    left = folder / "out" / "one.safetensors.tmp"
+    left.parent.mkdir(exist_ok=True)
+    left.touch()
+    room = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=0) if left.exists() else room)
+    run(folder, "--max_train_epochs", "1")
+    assert (folder / "out" / "one.safetensors").is_file()
 
 
 def test_an_output_that_is_the_base_is_refused(folder):

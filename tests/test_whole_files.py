@@ -1,6 +1,7 @@
 """Files are written whole or not at all: killed at every step of the writer, on a full disk, by hostile names."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -89,7 +90,6 @@ class _Counted:
 
 @posix
 def test_a_killed_state_leaves_the_old_state_or_the_new_one(tmp_path):
-    """The writer's file object is passed to torch.save, so the steps are those of the real thing."""
     folder, seen = tmp_path / "a-state", set()
     for point in range(1, 200):
         save_state(folder, {"seed": "1"}, {"step": 1, "values": torch.zeros(1000)})
@@ -154,14 +154,51 @@ def test_room_is_looked_for_before_the_first_byte(tmp_path):
     assert names_of(tmp_path) == {"a"}
 
 
+def test_samples_of_a_run_whose_name_begins_alike_stay(tmp_path):
+    left = ["a_e000001_00_20260102030405_000.png.tmp", "a_000012_01_20260102030405_7.mp4.tmp"]
+    others = ["a_b_e000001_00_20260102030405_000.png.tmp", "a_000012_01_20260102030405_7.mp4"]
+    (tmp_path / "sample").mkdir()
+    for name in [*left, *others]:
+        (tmp_path / "sample" / name).touch()
+    remove_unfinished(SaveConfig(tmp_path, "a"))
+    assert names_of(tmp_path / "sample") == set(others)
+
+
+def test_what_a_killed_run_left_is_room(tmp_path, monkeypatch):
+    (tmp_path / "a.tmp").write_bytes(OLD)
+    free = shutil.disk_usage(tmp_path)._replace(free=len(NEW) - 1)
+    room = shutil.disk_usage(tmp_path)._replace(free=len(NEW))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free if (tmp_path / "a.tmp").exists() else room)
+    with whole_file(tmp_path / "a", len(NEW)) as file:
+        file.write(NEW)
+    assert (tmp_path / "a").read_bytes() == NEW and names_of(tmp_path) == {"a"}
+
+
+def test_a_folder_that_is_missing_is_made_or_told(tmp_path):
+    with whole_file(tmp_path / "b" / "c" / "a") as file:
+        file.write(NEW)
+    assert (tmp_path / "b" / "c" / "a").read_bytes() == NEW
+    (tmp_path / "one-state").touch()
+    with pytest.raises(SliceError, match=r"state\.pt could not be written"):
+        save_state(tmp_path / "one-state", {}, {})
+
+
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 from utils.cli import run
-from utils.slices import main
-run(main)
 """
+APPLY = FULL + "from utils.slices import main; run(main)"
+SAVE_STATE = (
+    FULL
+    + """
+import torch
+from pathlib import Path
+from utils.training_state import save_state
+run(lambda _: save_state(Path("a-state"), {}, {"values": torch.zeros(100_000)}))
+"""
+)
 
 
 @posix
@@ -171,13 +208,25 @@ def test_a_disk_that_fills_up_ends_with_one_line_and_leaves_the_old_file(tmp_pat
     before = names_of(tmp_path)
     command = ["apply", "base.safetensors", "one.slice.safetensors", "-o", "out.safetensors"]
     ended = subprocess.run(
-        [sys.executable, "-c", FULL, *command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", APPLY, *command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: out.safetensors could not be written ([Errno 27] File too large); older")
     assert ended.stderr.count("\n") == 1
     assert (tmp_path / "out.safetensors").read_bytes() == OLD and names_of(tmp_path) == before
+
+
+@posix
+def test_a_disk_that_fills_up_under_a_state_ends_with_one_line_and_leaves_the_old_one(tmp_path):
+    save_state(tmp_path / "a-state", {}, {"step": 1})
+    ended = subprocess.run(
+        [sys.executable, "-c", SAVE_STATE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert ended.stderr.startswith("error: a-state/state.pt could not be written ([Errno 27] File too large); older")
+    assert load_state(tmp_path / "a-state") == {"step": 1} and names_of(tmp_path / "a-state") == {"state.pt"}
 
 
 def test_a_full_disk_while_a_state_is_saved_leaves_the_older_state(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Which files a run writes: their names, their turns, how many are kept, whether they can be written."""
 
-import glob
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,8 +128,11 @@ def remove_unfinished(config: SaveConfig) -> None:
     """Deletes what a run of this name left half written when it was killed."""
     stem = re.escape(config.name) + r"(-\d{6}|-step\d{8})?"
     half_written = re.compile(f"{stem}({'|'.join(map(re.escape, KINDS.values()))})\\.tmp")
-    for path in config.folder.glob(f"sample/{glob.escape(config.name)}_*.tmp"):
-        path.unlink()
+    # As training_samples names them; another run's name may begin with this one's and an underscore.
+    sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)\.tmp")
+    for path in config.folder.glob("sample/*.tmp"):
+        if sample.fullmatch(path.name):
+            path.unlink()
     for path in [*config.folder.glob("*.tmp"), *config.folder.glob(f"*{STATE}/*.tmp")]:
         in_state = re.fullmatch(stem + STATE, path.parent.name) and path.parent != config.folder
         if in_state or half_written.fullmatch(path.name):
@@ -139,13 +141,18 @@ def remove_unfinished(config: SaveConfig) -> None:
                 path.parent.rmdir()
 
 
-def remove_expired(save: Save) -> None:
-    """Deletes the files and states that `save` ends."""
+def remove_expired(save: Save) -> list[str]:
+    """Deletes the files and states that `save` ends; lines on those that cannot be deleted come back."""
+    lines = []
     for path in save.expired:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:  # on Windows, what another program has open
+            lines.append(f"could not delete {path} ({error.strerror}): delete it by hand")
+    return lines
 
 
 def readable(count: int) -> str:
@@ -159,7 +166,7 @@ def _save(config: SaveConfig, stem, number: int, expired: tuple[int | None, int 
     paths: list[Path] = []
     if expired[0] and expired[0] > 0:
         paths += _files(config, stem(config, expired[0])).values()
-    if expired[1] and expired[1] > 0:
+    if config.save_state and expired[1] and expired[1] > 0:
         paths.append(config.folder / f"{stem(config, expired[1])}{STATE}")
     state = config.folder / f"{stem(config, number)}{STATE}" if config.save_state else None
     return Save(_files(config, stem(config, number)), state, tuple(paths))

@@ -14,6 +14,7 @@ from utils.cli import Parser, refuse_flags
 from utils.dataset_config import read_dataset_config
 from utils.files import existing_file, read_toml
 from utils.flow_matching import TimestepConfig
+from utils.ledger import is_concept_name
 from utils.lr_schedules import ScheduleConfig
 from utils.optimizers import OptimizerConfig
 from utils.preservation import PreserveConfig
@@ -41,6 +42,7 @@ _COUNTS = (
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     """The run that the flags describe; InputError, in one line, if it cannot be. Nothing is written."""
     flags = _parse(argv)
+    _check_text(flags)
     _check_slice(flags)
     _check_required(flags)
     _check_numbers(flags)
@@ -115,6 +117,14 @@ def _as_arguments(tables: dict, path: Path) -> list[str]:
     return arguments
 
 
+def _check_text(flags: Namespace) -> None:
+    """Files and metadata are written in UTF-8, which a text of other bytes would only break at the first save."""
+    for name, value in vars(flags).items():
+        for text in map(str, value if isinstance(value, list) else [value]):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"--{name} {text!a} is not UTF-8: write or name it anew in UTF-8")
+
+
 def _check_slice(flags: Namespace) -> None:
     if flags.ff is None:
         raise InputError(
@@ -132,6 +142,11 @@ def _check_required(flags: Namespace) -> None:
             raise InputError(f"--{name} is missing")
     if not flags.output_name or set(flags.output_name) & set('/\\:*?"<>|'):
         raise InputError(f"--output_name {flags.output_name} must be a file name without a folder; see --output_dir")
+    if not is_concept_name(flags.output_name):
+        raise InputError(
+            f"--output_name {flags.output_name[:40]!a} names the concept in files: 255 characters are allowed, "
+            "control characters are not"
+        )
 
 
 def _check_numbers(flags: Namespace) -> None:

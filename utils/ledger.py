@@ -6,6 +6,7 @@ Imports no torch, so that a command can list a folder of files at once.
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
@@ -100,6 +101,11 @@ def extended(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
     return [*(other for other in entries if other not in earlier), entry]
 
 
+def is_concept_name(text: str) -> bool:
+    """Whether a ledger may name a concept so: 255 characters at the most, none that steers a terminal."""
+    return len(text) <= 255 and not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
 def free_ids(entries: Sequence[Entry], ff: str) -> tuple[int, int, int | None]:
     """How many ids of `ff` no entry touches, of how many, and the first of them.
 
@@ -158,8 +164,7 @@ def _entry(fields: object, source: object) -> Entry:
             raise InputError(f"{source}: its ledger has an entry that is no slice; the file is damaged")
     hashes = all(value is None or (isinstance(value, str) and _HASH.fullmatch(value)) for value in (base, start))
     told = (
-        len(name) <= 200
-        and name.isprintable()
+        is_concept_name(name)
         and isinstance(date, str | None)
         and len(date or "") <= 40
         and (date or "").isprintable()

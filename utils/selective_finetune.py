@@ -583,24 +583,30 @@ def write_safetensors(
 
 @contextmanager
 def whole_file(path: Path, size: int = 0) -> Iterator:
-    """A binary file that takes the name `path` once it is complete and on disk; SliceError if it cannot be written."""
+    """A binary file that takes the name `path` once it is complete and on disk, its folder made if missing.
+
+    SliceError if it cannot be written.
+    """
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        if (free := shutil.disk_usage(path.parent).free) < size:
-            raise OSError(f"it needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        if os.name == "posix":  # a rename is durable once its folder is; Windows opens no folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.unlink(missing_ok=True)  # what a killed run left there takes room
+        try:
+            if (free := shutil.disk_usage(path.parent).free) < size:
+                raise OSError(f"it needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
+            with unfinished.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            if os.name == "posix":  # a rename is durable once its folder is; Windows opens no folder
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise SliceError(f"{path} could not be written ({error}); older files are as they were") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # ---- musubi-tuner: --network_module selective_finetune --network_args ff=0.001 ffid=1

@@ -122,9 +122,10 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
     if config.resume:
         check_state(config.resume, settings)
-    saving_lines = check_plan(config, header, plan)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
+    accelerator.wait_for_everyone()  # what is half written takes room, which every process looks for
+    saving_lines = check_plan(config, header, plan)
     say_what_is_read(config, header, dataset, say)
     samples = None
     if config.samples and accelerator.is_main_process:
@@ -422,7 +423,7 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         lines = write_files(save.files, run.trained, run.header, run.below, metadata, concept)
         if run.debug:
             lines += run.debug.after_save(save.files.get("checkpoint"), place.step, run.accelerator.trackers)
-        remove_expired(save)
+        lines += remove_expired(save)
         paths = [*map(str, save.files.values()), *([save.state.name] if save.state else [])]
         for line in [*lines, f"saved {' and '.join(paths)}"]:
             _say_beside_bar(run, line)

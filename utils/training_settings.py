@@ -7,7 +7,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from utils.cache_files import read_latents, read_text
 from utils.dataset import TrainingDataset
+from utils.ledger import KEY
 from utils.preservation import prompts_hash
 from utils.selective_finetune import TrainedSlice, base_identity, slice_digest, value_digest
 from utils.slice_files import SlicesOnBase
@@ -74,7 +76,7 @@ def other_settings(config: TrainConfig, plan: TrainingPlan, dataset: TrainingDat
         "num_epochs": plan.epochs,
         "max_train_steps": plan.steps,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "datasets": json.dumps(dataset.describe(), ensure_ascii=False),
+        "datasets": json.dumps(dataset.describe()),
         "sd_model_name": config.dit.name,
         "vae_name": config.vae.name if config.vae else "",
     }
@@ -82,9 +84,10 @@ def other_settings(config: TrainConfig, plan: TrainingPlan, dataset: TrainingDat
 
 
 def base_settings(header: CheckpointHeader, below: SlicesOnBase) -> dict[str, str]:
-    """What is trained on: --dit's identity, and the slices on top of it."""
+    """What is trained on: --dit's identity, the slices that it holds, and those on top of it."""
+    ledger = hashlib.sha256(header.metadata.get(KEY, "").encode()).hexdigest()
     slices = ", ".join(f"{file.entry.label} {file.digest[:12]}" for file in below.files)
-    return {"base_sha256": base_identity(header.files), "slices": slices}
+    return {"base_sha256": base_identity(header.files), "base_ledger_sha256": ledger, "slices": slices}
 
 
 def start_hash(trained: TrainedSlice) -> dict[str, str]:
@@ -94,5 +97,8 @@ def start_hash(trained: TrainedSlice) -> dict[str, str]:
 
 
 def _dataset_hash(dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> str:
-    items = [(item.name, item.bucket, item.frames, item.text_shape) for item in dataset.items]
-    return hashlib.sha256(json.dumps([items, batches]).encode()).hexdigest()
+    """The SHA-256 of what the run sees and in which order; not of files, whose metadata have no fixed order."""
+    items = [(item.name, item.bucket, item.frames, item.text_shape, item.caption) for item in dataset.items]
+    latents = [value_digest(read_latents(item.latents)).hex() for item in dataset.items]
+    texts = [value_digest(read_text(path)).hex() for path in dict.fromkeys(item.text for item in dataset.items)]
+    return hashlib.sha256(json.dumps([items, latents, texts, batches]).encode()).hexdigest()

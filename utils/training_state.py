@@ -1,5 +1,6 @@
 """The state folder that --resume continues from: one file, complete on disk or not there."""
 
+import io
 import pickle
 import re
 from collections.abc import Mapping
@@ -11,19 +12,21 @@ from torch import Tensor
 from utils.selective_finetune import whole_file
 from wan.errors import InputError
 
-_FORMAT = 2
+_FORMAT = 3
 _FILE = "state.pt"
 
 
 def save_state(folder: Path, settings: Mapping[str, str], state: Mapping) -> None:
     """Writes `state` (tensors, numbers, containers) and the `settings` that it is valid for into `folder`.
 
-    SliceError if the disk is full; a state that was there before is then as it was.
+    SliceError if it cannot be written; a state that was there before is then as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     content = _on_cpu({"format": _FORMAT, "settings": dict(settings), "state": dict(state)})
-    with whole_file(folder / _FILE, _tensor_bytes(content)) as file:
-        torch.save(content, file)
+    # In memory, because torch tells of a file that takes no more as of an error of its own.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with whole_file(folder / _FILE, buffer.tell()) as file:
+        file.write(buffer.getbuffer())
 
 
 def check_state(folder: Path, settings: Mapping[str, str]) -> None:
@@ -74,10 +77,3 @@ def _on_cpu(value):
     if isinstance(value, list | tuple):
         return type(value)(_on_cpu(entry) for entry in value)
     return value
-
-
-def _tensor_bytes(value) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_tensor_bytes, values))
