@@ -131,6 +131,14 @@ def test_staging_brings_weights_larger_than_its_buffers(timing, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(targets, weights(), strict=True))
 
 
+def test_the_staging_thread_is_told_its_device_once():
+    device = FakeDevice()
+    link, target = BackgroundCopies(device), torch.zeros(4)
+    for _ in range(2):
+        link.wait(link.copy(target, torch.ones(4), device.mark()))
+    assert device.threads == ["copies_0"]
+
+
 def test_a_failure_in_the_staging_thread_is_not_lost():
     link = BackgroundCopies(FakeDevice())
     copied = link.copy(torch.zeros(4), torch.zeros(5), FakeDevice().mark())

@@ -158,7 +158,7 @@ class BackgroundCopies:
         self._buffers = [backend.host_buffer(STAGING_BYTES) for _ in range(2)] if backend.page_locks else []
         self._read = [backend.mark() for _ in self._buffers]  # when the device has read each
         self._turn = 0
-        self._thread = ThreadPoolExecutor(1, "copies")
+        self._thread = ThreadPoolExecutor(1, "copies", initializer=backend.begin_thread)
         self._ahead = ThreadPoolExecutor(1, "read-ahead")
 
     def copy(self, target: Tensor, source: Tensor, after) -> Future:
