@@ -64,10 +64,18 @@ def test_no_piece_is_as_large_as_a_gibibyte():
 
 
 @pytest.mark.parametrize("locks", [0, 1])
-def test_a_page_lock_that_fails_ends_in_staging_with_nothing_locked(locks, small_pieces):
+@pytest.mark.parametrize(
+    ("limit", "note"),
+    [
+        (29_999, "page-locking failed (the limit of `ulimit -l` is 29,999 bytes)"),
+        (host_memory._UNLIMITED, "page-locking failed"),
+    ],
+)
+def test_a_page_lock_that_fails_ends_in_staging_with_nothing_locked(limit, note, locks, small_pieces, monkeypatch):
+    monkeypatch.setattr(host_store, "memlock_limit", lambda: limit)
     device, moved = FakeDevice(locks=locks), weights()
     store = make_host_store(moved, "pinned", device, mapped=True)
-    assert store.mode == "staged" and "ulimit -l" in store.note and device.locked == {}
+    assert store.mode == "staged" and store.note == note and device.locked == {}
     assert len(device.lock_calls) == locks + 1  # none is tried after the failure
     assert all(torch.equal(a, b) for a, b in zip(moved, weights(), strict=True))
 
@@ -137,6 +145,16 @@ def test_the_staging_thread_is_told_its_device_once():
     for _ in range(2):
         link.wait(link.copy(target, torch.ones(4), device.mark()))
     assert device.threads == ["copies_0"]
+
+
+def test_the_staging_thread_itself_may_end_it():
+    device = FakeDevice("lazy")
+    link, target = BackgroundCopies(device), torch.zeros(4)
+    link.copy(target, torch.ones(4), device.mark())
+    link._thread.submit(link.drain).result(timeout=10)
+    assert torch.equal(target, torch.ones(4))
+    with pytest.raises(RuntimeError, match="shutdown"):
+        link.copy(target, torch.ones(4), device.mark())
 
 
 def test_a_failure_in_the_staging_thread_is_not_lost():
