@@ -10,10 +10,12 @@ import gc
 import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,11 +101,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     print(heading(device), flush=True)
     deadline = time.monotonic() + 60 * flags.minutes
     rows, reference = [], {}
-    for placing in PLACINGS:
-        for row in attempt(placing.name, deadline, lambda p=placing: measure(p, config, device, deadline, reference)):
-            rows.append(row)
-            print(f"# {row}", flush=True)
-    print_table(rows)
+    try:
+        for placing in PLACINGS:
+            measured = attempt(
+                placing.name, deadline, lambda p=placing: measure(p, config, device, deadline, reference)
+            )
+            for row in measured:
+                rows.append(row)
+                print(f"# {row}", flush=True)
+    finally:
+        print_table(rows)
     return rows
 
 
@@ -116,10 +123,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def heading(device: torch.device) -> str:
     """What was measured, on what."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (dry run)"
-    line = f"{name}, {platform.system()}, PyTorch {torch.__version__}, commit {git.stdout.strip() or 'unknown'}"
+    line = f"{name}, {platform.system()}, PyTorch {torch.__version__}, commit {commit()}"
     return f"{line}\n{copy_rates(device)}" if device.type == "cuda" else line
+
+
+def commit() -> str:
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    told = subprocess.run([git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return told.stdout.strip() or "unknown"
 
 
 def copy_rates(device: torch.device) -> str:
@@ -149,6 +163,8 @@ def attempt(what: str, deadline: float, rows: Callable[[], Iterator[Row]]) -> It
         print(f"# {what}: out of device memory", flush=True)
     except InputError as error:
         print(f"# {what}: {error}", flush=True)
+    except RuntimeError as error:  # libraries' own words for memory that they do not get, on the device or the host
+        print(f"# {what}: {str(error).partition(chr(10))[0]}", flush=True)
     gc.collect()  # a streamed layer refers to itself through its forward
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -177,6 +193,8 @@ def measure(
         f"# {placing.name}: placed in {time.perf_counter() - started:.0f} s; {memory_line(placement, device)}",
         flush=True,
     )
+    if is_gpu and placement.streamer and placement.streamer.link is not backend:
+        placement.streamer.link.wait = backend.wait
     placed = Placed(placing.name, model, trained, placement, [backend, inputs.backend])
     equal = equality(placed, PICTURE if is_gpu else SMALL, reference)
     second = 0.0
@@ -227,10 +245,11 @@ class TimedBackend(CudaBackend):
         super().__init__(device)
         self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def wait(self, event: torch.cuda.Event) -> None:
+    def wait(self, event: torch.cuda.Event | Future) -> None:
+        """Also for BackgroundCopies: while the host waits for a copy to be on its way, the device waits with it."""
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record(torch.cuda.current_stream(self.device))
-        super().wait(event)
+        super().wait(event.result() if isinstance(event, Future) else event)
         after.record(torch.cuda.current_stream(self.device))
         self.waits.append((before, after))
 

@@ -34,6 +34,7 @@ class FakeDevice:
         self.tick = 0
         self.lock = threading.RLock()  # a staging thread copies too
         self.queue = []
+        self.threads = []
         self.copied = []  # (target address, bytes)
 
     def mark(self):
@@ -67,6 +68,9 @@ class FakeDevice:
     def drain(self):
         with self.lock:
             self._run(len(self.queue))
+
+    def begin_thread(self):
+        self.threads.append(threading.current_thread().name)
 
     def host_buffer(self, size):
         return torch.empty(size, dtype=torch.uint8)

@@ -89,3 +89,17 @@ def test_a_forward_without_its_backward_does_no_harm():
     run, resident = Run(BlockInputs(BLOCKS, "cpu", FakeDevice("random"))), Run(None)
     loss_of(run.model, 5)
     assert all(torch.equal(a, b) for a, b in zip(run.gradients(1), resident.gradients(1), strict=True))
+
+
+def test_a_backward_after_the_next_forward_is_refused():
+    run, resident = Run(BlockInputs(BLOCKS, "cpu", FakeDevice())), Run(None)
+    older, newer = loss_of(run.model, 0), loss_of(run.model, 1)
+    newer.backward()
+    loss_of(resident.model, 1).backward()
+    pairs = zip(run.trained.parameters(), resident.trained.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
+    with pytest.raises(RuntimeError, match="forward 1 after forward 2 has begun"):
+        older.backward()
+    older, newer = loss_of(run.model, 0), loss_of(run.model, 1)
+    with pytest.raises(RuntimeError, match="call backward before the next forward"):
+        (older + newer).backward()

@@ -4,6 +4,7 @@ import io
 import re
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from utils import generation
 from utils.outputs import to_frames
 from utils.prompts import SamplePrompt
 from utils.sampling import decode_latent, encode_samples, resolve_sample, sample_prompt
@@ -321,3 +323,12 @@ def test_a_slice_of_another_model_is_refused_before_anything_is_encoded(files, t
         with pytest.raises(InputError, match=told):
             made(files, tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_a_numbered_gpu_becomes_the_current_one(device, chosen, tmp_path, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(generation, "_decode_latent_files", lambda config, say: [])
+    config = SimpleNamespace(save_path=tmp_path, latent_paths=("latent",), device=torch.device(device))
+    assert generation.generate(config, print) == [] and current == chosen

@@ -1,8 +1,13 @@
 """The GPU benchmark's dry run: every placing and optimizer is measured, and found equal, on the CPU."""
 
 import importlib.util
+import shutil
+from concurrent.futures import Future
 
 import gpu
+import pytest
+import torch
+from test_swap_backend import DEVICE, cuda  # noqa: F401
 
 BLOCK = 2 * (8 * 48 * 48 + 2 * 48 * 96)  # of the tiny model
 
@@ -31,3 +36,58 @@ def test_without_bitsandbytes_its_row_says_so(capsys, monkeypatch):
 def test_what_there_is_no_time_for_is_left_out(capsys):
     assert gpu.main(["--dry-run", "--minutes", "0"]) == []
     assert capsys.readouterr().out.count("left out, no time") == len(gpu.PLACINGS)
+
+
+def test_it_runs_without_git(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert gpu.heading(torch.device("cpu")).endswith("commit unknown")
+
+
+def test_a_placing_that_fails_is_said_and_the_others_are_measured(capsys, monkeypatch):
+    place = gpu.place_model
+
+    def fail_once(model, device, blocks, *args, **kwargs):
+        if blocks == 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nmore")
+        return place(model, device, blocks, *args, **kwargs)
+
+    monkeypatch.setattr(gpu, "place_model", fail_once)
+    monkeypatch.setattr(gpu, "PLACINGS", gpu.PLACINGS[:3])
+    assert [row.placing for row in gpu.main(["--dry-run"])[::2]] == ["S = 0", "S = 40"]
+    assert "# S = 24: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\n#" in (
+        capsys.readouterr().out
+    )
+
+
+def test_what_was_measured_is_shown_after_an_interrupt(capsys, monkeypatch):
+    measure = gpu.measure
+
+    def interrupted(placing, *args):
+        if placing is gpu.PLACINGS[1]:
+            raise KeyboardInterrupt
+        return measure(placing, *args)
+
+    monkeypatch.setattr(gpu, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--dry-run"])
+    assert capsys.readouterr().out.count("\n| S = 0 ") == 2
+
+
+def test_a_stall_begins_before_the_host_waits_for_the_copying_thread(cuda, monkeypatch):  # noqa: F811
+    backend, of_event = gpu.TimedBackend(DEVICE), torch.cuda.Event
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: of_event())
+
+    class Promise(Future):
+        def result(self):
+            cuda.calls.append("the host waits")
+            return copied
+
+    copied = backend.copy(torch.zeros(1), torch.ones(1), backend.mark())
+    cuda.calls.clear()
+    backend.wait(Promise())
+    assert cuda.calls == [
+        ("compute", "records"),
+        "the host waits",
+        ("compute", "waits for", "copy"),
+        ("compute", "records"),
+    ]

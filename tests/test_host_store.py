@@ -64,10 +64,18 @@ def test_no_piece_is_as_large_as_a_gibibyte():
 
 
 @pytest.mark.parametrize("locks", [0, 1])
-def test_a_page_lock_that_fails_ends_in_staging_with_nothing_locked(locks, small_pieces):
+@pytest.mark.parametrize(
+    ("limit", "note"),
+    [
+        (29_999, "page-locking failed (the limit of `ulimit -l` is 29,999 bytes)"),
+        (host_memory._UNLIMITED, "page-locking failed"),
+    ],
+)
+def test_a_page_lock_that_fails_ends_in_staging_with_nothing_locked(limit, note, locks, small_pieces, monkeypatch):
+    monkeypatch.setattr(host_store, "memlock_limit", lambda: limit)
     device, moved = FakeDevice(locks=locks), weights()
     store = make_host_store(moved, "pinned", device, mapped=True)
-    assert store.mode == "staged" and "ulimit -l" in store.note and device.locked == {}
+    assert store.mode == "staged" and store.note == note and device.locked == {}
     assert len(device.lock_calls) == locks + 1  # none is tried after the failure
     assert all(torch.equal(a, b) for a, b in zip(moved, weights(), strict=True))
 
@@ -131,6 +139,24 @@ def test_staging_brings_weights_larger_than_its_buffers(timing, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(targets, weights(), strict=True))
 
 
+def test_the_staging_thread_is_told_its_device_once():
+    device = FakeDevice()
+    link, target = BackgroundCopies(device), torch.zeros(4)
+    for _ in range(2):
+        link.wait(link.copy(target, torch.ones(4), device.mark()))
+    assert device.threads == ["copies_0"]
+
+
+def test_the_staging_thread_itself_may_end_it():
+    device = FakeDevice("lazy")
+    link, target = BackgroundCopies(device), torch.zeros(4)
+    link.copy(target, torch.ones(4), device.mark())
+    link._thread.submit(link.drain).result(timeout=10)
+    assert torch.equal(target, torch.ones(4))
+    with pytest.raises(RuntimeError, match="shutdown"):
+        link.copy(target, torch.ones(4), device.mark())
+
+
 def test_a_failure_in_the_staging_thread_is_not_lost():
     link = BackgroundCopies(FakeDevice())
     copied = link.copy(torch.zeros(4), torch.zeros(5), FakeDevice().mark())
@@ -138,16 +164,40 @@ def test_a_failure_in_the_staging_thread_is_not_lost():
         link.wait(copied)
 
 
-def test_the_room_in_a_container_counts_not_the_machine(tmp_path):
-    (tmp_path / "memory.max").write_text("8000\n")
-    (tmp_path / "memory.current").write_text("5000\n")
-    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 1500\n")
-    assert host_memory._cgroup_room(tmp_path) == 8000 - (5000 - 1500)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert host_memory._cgroup_room(tmp_path) >= 10**18
+def write_cgroup(folder, limit, usage, inactive, version=2):
+    names = {1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), 2: ("max", "current", "inactive_file")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"memory.{names[version][0]}").write_text(f"{limit}\n")
+    (folder / f"memory.{names[version][1]}").write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 3000\n{names[version][2]} {inactive}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "top", "own"),
+    [(2, ".", "0::{}\n"), (1, "memory", "9:name=systemd:/x\n4:cpu,memory:{}\n")],
+)
+def test_the_least_room_of_the_own_cgroup_and_those_above_counts(version, top, own, tmp_path):
+    told = tmp_path / "own"
+    write_cgroup(tmp_path / top, 8000, 5000, 1500, version)
+    write_cgroup(tmp_path / top / "user" / "job", "max" if version == 2 else 2**63 - 4096, 10, 0, version)
+    write_cgroup(tmp_path / top / "other", 1, 0, 0, version)
+    rooms = []
+    for path, limit in (("/", 0), ("/user/job", 0), ("/user/job", 3000), ("/not/mounted/here", 3000)):
+        if limit:
+            write_cgroup(tmp_path / top / "user", limit, 2000, 500, version)
+        told.write_text(own.format(path))
+        rooms.append(host_memory._cgroup_room(tmp_path, told))
+    assert rooms == [8000 - (5000 - 1500), 8000 - (5000 - 1500), 3000 - (2000 - 500), 8000 - (5000 - 1500)]
+
+
+def test_without_cgroups_there_is_no_limit(tmp_path):
+    write_cgroup(tmp_path, "max", 5000, 0)
+    assert host_memory._cgroup_room(tmp_path, tmp_path / "none") >= 10**18
+    (tmp_path / "own").write_text("0::/\n")
+    assert host_memory._cgroup_room(tmp_path, tmp_path / "own") >= 10**18
 
 
 def test_local_processes_share_the_memory(monkeypatch):
-    monkeypatch.setattr(host_memory, "_cgroup_room", lambda root: 10_000)
+    monkeypatch.setattr(host_memory, "_cgroup_room", lambda *_: 10_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert host_memory.available_bytes() == 2500

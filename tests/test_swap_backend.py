@@ -25,7 +25,7 @@ class Cuda:
 
     def cudaHostUnregister(self, address):
         self.calls.append(("unlock",))
-        return 0
+        return self.code
 
 
 class _Stream:
@@ -53,6 +53,8 @@ def cuda(monkeypatch):
     cuda = Cuda()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: cuda.copying)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: cuda.calls.append(("current device", device)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: cuda.computing)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
 
@@ -90,13 +92,20 @@ def test_a_refused_page_lock_is_told_and_its_error_taken_off_the_device(cuda, mo
         launched.append(device)
         raise torch.AcceleratorError("out of memory")  # the pending error of the page lock
 
-    backend, region = CudaBackend(DEVICE), torch.empty(8192, dtype=torch.uint8)
+    backend, region = CudaBackend(torch.device("cuda:1")), torch.empty(8192, dtype=torch.uint8)
     monkeypatch.setattr(torch, "ones", launch)
     assert backend.page_lock(region) and launched == []
     cuda.code = 2
-    assert not backend.page_lock(region) and launched == [DEVICE]
+    assert not backend.page_lock(region) and launched == [backend.device]
     backend.page_unlock(region)
+    assert launched == 2 * [backend.device]
     assert cuda.calls == [("lock", 8192, 1), ("lock", 8192, 1), ("unlock",)]
+
+
+def test_a_thread_copies_on_the_device_that_was_current_when_it_was_chosen(cuda):
+    backend = CudaBackend(DEVICE)
+    backend.begin_thread()
+    assert cuda.calls == [("current device", torch.device("cuda:3"))] and backend.device.index == 3
 
 
 def test_small_buffers_are_ordinary_memory_where_page_locked_memory_is_refused(cuda, monkeypatch):

@@ -18,6 +18,7 @@ from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.selective_finetune import SliceError, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
+from wan.model import WanModel
 
 FP32, BF16 = ("--mixed_precision", "no"), ("--mixed_precision", "bf16")
 
@@ -238,6 +239,27 @@ def test_every_item_of_the_run_has_its_own_number(folder, monkeypatch):
     monkeypatch.setattr(training, "draw_uniforms", record)
     run(folder, "--gradient_accumulation_steps", "2")
     assert numbers == list(range(2 * len(ITEMS)))
+
+
+def test_nothing_is_moved_between_forward_and_loss(folder, monkeypatch):
+    events = []
+
+    def recording(owner, name):
+        original = getattr(owner, name)
+
+        def record(*args, **kwargs):
+            result = original(*args, **kwargs)
+            events.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, record)
+
+    recording(torch.Tensor, "to")
+    recording(WanModel, "forward")
+    recording(training, "flow_loss")
+    run(folder)
+    after = [events[number + 1] for number, name in enumerate(events) if name == "forward"]
+    assert after and set(after) == {"flow_loss"}
 
 
 def test_a_sample_shows_the_weights_that_are_saved(folder, sample_flags):

@@ -17,9 +17,10 @@ from utils.swap_backend import CudaBackend, HostBackend, make_backend
 
 @dataclass(frozen=True)
 class _Away:
-    """Stands in autograd's graph for the input of block `number`."""
+    """Stands in autograd's graph for the input of block `number` in forward number `forward`."""
 
     number: int
+    forward: int
     shape: torch.Size
     dtype: torch.dtype
 
@@ -35,6 +36,7 @@ class BlockInputs:
         self._locks: LockedMemory | None = None
         self._leaving: list[tuple[Tensor, object]] = []  # inputs on their way to the host, with the event of their end
         self._coming: dict[int, object] = {}  # block -> the event of its input's arrival on the device
+        self._forward = 0  # how many have begun; the host has the inputs of the latest only
 
     def around(self, number: int, forward: Callable[..., Tensor], x: Tensor, *shared) -> Tensor:
         """`forward(x, *shared)`, of checkpointed block `number`; what autograd saves of x goes to the host."""
@@ -50,12 +52,13 @@ class BlockInputs:
             # The blocks share their other arguments, so nothing would be gained by moving those.
             if (saved.data_ptr(), saved.shape) != (address, shape):
                 return saved
-            return (number, saved) if number == self.blocks - 1 else self._send(number, saved)
+            return (number, self._forward, saved) if number == self.blocks - 1 else self._send(number, saved)
 
         with saved_tensors_hooks(pack, self._unpack):
             return forward(x, *shared)
 
     def _begin(self, x: Tensor) -> None:
+        self._forward += 1
         self._leaving, self._coming = [], {}
         if self.host and x.nbytes <= self.host[0].nbytes:
             return
@@ -75,7 +78,7 @@ class BlockInputs:
             self.host = [self.backend.host_buffer(size) for _ in range(self.blocks - 1)]
 
     def _send(self, number: int, x: Tensor) -> _Away:
-        away = _Away(number, x.shape, x.dtype)
+        away = _Away(number, self._forward, x.shape, x.dtype)
         self._leaving.append((x, self.backend.copy(_view(self.host[number], away), x, self.backend.mark())))
         self._release(keep=1)
         return away
@@ -84,17 +87,26 @@ class BlockInputs:
         match packed:
             case Tensor():
                 return packed
-            case (number, x):
+            case (number, forward, x):
+                self._check_latest(forward)
                 self._release(keep=0)
-                self._fetch(_Away(number - 1, x.shape, x.dtype))
+                self._fetch(_Away(number - 1, forward, x.shape, x.dtype))
                 return x
-            case _Away(number, shape, dtype):
+            case _Away(number, forward, shape, dtype):
+                self._check_latest(forward)
                 if number not in self._coming:
                     self._fetch(packed)
                 self.backend.wait(self._coming.pop(number))
                 # All of the block above has been enqueued, so its buffer is free for the block below.
-                self._fetch(_Away(number - 1, shape, dtype))
+                self._fetch(_Away(number - 1, forward, shape, dtype))
                 return _view(self._buffers[number % 2], packed)
+
+    def _check_latest(self, forward: int) -> None:
+        if forward != self._forward:
+            raise RuntimeError(
+                f"backward of forward {forward} after forward {self._forward} has begun: block inputs on the host are "
+                "kept for one forward at a time, so call backward before the next forward"
+            )
 
     def _release(self, keep: int) -> None:
         """Lets go of sent inputs but the last `keep`; computing first waits for their copies to have been made."""

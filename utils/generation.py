@@ -81,6 +81,8 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
     InputError, before anything is encoded or written, if a file does not fit.
     """
     outputs.remove_unfinished(config.save_path)
+    if config.device.type == "cuda" and config.device.index is not None:
+        torch.cuda.set_device(config.device)  # for what knows no device: kernels of libraries, new events
     if config.latent_paths:
         return _decode_latent_files(config, say)
     experts = _read_experts(config, say)

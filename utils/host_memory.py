@@ -14,14 +14,17 @@ from pathlib import Path
 import psutil
 from torch import Tensor
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# The names of a limit, of what is in use, and in memory.stat of the file pages in it that can be dropped.
+_CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
+_CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _UNLIMITED = 1 << 60
 _WILL_NEED = 3  # madvise(2)
 
 
 def available_bytes() -> int:
     """Bytes that this process may still take: free RAM or what its cgroup leaves, shared by the local processes."""
-    free = min(psutil.virtual_memory().available, _cgroup_room(_CGROUP))
+    free = min(psutil.virtual_memory().available, _cgroup_room(_CGROUPS, _OWN_CGROUPS))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -52,14 +55,25 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _cgroup_room(root: Path) -> int:
-    """What the cgroup (version 2 or 1) mounted at `root` leaves; file pages that it can drop count as free."""
-    for limit, usage, stat, inactive in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
-        if (root / limit).is_file() and (text := (root / limit).read_text().strip()) != "max":
-            stats = dict(line.split() for line in (root / stat).read_text().splitlines())
-            used = int((root / usage).read_text()) - int(stats.get(inactive, 0))
-            return int(text) - used
-    return _UNLIMITED
+def _cgroup_room(root: Path, own: Path) -> int:
+    """The least that a cgroup of this process or one above it leaves; file pages that it can drop count as free.
+
+    `root` is where they are mounted (version 2 or 1), `own` the file that tells the process's.
+    """
+    rooms = [_UNLIMITED]
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # In a container the path may be the machine's, of which only the root is to be seen here.
+        group = Path(path.lstrip("/"))
+        top, files = (root / "memory", _CGROUP_1) if controllers else (root, _CGROUP_2)
+        rooms += [_room_in(top / folder, *files) for folder in (group, *group.parents)]
+    return min(rooms)
+
+
+def _room_in(folder: Path, limit: str, usage: str, inactive: str) -> int:
+    if not (folder / limit).is_file() or (text := (folder / limit).read_text().strip()) == "max":
+        return _UNLIMITED
+    stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return int(text) - (int((folder / usage).read_text()) - int(stats.get(inactive, 0)))

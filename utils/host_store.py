@@ -4,6 +4,7 @@
 file itself; the kernel keeps of it what fits. From the latter two a thread copies through small page-locked buffers.
 """
 
+import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,8 +112,9 @@ def _page_locked(weights: Sequence[nn.Parameter], total: int, backend: CudaBacke
     if not locks.failed:
         return HostStore("pinned", total, locks=locks)
     locks.release()
-    note = f"page-locking failed (the limit of `ulimit -l` is {memlock_limit():,} bytes)"
-    return HostStore("staged", total, note)
+    limit = memlock_limit()
+    reason = f" (the limit of `ulimit -l` is {limit:,} bytes)" if limit < total else ""
+    return HostStore("staged", total, f"page-locking failed{reason}")
 
 
 def _pieces(weights: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -146,6 +148,11 @@ def as_weight(memory: Tensor, weight: Tensor) -> Tensor:
     return memory[: weight.nbytes].view(weight.dtype).view(weight.shape)
 
 
+def _begin_thread(backend: HostBackend | CudaBackend, own: list[int]) -> None:
+    own.append(threading.get_ident())
+    backend.begin_thread()
+
+
 class BackgroundCopies:
     """A link from ordinary memory, or a mapped file, to a device: a thread does what would keep the host waiting.
 
@@ -158,7 +165,9 @@ class BackgroundCopies:
         self._buffers = [backend.host_buffer(STAGING_BYTES) for _ in range(2)] if backend.page_locks else []
         self._read = [backend.mark() for _ in self._buffers]  # when the device has read each
         self._turn = 0
-        self._thread = ThreadPoolExecutor(1, "copies")
+        self._own: list[int] = []  # the thread's identifier
+        # Not a method: the thread would hold on to this object.
+        self._thread = ThreadPoolExecutor(1, "copies", initializer=_begin_thread, initargs=(backend, self._own))
         self._ahead = ThreadPoolExecutor(1, "read-ahead")
 
     def copy(self, target: Tensor, source: Tensor, after) -> Future:
@@ -173,8 +182,12 @@ class BackgroundCopies:
 
     def drain(self) -> None:
         """The host waits for all copies; there can be none after."""
-        self._thread.shutdown()
-        self.backend.drain()
+        # The garbage collector may run this in the thread itself, which cannot wait for its own end.
+        inside = threading.get_ident() in self._own
+        try:
+            self._thread.shutdown(wait=not inside, cancel_futures=inside)
+        finally:
+            self.backend.drain()
 
     def _copy(self, target: Tensor, source: Tensor, after):
         target, source = (tensor.view(-1).view(torch.uint8) for tensor in (target, source))

@@ -116,7 +116,8 @@ def ask_teacher(
 
     It writes weights, so it belongs before the student's forward or after its backward, never between.
     """
-    context = [text_SD.to(noisy_BCFHW.device) for text_SD in draw_texts(preserved.sources, generators)]
+    drawn = draw_texts(preserved.sources, generators)
+    context = [text_SD.to(noisy_BCFHW.device, non_blocking=True) for text_SD in drawn]
     with trained.at_strength(0):
         return Answers(context, model(noisy_BCFHW, t_B, context))
 

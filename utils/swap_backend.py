@@ -38,6 +38,9 @@ class HostBackend:
     def drain(self) -> None:
         """The host waits for all copies: before memory goes that they read or write."""
 
+    def begin_thread(self) -> None:
+        """To be called first in a thread that copies."""
+
     def host_buffer(self, size: int) -> Tensor:
         """uint8 [size] of host memory that copies quickly."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -49,9 +52,11 @@ class CudaBackend:
     page_locks = True
 
     def __init__(self, device: torch.device):
-        self.device = device
+        # With its number: "cuda" alone means another GPU where a thread has its own current one.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
         # A stream of its own, so that copies run beside kernels; nothing is ever computed on it.
-        self.copies = torch.cuda.Stream(device)
+        self.copies = torch.cuda.Stream(self.device)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -75,6 +80,9 @@ class CudaBackend:
     def drain(self) -> None:
         self.copies.synchronize()
 
+    def begin_thread(self) -> None:
+        torch.cuda.set_device(self.device)
+
     def host_buffer(self, size: int) -> Tensor:
         """Page-locked where that works; ordinary memory copies too, only slower."""
         try:
@@ -86,17 +94,20 @@ class CudaBackend:
 
     def page_lock(self, region: Tensor) -> bool:
         """Page-locks `region` where it lies, for all of CUDA; False, with no error left behind, if it cannot be."""
-        code = torch.cuda.cudart().cudaHostRegister(region.data_ptr(), region.nbytes, _HOST_REGISTER_PORTABLE)
+        cudart = torch.cuda.cudart()
+        return self._succeeded(cudart.cudaHostRegister(region.data_ptr(), region.nbytes, _HOST_REGISTER_PORTABLE))
+
+    def page_unlock(self, region: Tensor) -> None:
+        """Ends page_lock(); to be called before the memory is freed. A refusal leaves no error behind."""
+        self._succeeded(torch.cuda.cudart().cudaHostUnregister(region.data_ptr()))
+
+    def _succeeded(self, code: int) -> bool:
         if int(code) != _CUDA_SUCCESS:
             self._clear_error()
         return int(code) == _CUDA_SUCCESS
 
-    def page_unlock(self, region: Tensor) -> None:
-        """Ends page_lock(); to be called before the memory is freed."""
-        torch.cuda.cudart().cudaHostUnregister(region.data_ptr())
-
     def _clear_error(self) -> None:
-        # A failed page lock stays pending and would hit the next kernel; torch has no cudaGetLastError, but a kernel
-        # launch reports the error and so clears it (torch/csrc/cuda/shared/cudart.cpp has the list of its calls).
+        # A failed call stays pending and would hit the next kernel; torch has no cudaGetLastError, but a kernel launch
+        # reports the error and so clears it (torch/csrc/cuda/shared/cudart.cpp has the list of its calls).
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=self.device)

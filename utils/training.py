@@ -347,8 +347,10 @@ def _backward(
     u_B = draw_uniforms(timesteps, generators, run.seed, first_item)
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
     noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
-    noisy_BCFHW, t_B, target_BCFHW = (x.to(device) for x in add_noise(latents_BCFHW, noise_BCFHW, sigma_B))
-    pairs = [([text_SD.to(device) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
+    # All of it before the forward: a copy between it and backward would have the host wait for the device.
+    moved = (*add_noise(latents_BCFHW, noise_BCFHW, sigma_B), sigma_B)
+    noisy_BCFHW, t_B, target_BCFHW, sigma_B = (x.to(device, non_blocking=True) for x in moved)
+    pairs = [([text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
     if preserves:
         # Before the student's forward, since the teacher's weights are written into the student's.
         of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
@@ -358,7 +360,7 @@ def _backward(
     for number, (context, wanted_BCFHW, weight) in enumerate(pairs):
         # One backward for each, so that one graph at a time is held.
         predicted_BCFHW = run.model(noisy_BCFHW, t_B, context)
-        loss = flow_loss(predicted_BCFHW, wanted_BCFHW, sigma_B.to(device), timesteps.weighting) / batches_of_step
+        loss = flow_loss(predicted_BCFHW, wanted_BCFHW, sigma_B, timesteps.weighting) / batches_of_step
         run.scaler.scale(weight * loss).backward()
         losses[number] = loss.detach()
     return losses
