@@ -194,6 +194,11 @@ def test_a_name_that_the_ledger_would_not_take_is_told_before_training(name):
     assert parse_train([*SHORT, "--output_name", "a\u3000b"]).save.name == "a\u3000b"
 
 
+def test_a_name_too_long_for_the_names_of_files_is_told_before_training():
+    assert "has 201 bytes, 200 are allowed" in refusal(*SHORT, "--output_name", "\xe9" * 100 + "x")
+    assert len(parse_train([*SHORT, "--output_name", "x" * 200]).save.name) == 200
+
+
 @pytest.mark.parametrize("flag", ["--output_name", "--training_comment", "--dit", "--slices"])
 def test_a_text_that_no_file_could_take_is_told_before_training(flag):
     assert f"{flag} 'a\\udcff' is not UTF-8" in refusal(*SHORT, flag, "a\udcff")

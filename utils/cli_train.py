@@ -38,6 +38,8 @@ _COUNTS = (
     "preserve_every",
 )
 
+_LONGEST_NAME = 200  # bytes, of the 255 that a file's name has; a sample's adds up to 50
+
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     """The run that the flags describe; InputError, in one line, if it cannot be. Nothing is written."""
@@ -146,6 +148,11 @@ def _check_required(flags: Namespace) -> None:
         raise InputError(
             f"--output_name {flags.output_name[:40]!a} names the concept in files: 255 characters are allowed, "
             "control characters are not"
+        )
+    if (size := len(flags.output_name.encode())) > _LONGEST_NAME:
+        raise InputError(
+            f"--output_name has {size} bytes, {_LONGEST_NAME} are allowed: with what is added to it (steps, times), it "
+            "has to be a file's name"
         )
 
 
