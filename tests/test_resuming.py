@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from tiny_run import run, write_dataset, write_dit, write_sample_models
+from tiny_run import run, write_inputs, write_sample_models
 
 from utils import training
 from wan.errors import InputError
@@ -23,10 +23,7 @@ COMMON = (*BF16, "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_dit(folder / "base.safetensors")
-    write_dataset(folder)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
+from tiny_run import CONFIG, flags, run, write_dit, write_inputs, write_sample_models
 
 from utils.block_swap import weight_sizes
 from utils.cli_train import parse_train
@@ -24,10 +24,7 @@ BF16 = ("--mixed_precision", "bf16", "--gradient_checkpointing")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_dit(folder / "base.safetensors")
-    write_dataset(folder)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("run"))
 
 
 def swap(*given):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_run import ITEMS, flags, run, write_dataset, write_dit, write_sample_models
+from tiny_run import ITEMS, flags, run, write_dataset, write_dit, write_inputs, write_sample_models
 from torch.nn import functional as F
 
 from utils import training
@@ -25,10 +25,7 @@ FP32, BF16 = ("--mixed_precision", "no"), ("--mixed_precision", "bf16")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_dit(folder / "base.safetensors")
-    write_dataset(folder)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

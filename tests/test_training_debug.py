@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import CONFIG, run, write_dataset, write_dit
+from tiny_run import CONFIG, run, write_inputs
 from torch import nn
 
 from utils import training, training_debug
@@ -23,10 +23,7 @@ DEBUG = ("--mixed_precision", "bf16", "--training_debug")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("debug")
-    write_dit(folder / "base.safetensors")
-    write_dataset(folder)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("debug"))
 
 
 @pytest.fixture

@@ -46,6 +46,13 @@ def write_dataset(folder: Path) -> Path:
     return folder / "data.toml"
 
 
+def write_inputs(folder: Path) -> Path:
+    """What every run reads: the base checkpoint, the dataset with its caches; the folder."""
+    write_dit(folder / "base.safetensors")
+    write_dataset(folder)
+    return folder
+
+
 def write_sample_models(folder: Path) -> list[str]:
     """The oracle's VAE and text encoder as files, a prompt file; the flags that name them."""
     for name, file in (("vae_wan21", "vae.safetensors"), ("umt5_encoder", "t5.safetensors")):
