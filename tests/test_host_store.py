@@ -99,6 +99,12 @@ def test_weights_that_do_not_fit_into_the_memory_are_refused(mode, monkeypatch):
     assert make_host_store(weights(), "auto", FakeDevice(), mapped=True).mode == "mapped"
 
 
+def test_auto_leaves_what_is_reserved(monkeypatch):
+    monkeypatch.setattr(host_store, "available_bytes", lambda: host_store._RESERVE_BYTES + 40_000)
+    for reserved, mode in {0: "pinned", 9_000: "pinned", 11_000: "mapped"}.items():
+        assert make_host_store(weights(), "auto", FakeDevice(), mapped=True, reserved=reserved).mode == mode
+
+
 def test_weights_in_memory_are_moved_piece_by_piece(small_pieces):
     given, alive = weights(), []
 

@@ -40,18 +40,18 @@ class HostStore:
 
 
 def make_host_store(
-    weights: Sequence[nn.Parameter], mode: str, backend: HostBackend | CudaBackend, mapped: bool
+    weights: Sequence[nn.Parameter], mode: str, backend: HostBackend | CudaBackend, mapped: bool, reserved: int = 0
 ) -> HostStore:
     """Moves the weights' data to where `mode` has them; `mapped` says whether they are a file's own bytes so far.
 
-    Where page-locking fails, what was locked is unlocked and the weights are staged. InputError where `mode` needs more
-    memory than there is.
+    "auto" leaves `reserved` bytes of RAM for what else the job keeps there. Where page-locking fails, what was locked
+    is unlocked and the weights are staged. InputError where `mode` needs more memory than there is.
     """
     total = sum(weight.nbytes for weight in weights)
     # Weights that are in memory already leave it piece by piece, as they are moved.
     available = available_bytes() + (0 if mapped else total)
     if mode == "auto":
-        mode = choose_mode(total, backend.page_locks, mapped, available, page_locks_are_cheap())
+        mode = choose_mode(total, backend.page_locks, mapped, available - reserved, page_locks_are_cheap())
     if mode != "mapped" and total > available:
         raise InputError(
             f"--host_weights {mode} needs {readable(total)} of RAM, {readable(available)} are free: use mapped, or "
