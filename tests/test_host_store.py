@@ -1,7 +1,9 @@
 """Where streamed weights wait: the choice, page locks and their failures, staging through small buffers."""
 
 import gc
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,12 @@ def test_weights_that_do_not_fit_into_the_memory_are_refused(mode, monkeypatch):
     assert make_host_store(weights(), "auto", FakeDevice(), mapped=True).mode == "mapped"
 
 
+def test_auto_leaves_what_is_reserved(monkeypatch):
+    monkeypatch.setattr(host_store, "available_bytes", lambda: host_store._RESERVE_BYTES + 40_000)
+    for reserved, mode in {0: "pinned", 9_000: "pinned", 11_000: "mapped"}.items():
+        assert make_host_store(weights(), "auto", FakeDevice(), mapped=True, reserved=reserved).mode == mode
+
+
 def test_weights_in_memory_are_moved_piece_by_piece(small_pieces):
     given, alive = weights(), []
 
@@ -117,6 +125,28 @@ def test_locked_memory_is_locked_once_and_freed_after_its_lock():
     assert region.nbytes >= 10_000 and device.locked == {region.data_ptr(): region.nbytes}
     memory.release()
     assert device.locked == {}
+
+
+def goes_to_forks(region):
+    """As the kernel tells it, in proc(5): "dc" is for "do not copy area on fork"."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if "-" in name and not name.endswith(":"):
+            start, end = (int(address, 16) for address in name.split("-"))
+            inside = start <= region.data_ptr() < end
+        elif inside and name == "VmFlags:":
+            return "dc" not in values
+    raise AssertionError("no such memory")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the flags of memory are Linux's")
+def test_page_locked_memory_is_kept_from_forks():
+    memory = LockedMemory(FakeDevice(locks=1))
+    locked, refused = memory.region(10_000), memory.region(10_000)
+    assert not goes_to_forks(locked) and goes_to_forks(refused)
+    memory.release()
+    assert goes_to_forks(locked)
 
 
 def test_memory_is_unlocked_after_the_copies_that_read_it():

@@ -1,6 +1,7 @@
 """The flags of block swapping, and whole runs with them: the same checkpoint, the base untouched, little memory."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import CONFIG, flags, run, write_dit, write_inputs, write_sample_models
 
+from utils import training
 from utils.block_swap import weight_sizes
 from utils.cli_train import parse_train
 from utils.swap_flags import add_swap_flags, read_swap, size
@@ -78,6 +80,28 @@ def test_block_inputs_go_to_the_host_of_checkpointed_runs_only(folder):
     assert parse_train(flags(folder, *BF16, offload)).offload_block_inputs
     with pytest.raises(InputError, match="needs --gradient_checkpointing"):
         parse_train(flags(folder, offload))
+
+
+def test_the_weights_leave_the_memory_that_block_inputs_will_take(folder, monkeypatch):
+    reserved, inputs = [], []
+    read_dit, place, make_inputs = training.read_dit, training.place_model, training.BlockInputs
+
+    def read_as_on_a_gpu(config, device):
+        return read_dit(dataclasses.replace(config, offload_block_inputs=False), device)
+
+    def record_place(*args, **kwargs):
+        reserved.append(kwargs["reserved"])
+        return place(*args, **kwargs)
+
+    def record_inputs(*args):
+        inputs.append(make_inputs(*args))
+        return inputs[-1]
+
+    monkeypatch.setattr(training, "read_dit", read_as_on_a_gpu)
+    monkeypatch.setattr(training, "place_model", record_place)
+    monkeypatch.setattr(training, "BlockInputs", record_inputs)
+    run(folder, *BF16, "--gradient_checkpointing_cpu_offload")
+    assert reserved == [sum(memory.nbytes for memory in inputs[0].host)] and reserved[0] > 0
 
 
 def test_what_the_device_cannot_do_is_refused_before_the_model_loads(folder):

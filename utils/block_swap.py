@@ -47,11 +47,13 @@ def place_model(
     swap: SwapConfig | None = None,
     mapped: bool = False,
     backend: HostBackend | CudaBackend | None = None,
+    reserved: int = 0,
 ) -> Placement:
     """Moves the model to `device`, but for what streams from the host: `blocks_to_swap` blocks, or as `swap` says.
 
-    `mapped`: the block matrices are a file's own bytes so far. With a trained slice (attach it first) what stays on the
-    device becomes private memory, since the slice is written into it. InputError if swap.weights_vram is too little.
+    `mapped`: the block matrices are a file's own bytes so far; `reserved`: bytes of RAM to leave for other uses.
+    With a trained slice (attach it first) what stays on the device becomes private memory, since the slice is written
+    into it. InputError if swap.weights_vram is too little.
     """
     device, swap = torch.device(device), swap or SwapConfig()
     backend = backend or make_backend(device)
@@ -65,7 +67,7 @@ def place_model(
     if not streamed:
         return Placement(resident_bytes)
 
-    store = make_host_store([linear.weight for linear in streamed], swap.host_weights, backend, mapped)
+    store = make_host_store([linear.weight for linear in streamed], swap.host_weights, backend, mapped, reserved)
     return Placement(
         device_bytes=resident_bytes + plan.slot_bytes,
         buffer_bytes=plan.slot_bytes,

@@ -19,7 +19,7 @@ _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
 _CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _UNLIMITED = 1 << 60
-_WILL_NEED = 3  # madvise(2)
+_WILL_NEED, _DONT_FORK, _DO_FORK = 3, 10, 11  # madvise(2)
 
 
 def available_bytes() -> int:
@@ -45,9 +45,18 @@ def memlock_limit() -> int:
 
 def read_ahead(tensor: Tensor) -> None:
     """Has the system read the file pages under `tensor` (CPU, contiguous) in large pieces; where it cannot, no harm."""
+    _advise(tensor, _WILL_NEED)
+
+
+def share_with_forks(pages: Tensor, share: bool) -> None:
+    """Whether forked processes get `pages`, whole ones; of those that are page-locked Linux makes real copies."""
+    _advise(pages, _DO_FORK if share else _DONT_FORK)
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
     if sys.platform == "linux" and tensor.device.type == "cpu":
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), _WILL_NEED)
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), advice)
 
 
 @functools.cache

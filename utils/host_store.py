@@ -4,6 +4,7 @@
 file itself; the kernel keeps of it what fits. From the latter two a thread copies through small page-locked buffers.
 """
 
+import mmap
 import threading
 import weakref
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoints import readable
-from utils.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead
+from utils.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead, share_with_forks
 from utils.swap_backend import CudaBackend, HostBackend
 from wan.errors import InputError
 
@@ -24,7 +25,7 @@ PIECE_BYTES = (1 << 30) - 1
 STAGING_BYTES = 64 << 20
 # For the system, Python, CUDA's libraries, data loaders.
 _RESERVE_BYTES = 6 << 30
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE
 _ALIGNMENT = 256
 
 
@@ -39,18 +40,18 @@ class HostStore:
 
 
 def make_host_store(
-    weights: Sequence[nn.Parameter], mode: str, backend: HostBackend | CudaBackend, mapped: bool
+    weights: Sequence[nn.Parameter], mode: str, backend: HostBackend | CudaBackend, mapped: bool, reserved: int = 0
 ) -> HostStore:
     """Moves the weights' data to where `mode` has them; `mapped` says whether they are a file's own bytes so far.
 
-    Where page-locking fails, what was locked is unlocked and the weights are staged. InputError where `mode` needs more
-    memory than there is.
+    "auto" leaves `reserved` bytes of RAM for what else the job keeps there. Where page-locking fails, what was locked
+    is unlocked and the weights are staged. InputError where `mode` needs more memory than there is.
     """
     total = sum(weight.nbytes for weight in weights)
     # Weights that are in memory already leave it piece by piece, as they are moved.
     available = available_bytes() + (0 if mapped else total)
     if mode == "auto":
-        mode = choose_mode(total, backend.page_locks, mapped, available, page_locks_are_cheap())
+        mode = choose_mode(total, backend.page_locks, mapped, available - reserved, page_locks_are_cheap())
     if mode != "mapped" and total > available:
         raise InputError(
             f"--host_weights {mode} needs {readable(total)} of RAM, {readable(available)} are free: use mapped, or "
@@ -92,6 +93,7 @@ class LockedMemory:
         region = room[start : start + -(-size // _PAGE) * _PAGE]
         if not self.failed and self.backend.page_lock(region):
             self._locked.append(region)
+            share_with_forks(region, False)  # data loaders' workers have no use for it
         else:
             self.failed = True
         return region
@@ -100,7 +102,9 @@ class LockedMemory:
 def _unlock_all(backend: CudaBackend, regions: list[Tensor]) -> None:
     backend.drain()
     while regions:
-        backend.page_unlock(regions.pop())
+        region = regions.pop()
+        backend.page_unlock(region)
+        share_with_forks(region, True)
 
 
 def _page_locked(weights: Sequence[nn.Parameter], total: int, backend: CudaBackend) -> HostStore:

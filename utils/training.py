@@ -51,7 +51,7 @@ from utils.training_checks import check_dataset, check_plan, latent_sizes, read_
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_debug import TrainingDebug
 from utils.training_plan import TrainingPlan, first_items, plan_training
-from utils.training_report import inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
+from utils.training_report import input_bytes, inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
 from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
 from utils.training_slices import ledger_lines, read_slices, write_files
@@ -139,7 +139,16 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     if config.gradient_checkpointing:
         checkpoint_blocks(model, inputs)
     mapped = file_dtype(header) == model.dtype and not config.slices
-    placement = place_model(model, accelerator.device, config.blocks_to_swap, trained, config.swap, mapped)
+    input_size = input_bytes(model, dataset, batches) if config.offload_block_inputs else 0
+    placement = place_model(
+        model,
+        accelerator.device,
+        config.blocks_to_swap,
+        trained,
+        config.swap,
+        mapped,
+        reserved=(len(model.blocks) - 1) * input_size,
+    )
     optimizer = build_optimizer(config.optimizer, trained.parameters())
 
     settings |= start_hash(trained)
@@ -170,7 +179,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     lines += preserve_lines(preserved, below.entries, config.dit)
     lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
     if inputs is not None:
-        lines.append(inputs_line(model, dataset, batches))
+        lines.append(inputs_line(len(model.blocks), input_size))
     for line in [*lines, plan_line(plan, processes), *saving_lines]:
         say(line)
     _start_trackers(run)

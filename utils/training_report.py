@@ -37,12 +37,16 @@ def slice_memory(trained: TrainedSlice, model: WanModel) -> str:
     return f"the slice takes {readable(slice_bytes)} there, {optimizer} more; activations come on top"
 
 
-def inputs_line(model: WanModel, dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> str:
-    """What the inputs of all blocks but the last take on the host, for the largest batch."""
+def input_bytes(model: WanModel, dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> int:
+    """The input of one block, for the largest batch."""
     tokens = max(sum(_tokens(dataset.items[number], model) for number in batch) for batch in batches)
-    size = tokens * model.config.dim * model.dtype.itemsize
+    return tokens * model.config.dim * model.dtype.itemsize
+
+
+def inputs_line(blocks: int, size: int) -> str:
+    """What the inputs of all blocks but the last, each of `size` bytes, take on the host."""
     return (
-        f"block inputs wait on the host: up to {readable((len(model.blocks) - 1) * size)} of RAM, "
+        f"block inputs wait on the host: up to {readable((blocks - 1) * size)} of RAM, "
         f"{readable(2 * size)} of buffers on the device"
     )
 
