@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,19 +286,27 @@ def loss_of(model: WanModel, size: Size, device: torch.device, seed: int) -> Ten
     return (model(x, times, context) - target).square().mean()
 
 
+@contextmanager
+def one_order_of_sums() -> Iterator[None]:
+    """Attention's backward adds up in any order unless it is told not to, and cuDNN's cannot be; timing goes without."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def equality(placed: Placed, size: Size, reference: dict[str, list[Tensor]]) -> str:
     """Two steps at the same values: loss and gradients while the order is learned, and when it is replayed."""
     found = []
-    # Attention's backward adds up in any order unless it is told not to, and cuDNN's cannot be; timing goes without.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    for _ in range(2):
-        loss = loss_of(placed.model, size, placed.device, 0)
-        loss.backward()
-        found.append([loss.detach().cpu(), *(p.grad.cpu() for p in placed.trained.parameters())])
-        placed.trained.zero_grad()
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    with one_order_of_sums():
+        for _ in range(2):
+            loss = loss_of(placed.model, size, placed.device, 0)
+            loss.backward()
+            found.append([loss.detach().cpu(), *(p.grad.cpu() for p in placed.trained.parameters())])
+            placed.trained.zero_grad()
     if not reference:
         reference["values"] = found[0]
         reference["name"] = placed.name
