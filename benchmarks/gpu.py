@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -288,7 +288,7 @@ def loss_of(model: WanModel, size: Size, device: torch.device, seed: int) -> Ten
 
 @contextmanager
 def one_order_of_sums() -> Iterator[None]:
-    """Attention's backward adds up in any order unless it is told not to, and cuDNN's cannot be; timing goes without."""
+    """Attention's backward adds up in any order unless it is told not to; cuDNN's cannot be told. Slower."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
