@@ -203,6 +203,19 @@ def test_what_trains_stays_on_its_device_while_the_weights_stay_on_another(optim
         assert len(states) >= 2 and (parameter != 0).any()
 
 
+def test_compiled_blocks_have_the_gradients_of_plain_ones():
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)) for _ in range(2))
+    model, x, found = nn.ModuleDict({"blocks": blocks}), torch.randn(4, 16), []
+    trained = attach_slice(model, "0.1", 1)
+    for compiled in (False, True):
+        for block in blocks if compiled else ():
+            block.compile(backend="eager", fullgraph=True)
+        blocks[1](blocks[0](x)).square().sum().backward()
+        found.append([parameter.grad for parameter in trained.parameters()])
+        trained.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def linked_copy(matrix, host):
     staged = host.clone()
     matrix.write(staged)
