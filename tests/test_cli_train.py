@@ -168,10 +168,13 @@ MISTAKES = {
     "--sample_prompts random_prompt.txt --sample_at_first --vae no.pth --t5 models_t5.pth": "no.pth does not exist",
     "--preserve_every 4": "no effect without --preserve_prompts",
     "--preserve_weight 1": "no effect without --preserve_prompts",
-    "--preserve_prompts auto": "needs --t5",
+    "--preserve_prompts auto": "need --t5",
     "--preserve_prompts auto --t5 models_t5.pth --preserve_every 0": "1 or more",
     "--preserve_prompts auto --t5 models_t5.pth --preserve_weight 0": "above 0",
     "--preserve_prompts none.txt --t5 models_t5.pth": "none.txt does not exist",
+    "--preserve_answers none.safetensors --t5 models_t5.pth": "none.safetensors does not exist",
+    "--preserve_answers none.safetensors": "need --t5",
+    "--save_answers -1": "0 or more",
     "--log_with tensorboard": "needs --logging_dir",
     "--log_prefix x": "no effect without logging",
     "--logging_dir logs --wandb_run_name x": "--log_with wandb",
@@ -206,7 +209,7 @@ def test_a_text_that_no_file_could_take_is_told_before_training(flag):
 
 def test_the_preservation_of_fewer_steps_weighs_more_unless_told():
     common = [*SHORT, "--t5", "models_t5.pth", "--preserve_prompts", "random_prompt.txt"]
-    assert [(p.every, p.weight) for p in (parse_train(common).preserve,)] == [(4, 4.0)]
+    assert [(p.every, p.weight) for p in (parse_train(common).preserve,)] == [(1, 1.0)]
     every, weight = ("--preserve_every", "10"), ("--preserve_weight", "2")
     assert parse_train([*common, *every]).preserve.weight == 10
     both = parse_train([*common, "auto", *every, *weight]).preserve

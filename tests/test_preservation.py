@@ -18,7 +18,8 @@ from utils.block_swap import place_model
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
-from utils.preservation import CAPTIONS_KEPT, Preservation, ask_teacher, draw_texts, most_frequent
+from utils.kept_answers import OldPrompt
+from utils.preservation import CAPTIONS_KEPT, EncodedPrompt, ask_teacher, draw_prompts, most_frequent
 from utils.selective_finetune import attach_slice, read_ledger, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -74,7 +75,7 @@ class Reference:
         config = parse_train(flags(folder))
         self.dataset, self.timesteps = build_training_dataset(config.dataset), config.timesteps
         encoder = load_text_encoder(folder / "t5.safetensors", folder / "spiece.model", text_len=8)
-        self.old = [encoder([prompt])[0] for prompt in PROMPTS]
+        self.old = [EncodedPrompt(OldPrompt(prompt), encoder([prompt])[0]) for prompt in PROMPTS]
         self.every, self.weight, self.window, self.ranks = every, weight, window, ranks
 
     def losses(self, steps):
@@ -114,7 +115,8 @@ class Reference:
         loss = F.mse_loss(self.model(noisy, t, batch["t5"]), noise - latents)
         if not preserves:
             return loss, torch.zeros(())
-        old = draw_texts([self.old], [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]])
+        drawn = draw_prompts([self.old], [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]])
+        old = [text for text, _ in drawn]
         with torch.no_grad():
             answers = self.teacher(noisy, t, old)
         return loss, F.mse_loss(self.model(noisy, t, old), answers)
@@ -184,18 +186,19 @@ def test_the_teacher_is_the_start_bit_for_bit_and_the_student_comes_back(folder,
     draw = torch.Generator().manual_seed(2)
     noisy, t = torch.randn(3, 16, 1, 2, 4, generator=draw), torch.tensor([900.0, 500.0, 20.0])
     texts = tuple(torch.randn(n, 48, generator=draw).bfloat16() for n in (3, 8))
-    preserved = Preservation((texts,), 1, 1.0)
     with torch.no_grad():
         before = model(noisy, t, [texts[0]] * 3)
-        answers = ask_teacher(preserved, model, trained, noisy, t, [draw] * 3)
-        assert torch.equal(answers.velocity_BCFHW, start(noisy, t, answers.context))
+        asked = [texts[0], texts[1], texts[0]]
+        assert torch.equal(ask_teacher(model, trained, noisy, t, asked), start(noisy, t, asked))
         assert torch.equal(model(noisy, t, [texts[0]] * 3), before)
         assert not torch.equal(start(noisy, t, [texts[0]] * 3), before)
 
 
 def test_sources_are_asked_equally_often_and_all_their_prompts():
-    few, many = (list(range(3)), list(range(100, 130)))
-    asked = draw_texts([few, many], [draw_generator(0, "preserve", entry) for entry in range(900)])
+    few, many = range(3), range(100, 130)
+    sources = [[EncodedPrompt(OldPrompt(""), number) for number in numbers] for numbers in (few, many)]
+    drawn = draw_prompts(sources, [draw_generator(0, "preserve", entry) for entry in range(900)])
+    asked = [text for text, _ in drawn]
     assert set(asked) == {*few, *many}
     assert 400 < sum(number < 3 for number in asked) < 500
     assert all(110 < asked.count(number) < 190 for number in few)
@@ -236,11 +239,12 @@ def test_captions_go_from_the_ledger_into_a_later_run(folder):
     captions = entry_of(folder / "out" / "one.safetensors")["captions"]
     assert sorted(captions) == sorted(f"{name}{i}" for name, count in (("wide", 3), ("high", 5)) for i in range(count))
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
+    second += ("--dataset_config", str(write_dataset(folder / "new", "new")))
     told = "\n".join(run(folder, *second))
     assert "was taught one;" in told and "--preserve_prompts auto" in told
     kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--max_train_epochs", "1")
     told = "\n".join(run(folder, *second, *kept))
-    assert "preserves the answers to 11 prompts, on one step in 4, with weight 4" in told
+    assert "preserves the answers to 11 prompts (0 of them kept), on every step, with weight 1" in told
     assert "was taught" not in told
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.files import writable_folder
+from utils.kept_answers import ENDING
 from wan.errors import InputError
 
 # What --save_as can ask for, and how the names of its files end.
@@ -127,7 +128,7 @@ def check_saves(saves: Sequence[Save], config: SaveConfig, inputs: Sequence[Path
 def remove_unfinished(config: SaveConfig) -> None:
     """Deletes what a run of this name left half written when it was killed."""
     stem = re.escape(config.name) + r"(-\d{6}|-step\d{8})?"
-    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, KINDS.values()))})\\.tmp")
+    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})\\.tmp")
     # As training_samples names them; another run's name may begin with this one's and an underscore.
     sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)\.tmp")
     for path in config.folder.glob("sample/*.tmp"):

@@ -38,6 +38,7 @@ _COUNTS = (
     "preserve_every",
 )
 
+_ANSWERS = 8  # that are kept of a prompt
 _LONGEST_NAME = 200  # bytes, of the 255 that a file's name has; a sample's adds up to 50
 
 
@@ -62,6 +63,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         log=_log(flags),
         samples=_samples(flags),
         preserve=_preserve(flags),
+        save_answers=_save_answers(flags),
         vae=flags.vae,
         mixed_precision=_mixed_precision(flags),
         slices=tuple(existing_file(path, "--slices") for path in flags.slices),
@@ -315,27 +317,42 @@ def _samples(flags: Namespace) -> SampleConfig | None:
 
 
 def _preserve(flags: Namespace) -> PreserveConfig | None:
-    if flags.preserve_prompts is None:
+    prompts = flags.preserve_prompts or []
+    if not (prompts or flags.preserve_answers):
         for name in ("preserve_every", "preserve_weight"):
             if getattr(flags, name) is not None:
-                raise InputError(f"--{name} has no effect without --preserve_prompts, a file of prompts or auto")
+                raise InputError(
+                    f"--{name} has no effect without --preserve_prompts (a file of prompts or auto) or "
+                    "--preserve_answers (a file that an earlier run wrote)"
+                )
         return None
     if flags.t5 is None:
-        raise InputError("--preserve_prompts needs --t5 to encode the prompts")
-    files = [Path(name) for name in flags.preserve_prompts if name != "auto"]
-    every = 4 if flags.preserve_every is None else flags.preserve_every
+        raise InputError("--preserve_prompts and --preserve_answers need --t5 to encode the prompts")
+    files = [Path(name) for name in prompts if name != "auto"]
+    every = 1 if flags.preserve_every is None else flags.preserve_every
     # On average as strong at any --preserve_every.
     weight = float(every) if flags.preserve_weight is None else flags.preserve_weight
     if not 0 < weight < math.inf:
         raise InputError(f"--preserve_weight {weight} must be above 0")
     return PreserveConfig(
         prompts=tuple(line.prompt for file in files for line in read_prompt_file(file)),
-        from_ledger="auto" in flags.preserve_prompts,
+        from_ledger="auto" in prompts,
+        answers=flags.preserve_answers and existing_file(flags.preserve_answers, "--preserve_answers"),
         every=every,
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
     )
+
+
+def _save_answers(flags: Namespace) -> int:
+    """To each prompt; what preserves goes on to be preserved."""
+    count = flags.save_answers
+    if count is None:
+        return _ANSWERS if flags.preserve_prompts or flags.preserve_answers else 0
+    if count < 0:
+        raise InputError(f"--save_answers {count} must be 0 or more")
+    return count
 
 
 def _log(flags: Namespace) -> LogConfig:

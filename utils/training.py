@@ -6,9 +6,10 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 
 import psutil
 import torch
@@ -32,17 +33,17 @@ from utils.checkpoints import (
     stop_state,
 )
 from utils.dataset import TrainingDataset, build_training_dataset, make_loader
-from utils.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
+from utils.flow_matching import TIMESTEPS, add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.interrupts import StopRequest
 from utils.lr_schedules import build_scheduler
 from utils.optimizers import build_optimizer, learning_rates
 from utils.outputs import to_frames
 from utils.preservation import (
+    Answers,
     Preservation,
     ask_teacher,
-    encode_prompts,
     most_frequent,
-    old_prompts,
+    old_answers,
     preserve_lines,
 )
 from utils.selective_finetune import TrainedSlice, attach_slice
@@ -51,6 +52,7 @@ from utils.training_checks import check_dataset, check_plan, latent_sizes, read_
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_debug import TrainingDebug
 from utils.training_plan import TrainingPlan, first_items, plan_training
+from utils.training_preservation import prepare_preservation, read_old_prompts, save_answers
 from utils.training_report import input_bytes, inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
 from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
@@ -118,8 +120,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     processes = accelerator.num_processes
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
-    prompts = old_prompts(config.preserve, below.entries, config.dit) if config.preserve else ()
-    settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
+    identity = base_settings(header, below)
+    prompts = read_old_prompts(config, identity["base_sha256"], below, dataset)
+    settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | identity
     if config.resume:
         check_state(config.resume, settings)
     if accelerator.is_main_process:
@@ -130,7 +133,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     samples = None
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
-    preserved = _prepare_preservation(config, prompts, model_config.text_len, accelerator)
+    preserved = prepare_preservation(config.preserve, prompts, model_config.text_len, accelerator)
 
     model = load_dit(config.dit, COMPUTE_DTYPES[config.mixed_precision], read_only=True, patches=below.patches)
     below.check_starts()
@@ -212,19 +215,6 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
     broadcast_object_list(drawn)
     say(f"seed {drawn[0]} (drawn at random; --seed {drawn[0]} repeats the run)")
     return drawn[0]
-
-
-def _prepare_preservation(
-    config: TrainConfig, prompts: Sequence[Sequence[str]], text_len: int, accelerator: Accelerator
-) -> Preservation | None:
-    """One process encodes for all: the text encoder of 14B models takes 11 GB."""
-    if config.preserve is None:
-        return None
-    texts = [None]
-    if accelerator.is_main_process:
-        texts = [encode_prompts(config.preserve, prompts, text_len, accelerator.device)]
-    broadcast_object_list(texts)
-    return Preservation(texts[0], config.preserve.every, config.preserve.weight)
 
 
 def _resume(run: _Run) -> _Place:
@@ -329,6 +319,8 @@ def _loop(run: _Run, place: _Place, stop: StopRequest) -> None:
             return _stop(run, place, bar)
     _save(run, place, save_at_end(config.save))
     bar.close()
+    if config.save_answers:
+        _save_answers(run, place)
 
 
 def _stop(run: _Run, place: _Place, bar: tqdm) -> None:
@@ -357,21 +349,23 @@ def _backward(
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
     noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
     # All of it before the forward: a copy between it and backward would have the host wait for the device.
-    moved = (*add_noise(latents_BCFHW, noise_BCFHW, sigma_B), sigma_B)
-    noisy_BCFHW, t_B, target_BCFHW, sigma_B = (x.to(device, non_blocking=True) for x in moved)
-    pairs = [([text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
+    moved = add_noise(latents_BCFHW, noise_BCFHW, sigma_B)
+    noisy_BCFHW, t_B, target_BCFHW = (x.to(device, non_blocking=True) for x in moved)
+    context = [text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]]
+    wanted = [Answers(noisy_BCFHW, t_B, context, target_BCFHW, share=1.0)]
     if preserves:
         # Before the student's forward, since the teacher's weights are written into the student's.
         of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
-        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, of_prompts)
-        pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
+        ask = partial(ask_teacher, run.model, run.trained)
+        wanted += old_answers(run.preserved.sources, ask, noisy_BCFHW, t_B, of_prompts)
     losses = torch.zeros(2, device=device)
-    for number, (context, wanted_BCFHW, weight) in enumerate(pairs):
+    for number, own in enumerate(wanted):
         # One backward for each, so that one graph at a time is held.
-        predicted_BCFHW = run.model(noisy_BCFHW, t_B, context)
-        loss = flow_loss(predicted_BCFHW, wanted_BCFHW, sigma_B, timesteps.weighting) / batches_of_step
-        run.scaler.scale(weight * loss).backward()
-        losses[number] = loss.detach()
+        predicted_BCFHW = run.model(own.noisy_BCFHW, own.t_B, own.context)
+        loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.t_B / TIMESTEPS, timesteps.weighting)
+        loss = loss * own.share / batches_of_step
+        run.scaler.scale(run.preserved.weight * loss if number else loss).backward()
+        losses[min(number, 1)] += loss.detach()
     return losses
 
 
@@ -438,6 +432,18 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         paths = [*map(str, save.files.values()), *([save.state.name] if save.state else [])]
         for line in [*lines, f"saved {' and '.join(paths)}"]:
             _say_beside_bar(run, line)
+    run.accelerator.wait_for_everyone()
+
+
+def _save_answers(run: _Run, place: _Place) -> None:
+    """At the end alone: checkpoints from earlier in the run are as well served by them."""
+    if run.accelerator.is_main_process:
+        base, device = run.settings["base_sha256"], run.accelerator.device
+        run.say(
+            save_answers(
+                run.config, base, place.step, run.dataset, run.seed, run.preserved, run.model, run.trained, device
+            )
+        )
     run.accelerator.wait_for_everyone()
 
 

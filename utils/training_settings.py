@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from utils.cache_files import read_latents, read_text
 from utils.dataset import TrainingDataset
+from utils.kept_answers import OldPrompt
 from utils.ledger import KEY
 from utils.preservation import prompts_hash
 from utils.selective_finetune import TrainedSlice, base_identity, slice_digest, value_digest
@@ -24,7 +25,7 @@ def deciding_settings(
     dataset: TrainingDataset,
     batches: Sequence[Sequence[int]],
     processes: int,
-    preserved: Sequence[Sequence[str]],
+    preserved: Sequence[Sequence[OldPrompt]],
 ) -> dict[str, str]:
     """All that decides the run's numbers; `batches` are those of epoch 0, `preserved` the old prompts."""
     timesteps, schedule, optimizer = config.timesteps, config.schedule, config.optimizer
