@@ -14,7 +14,8 @@ from peft.tuners.lora import LoraLayer
 from tiny_world import World, shifted
 from torch import Tensor, nn
 
-from utils.preservation import draw_texts
+from utils.kept_answers import Answer, OldPrompt
+from utils.preservation import Ask, EncodedPrompt, old_answers
 from utils.selective_finetune import attach_slice, block_linears
 from wan.model import WanModel
 
@@ -22,6 +23,7 @@ FF = "0.1"  # ten disjoint slices are the whole line
 LORA_RANK = 10  # 249,600 values; the slice has 245,760
 BATCH = 8
 PRESERVE_EVERY = 4
+ANSWERS = 8  # that are kept of a prompt
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,18 @@ def _nothing() -> None:
     pass
 
 
+def keep(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed: int) -> EncodedPrompt:
+    """What the model answers to the prompt at noise levels that are spread evenly, as a run's answers file keeps it."""
+    draw = torch.Generator().manual_seed(seed)
+    clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (ANSWERS,), generator=draw)]
+    sigma = shifted((torch.arange(ANSWERS) + torch.rand(ANSWERS, generator=draw)) / ANSWERS)
+    noisy = torch.lerp(clean, torch.randn(clean.shape, generator=draw), sigma.view(-1, 1, 1, 1, 1))
+    with torch.no_grad():
+        velocity = model(noisy, 1000 * sigma, [world.text(prompt)] * ANSWERS)
+    answers = tuple(map(Answer, noisy, (1000 * sigma).tolist(), velocity))
+    return EncodedPrompt(OldPrompt(prompt, kept=answers), world.text(prompt))
+
+
 def teach(
     world: World,
     start: Mapping[str, Tensor],
@@ -128,31 +142,29 @@ def teach(
     rate: float,
     steps: int,
     seed: int,
-    preserve: Sequence[Sequence[str]] = (),
+    preserve: Sequence[Sequence[EncodedPrompt]] = (),
     on_step: Callable[[int, WanModel], None] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """Trains `prompt` to draw the latents; the weights, how many values train. `preserve`: old prompts, by source.
 
-    The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine; the teacher is a copy of
-    the start, since not every method can go back to it.
+    The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine; prompts of which no answer
+    is kept are asked of a copy of the start, since not every method can go back to it.
     """
-    model, teacher = world.model(start), world.model(start)
+    model, ask = world.model(start), _asked_of_a_copy(world, start, preserve)
     learner = learn(model)
     optimizer = torch.optim.AdamW(learner.parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draw = torch.Generator().manual_seed(seed)
-    old = [[world.text(prompt) for prompt in prompts] for prompts in preserve if prompts]
     for step in range(1, steps + 1):
         clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (BATCH,), generator=draw)]
         sigma = shifted(torch.rand(BATCH, generator=draw))
         noise = torch.randn(clean.shape, generator=draw)
         noisy, t = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1)), 1000 * sigma
         F.mse_loss(model(noisy, t, [world.text(prompt)] * BATCH), noise - clean).backward()
-        if old and step % PRESERVE_EVERY == 0:
-            asked = draw_texts(old, [draw] * BATCH)
-            with torch.no_grad():
-                answers = teacher(noisy, t, asked)
-            (PRESERVE_EVERY * F.mse_loss(model(noisy, t, asked), answers)).backward()
+        if preserve and step % PRESERVE_EVERY == 0:
+            for old in old_answers(preserve, ask, noisy, t, [draw] * BATCH):
+                loss = F.mse_loss(model(old.noisy_BCFHW, old.t_B, old.context), old.velocity_BCFHW)
+                (PRESERVE_EVERY * old.share * loss).backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -161,3 +173,8 @@ def teach(
         if on_step:
             on_step(step, model)
     return {name: value.detach().clone() for name, value in learner.weights().items()}, learner.values
+
+
+def _asked_of_a_copy(world: World, start: Mapping[str, Tensor], preserve: Sequence[Sequence[EncodedPrompt]]) -> Ask:
+    all_kept = all(prompt.old.kept for source in preserve for prompt in source)
+    return _nothing if all_kept else world.model(start)

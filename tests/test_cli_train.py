@@ -209,7 +209,7 @@ def test_a_text_that_no_file_could_take_is_told_before_training(flag):
 
 def test_the_preservation_of_fewer_steps_weighs_more_unless_told():
     common = [*SHORT, "--t5", "models_t5.pth", "--preserve_prompts", "random_prompt.txt"]
-    assert [(p.every, p.weight) for p in (parse_train(common).preserve,)] == [(1, 1.0)]
+    assert [(p.every, p.weight) for p in (parse_train(common).preserve,)] == [(4, 4.0)]
     every, weight = ("--preserve_every", "10"), ("--preserve_weight", "2")
     assert parse_train([*common, *every]).preserve.weight == 10
     both = parse_train([*common, "auto", *every, *weight]).preserve

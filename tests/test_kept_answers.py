@@ -104,7 +104,7 @@ def test_a_concepts_answers_are_at_its_own_pictures_with_that_caption(folder):
 
 
 def test_the_loss_on_kept_answers_is_that_of_plain_autograd(folder):
-    found = logged(folder, *SGD, *second(folder), "--preserve_weight", "3", "--max_train_epochs", "1")
+    found = logged(folder, *SGD, *second(folder), "--preserve_every", "1", "--max_train_epochs", "1")
     config = parse_train([*flags(folder), *second(folder)])
     dataset = build_training_dataset(config.dataset)
     encoder = load_text_encoder(folder / "t5.safetensors", folder / "spiece.model", text_len=8)
@@ -148,7 +148,7 @@ SIZES = ((2, 4), (4, 2))
 
 def test_along_a_chain_nothing_that_was_kept_changes(folder):
     told = "\n".join(run(folder, *second(folder), "--max_train_epochs", "1"))
-    assert "preserves the answers to 10 prompts (10 of them kept), on every step, with weight 1" in told
+    assert "preserves the answers to 10 prompts (10 of them kept), on one step in 4, with weight 4" in told
     assert "two.answers.safetensors" in told and "16 answers to 8 captions of two, 0 to old prompts, 30" in told
     before, after = (
         answers_of(folder / name, folder) for name in ("first/one.answers.safetensors", "out/two.answers.safetensors")

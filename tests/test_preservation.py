@@ -244,7 +244,7 @@ def test_captions_go_from_the_ledger_into_a_later_run(folder):
     assert "was taught one;" in told and "--preserve_prompts auto" in told
     kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--max_train_epochs", "1")
     told = "\n".join(run(folder, *second, *kept))
-    assert "preserves the answers to 11 prompts (0 of them kept), on every step, with weight 1" in told
+    assert "preserves the answers to 11 prompts (0 of them kept), on one step in 4, with weight 4" in told
     assert "was taught" not in told
 
 

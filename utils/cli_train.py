@@ -329,7 +329,7 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
     if flags.t5 is None:
         raise InputError("--preserve_prompts and --preserve_answers need --t5 to encode the prompts")
     files = [Path(name) for name in prompts if name != "auto"]
-    every = 1 if flags.preserve_every is None else flags.preserve_every
+    every = 4 if flags.preserve_every is None else flags.preserve_every
     # On average as strong at any --preserve_every.
     weight = float(every) if flags.preserve_weight is None else flags.preserve_weight
     if not 0 < weight < math.inf:

@@ -141,12 +141,8 @@ def _prompt(number: int, fields: Mapping, concepts: Sequence[Entry], tensors: Ma
 
 def _answer(key: str, t: float, tensors: Mapping[str, TensorEntry]) -> KeptAnswer:
     kept = KeptAnswer(t, tensors[f"{key}.noisy"], tensors[f"{key}.velocity"])
-    is_answer = kept.velocity.shape == kept.shape and len(kept.shape) == 4 and kept.noisy.numel > 0
-    if (
-        not is_answer
-        or {kept.noisy.dtype, kept.velocity.dtype} != {"F16"}
-        or type(t) is not float
-        or not 0 <= t <= 1000
-    ):
+    shapes, dtypes = {kept.noisy.shape, kept.velocity.shape}, {kept.noisy.dtype, kept.velocity.dtype}
+    is_answer = len(shapes) == 1 and len(kept.shape) == 4 and kept.noisy.numel > 0 and dtypes == {"F16"}
+    if not (is_answer and type(t) is float and 0 <= t <= 1000):
         raise ValueError
     return kept

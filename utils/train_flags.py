@@ -161,7 +161,7 @@ def _add_preservation(parser: ArgumentParser) -> None:
     group.add_argument(
         "--preserve_answers", type=Path, metavar="FILE", help="the NAME.answers.safetensors of the run before"
     )
-    group.add_argument("--preserve_every", type=int, help="on every N-th step (default 1)")
+    group.add_argument("--preserve_every", type=int, help="on every N-th step (default 4)")
     group.add_argument("--preserve_weight", type=float, help="beside the training loss (default --preserve_every)")
     group.add_argument(
         "--save_answers",
