@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.cache_files import latents_shape, read_latents, read_text
 from utils.cached_items import Item
@@ -128,7 +129,8 @@ def save_answers(
         yield from _answers(asked, partial(ask_teacher, model, trained), dataset, device)
         yield from _answers(own, partial(ask_model, model), dataset, device)
 
-    size = write_answers(path, base, answered, new())
+    with tqdm(new(), total=sum(map(len, [*asked, *own])), desc="answers", leave=False) as bar:
+        size = write_answers(path, base, answered, iter(bar))
     kept = sum(len(prompt.old.kept) for prompt in old)
     return (
         f"saved {path} ({size / 1e6:,.1f} MB): {sum(map(len, own))} answers to {len(own)} captions of {concept.name}, "
