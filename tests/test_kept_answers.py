@@ -19,6 +19,7 @@ from utils.kept_answers import Answer, OldPrompt, read_answers, write_answers
 from utils.ledger import CONTRACT, Entry
 from utils.preservation import EncodedPrompt, draw_prompts, old_answers, old_prompts
 from utils.selective_finetune import base_identity
+from utils.slice_list import list_files
 from wan.errors import InputError
 from wan.loading import load_dit
 from wan.text_encoder import load_text_encoder
@@ -263,6 +264,20 @@ def test_what_is_written_is_read_again(tmp_path):
     assert (dog.text, dog.concept, [one.t for one in dog.kept]) == ("a dog", CONCEPT, [3.0])
     assert torch.equal(dog.kept[0].read().velocity_CFHW, own.velocity_CFHW)
     assert torch.equal(cat.kept[1].read().noisy_CFHW, own.noisy_CFHW)
+
+
+def test_the_list_of_files_tells_answers_from_checkpoints(tmp_path):
+    written(tmp_path / "a.answers.safetensors")
+    assert [file.kind for file in list_files([tmp_path / "a.answers.safetensors"])] == ["answers"]
+
+
+def test_a_concept_whose_slice_now_holds_another_one_is_not_preserved(folder):
+    config = parse_train([*flags(folder), *second(folder)])
+    own = Entry(CONTRACT, "0.1", 3, "two", 0, "")
+    for name, count in (("one", 8), ("other", 0)):
+        ledger = [Entry(CONTRACT, "0.1", 2, name, 0, "")]
+        kept = old_prompts(config.preserve, ledger, own, identity(folder), config.dit, ())
+        assert [len(source) for source in kept] == [2, *([count] if count else [])]
 
 
 def broken(change_tensors=None, change_told=None):

@@ -14,14 +14,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from utils.ledger import KEY, Entry, ledger_text, read_ledger
+from utils.ledger import ANSWERS_KEY, KEY, Entry, ledger_text, read_ledger
 from utils.selective_finetune import StoredTensor, write_safetensors
 from wan.errors import InputError
 from wan.safetensors_header import TensorEntry, read_bytes, read_file_header
 from wan.stored_tensors import read_tensor
 
 ENDING = ".answers.safetensors"
-_KEY = "wan_answers"
 _VERSION = 1
 
 
@@ -79,15 +78,15 @@ class OldPrompt:
 def read_answers(path: Path, base: str) -> list[OldPrompt]:
     """The prompts of an answers file; InputError if it is none, or of a model with another base identity."""
     tensors, metadata = read_file_header(path)
-    if _KEY not in metadata:
+    if ANSWERS_KEY not in metadata:
         raise InputError(f"{path} holds no kept answers: give a file that a run wrote as NAME{ENDING}")
     try:
-        told = json.loads(metadata[_KEY])
+        told = json.loads(metadata[ANSWERS_KEY])
         version, theirs = told["version"], told["base"]
         concepts = read_ledger({KEY: told["concepts"]}, path)
         prompts = [_prompt(number, fields, concepts, tensors) for number, fields in enumerate(told["prompts"])]
     except (ValueError, TypeError, LookupError, RecursionError):
-        raise InputError(f"{path} is damaged: its list of answers ({_KEY}) cannot be read") from None
+        raise InputError(f"{path} is damaged: its list of answers ({ANSWERS_KEY}) cannot be read") from None
     if version != _VERSION:
         raise InputError(f"{path} is of version {version}, this program reads {_VERSION}: update it")
     if theirs != base:
@@ -115,7 +114,7 @@ def write_answers(
         for place, answer in enumerate(row):
             for key in (f"{number}.{place}.noisy", f"{number}.{place}.velocity"):
                 tensors[key] = StoredTensor(key, "F16", list(answer.shape), 2 * math.prod(answer.shape))
-    write_safetensors(path, tensors, {_KEY: json.dumps(told)}, _chunks(rows, new))
+    write_safetensors(path, tensors, {ANSWERS_KEY: json.dumps(told)}, _chunks(rows, new))
     return path.stat().st_size
 
 

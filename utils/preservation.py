@@ -113,7 +113,8 @@ def _kept(config: PreserveConfig, base: str) -> list[OldPrompt]:
 
 def _is_taught(concept: Entry, ledger: Sequence[Entry], own: Entry) -> bool:
     """Whether the model still holds it, as far as a ledger tells: what was removed is not to be taught again."""
-    return not concept.is_slice_of(own) and (not ledger or any(concept.is_slice_of(entry) for entry in ledger))
+    held = any(concept.is_slice_of(entry) and concept.name == entry.name for entry in ledger)
+    return not concept.is_slice_of(own) and (held or not ledger)
 
 
 def prompts_hash(sources: Sequence[Sequence[OldPrompt]]) -> str:
@@ -222,5 +223,5 @@ def preserve_lines(preserved: Preservation | None, ledger: Sequence[Entry], dit:
     names = ", ".join(entry.name or "a concept without a name" for entry in ledger)
     return [
         f"note: {dit} was taught {names}; another concept leaves those values alone but changes what comes out: "
-        "--preserve_prompts auto (or a file of prompts) keeps it"
+        "--preserve_answers with the file of the run before, or --preserve_prompts auto, keeps it"
     ]
