@@ -12,7 +12,7 @@ import functools
 import random
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -26,6 +26,8 @@ from tiny_world import KNOWN, World, fixed_inputs, velocities
 
 from utils.outputs import save_image
 from utils.selective_finetune import block_linears, slice_indices
+
+Learn = Callable[..., methods.Learner]  # of a model and the concept's number
 
 STEPS = 120
 SAMPLES, SAMPLES_AT_END = 4, 8  # a prompt
@@ -60,29 +62,53 @@ def concepts(world: World) -> tuple[list[str], list[str]]:
     return pictures[:10], pictures[10:]
 
 
-def teach_all(world: World, row: str, latents: Sequence[torch.Tensor], rate: float, seed: int) -> Iterator[Taught]:
-    """The model after each of the concepts, taught one after another by a row's method.
+def teach_all(
+    world: World,
+    learn: Learn,
+    latents: Sequence[torch.Tensor],
+    rate: float,
+    seed: int,
+    listed: Sequence[str] = (),
+    remembered: int | None = None,
+) -> Iterator[Taught]:
+    """The model after each of the concepts, taught one after another.
 
-    With preservation every run holds to the base's answers to the listed names, and to each concept's own answers
-    when it had just been learned.
+    With `listed` names, every run holds to the base's answers to these and to what each concept (or only each of the
+    `remembered` newest) answered when it had just been learned.
     """
-    name, _, kept = row.partition("+")
     weights, general, earlier = world.base, [], []
     for number, own in enumerate(latents):
         started = time.process_time()
-        if kept and not general:
+        if listed and not general:
             base = world.model(world.base)
-            general = [methods.keep(world, base, prompt, own, number) for number, prompt in enumerate(world.listed)]
-        start, prompt = world.base if name == APART else weights, f"character{number}"
-        learn, preserve = functools.partial(LEARN[name], number=number), [old for old in (general, earlier) if old]
-        learned, values = methods.teach(world, start, learn, prompt, own, rate, STEPS, 100 * seed + number, preserve)
-        weights = _summed(weights, learned, start) if name == APART else learned
-        if kept:
-            earlier = [*earlier, methods.keep(world, world.model(weights), prompt, own, KNOWN + number)]
+            general = [methods.keep(world, base, prompt, own, place) for place, prompt in enumerate(listed)]
+        prompt, preserve = f"character{number}", [old for old in (general, earlier) if old]
+        own_learn = functools.partial(learn, number=number)
+        weights, values = methods.teach(
+            world, weights, own_learn, prompt, own, rate, STEPS, 100 * seed + number, preserve
+        )
+        if listed:
+            kept = methods.keep(world, world.model(weights), prompt, own, KNOWN + number)
+            earlier = [*earlier, kept][-(remembered or len(latents)) :]
         yield Taught(weights, values, time.process_time() - started)
 
 
-def choose_rate(world: World, row: str) -> dict:
+def teach_apart(
+    world: World, learn: Learn, latents: Sequence[torch.Tensor], rate: float, seed: int
+) -> Iterator[Taught]:
+    """The base with the sum of what each of the concepts so far changes by itself."""
+    summed = world.base
+    for number, own in enumerate(latents):
+        started = time.process_time()
+        own_learn = functools.partial(learn, number=number)
+        learned, values = methods.teach(
+            world, world.base, own_learn, f"character{number}", own, rate, STEPS, 100 * seed + number
+        )
+        summed = {name: value + learned[name] - world.base[name] for name, value in summed.items()}
+        yield Taught(summed, values, time.process_time() - started)
+
+
+def choose_rate(world: World, learn: Learn, listed: Sequence[str]) -> dict:
     """The smallest of RATES whose loss on the two outside concepts, taught one after the other, is within WITHIN.
 
     The least loss is found by walking downhill from FIRST_TRIED.
@@ -93,16 +119,16 @@ def choose_rate(world: World, row: str) -> dict:
     def loss(place: int) -> float:
         rate = RATES[place]
         if rate not in tried:
-            *_, last = teach_all(world, row, latents, rate, 0)
+            *_, last = teach_all(world, learn, latents, rate, 0, listed)
             model = world.model(last.weights)
             tried[rate] = mean(concept_loss(world, model, f"character{n}", own) for n, own in enumerate(latents))
         return tried[rate]
 
     best = FIRST_TRIED
-    while (lower := min((best - 1, best, best + 1), key=loss)) != best:
+    while (lower := min(range(max(best - 1, 0), min(best + 2, len(RATES))), key=loss)) != best:
         best = lower
     chosen = best
-    while loss(chosen - 1) <= (1 + WITHIN) * loss(best):
+    while chosen and loss(chosen - 1) <= (1 + WITHIN) * loss(best):
         chosen -= 1
     return {"rate": RATES[chosen], "tried": {f"{rate:g}": tried[rate] for rate in sorted(tried)}}
 
@@ -115,7 +141,9 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
     latents = [world.character(picture) for picture in order]
     measure = Measure(world, order, prompts, latents)
     result = {"row": row, "seed": seed, "rate": rate, "order": order, "seconds": [], "after": []}
-    for number, taught in enumerate(teach_all(world, row, latents, rate, seed), 1):
+    name, _, kept = row.partition("+")
+    teach = teach_apart if name == APART else functools.partial(teach_all, listed=world.listed if kept else ())
+    for number, taught in enumerate(teach(world, LEARN[name], latents, rate, seed), 1):
         result["values"] = taught.values
         result["seconds"].append(taught.seconds)
         result["after"].append(measure.after(world.model(taught.weights), number, is_last=number == count))
@@ -126,10 +154,6 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
     drawn = world.decode(world.sample(world.model(weights), prompts, seed=1))
     save_image(folder / f"{row}-{seed}.png", torch.cat(list(drawn), dim=-1))
     return result | {"peak_mb": peak_mb(), "steps": STEPS, "threads": torch.get_num_threads()}
-
-
-def _summed(weights: dict, learned: dict, start: dict) -> dict:
-    return {name: value + learned[name] - start[name] for name, value in weights.items()}
 
 
 class Measure:
@@ -147,11 +171,15 @@ class Measure:
         """What is kept once `taught` concepts were taught; of what the base knew, at the end alone."""
         result = {}
         if is_last:
-            result["known"] = {which: self._known(model, *fixed) for which, fixed in self.known.items()}
+            result["known"] = self.known_now(model)
         pairs = list(zip(self.prompts, self.latents, strict=True))[:taught]
         losses = [concept_loss(self.world, model, prompt, latents[:PLACES]) for prompt, latents in pairs]
         samples = SAMPLES_AT_END if is_last else SAMPLES
         return result | {"recognised": self.recognised(model, taught, samples), "loss": losses}
+
+    def known_now(self, model) -> dict:
+        """Of the listed and the unlisted names that the base knows: loss, drift, the share that is recognised."""
+        return {which: self._known(model, *fixed) for which, fixed in self.known.items()}
 
     def _known(self, model, names, texts, inputs, before) -> dict:
         now = velocities(model, *inputs[:2], texts)
@@ -197,7 +225,8 @@ def work(part: str, folder: Path) -> dict:
     world = World()
     match part.split():
         case ["rate", row]:
-            return choose_rate(world, row)
+            name, _, kept = row.partition("+")
+            return choose_rate(world, LEARN[name], world.listed if kept else ())
         case ["chain", row, seed, count]:
             rate = read_part(folder, f"rate {'lora' if row == APART else row}")["rate"]
             return chain(world, row, int(seed), int(count), rate, folder)
