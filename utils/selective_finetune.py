@@ -413,7 +413,7 @@ class TrainedSlice(nn.Module):
         refuse_base(path, base)
         tensors, known = read_header(base, self.name_of)
         start, final = self.stored_values(base)
-        ledger = [*read_ledger(known), self.ledger_entry(base, start, concept, steps)]
+        ledger = _extended(read_ledger(known), self.ledger_entry(base, start, concept, steps))
         known.pop(LEDGER_KEY, None)  # so that it comes last
         told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
         write_safetensors(path, tensors, told, stream(tensors.values(), self.patches(start, final)))
@@ -424,7 +424,8 @@ class TrainedSlice(nn.Module):
         """Writes the slice alone: its final values in the base's dtype, in line order, and its line in the ledger."""
         refuse_base(path, base)
         start, final = self.stored_values(base)
-        ledger = [self.ledger_entry(base, start, concept, steps)]
+        known = read_ledger(read_header(base)[1])
+        ledger = _extended(known, self.ledger_entry(base, start, concept, steps))[-1:]
         write_slice(path, final, {**(metadata or {}), LEDGER_KEY: json.dumps(ledger)})
 
     def stored_values(self, base: Files) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -479,6 +480,16 @@ def _listed(base: Files) -> Sequence[str | Path]:
 def read_ledger(metadata: Mapping[str, str]) -> list[dict]:
     """The slices that a checkpoint's safetensors metadata says it holds, oldest first."""
     return json.loads(metadata.get(LEDGER_KEY, "[]"))
+
+
+def _extended(ledger: Sequence[dict], entry: dict) -> list[dict]:
+    """The ledger with `entry` as its newest; a slice that was trained further keeps its first start, adds up steps."""
+    slices = [(one["contract"], exact_fraction(one["ff"]), one["ffid"]) for one in (*ledger, entry)]
+    earlier = [one for one, which in zip(ledger, slices, strict=False) if which == slices[-1]]
+    if earlier:
+        steps = entry["steps"] + sum(one["steps"] for one in earlier)
+        entry = {**entry, "steps": steps, "start": earlier[0].get("start")}
+    return [*(one for one in ledger if one not in earlier), entry]
 
 
 def read_header(base: Files, name_of: NameOf = contract_name) -> tuple[dict[str, StoredTensor], dict[str, str]]:
