@@ -131,6 +131,21 @@ def test_a_strength_is_a_factor_on_what_was_learned(slices, files, tmp_path, str
     )
 
 
+def test_a_slice_that_is_scaled_again_says_that_its_values_are_only_near_that_strength(slices, tmp_path, capsys):
+    slices("scale {one_slice} 0.5 --base {base} -o {out}/half.safetensors")
+    slices("scale {out}/half.safetensors 1 --base {base} -o {out}/same.safetensors")
+    slices("scale {out}/half.safetensors 2 --base {base} -o {out}/back.safetensors")
+    slices("apply {base} {out}/back.safetensors -o {out}/applied.safetensors")
+    told = {name: read_ledger(metadata_of(tmp_path / f"{name}.safetensors"), name)[0] for name in
+            ("half", "same", "back", "applied")}  # fmt: skip
+    assert {name: (e.strength, e.rescaled) for name, e in told.items()} == {
+        "half": (0.5, False), "same": (0.5, False), "back": (1, True), "applied": (1, True),
+    }  # fmt: skip
+    capsys.readouterr()
+    slices("list {out}/back.safetensors")
+    assert "  1 rescaled\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["apply {base} {one_slice} --strength 1e5", "scale {one_slice} 1e5 --base {base}"])
 def test_a_strength_that_leaves_the_numbers_is_refused(slices, files, tmp_path, command):
     weights = load_file(files / "one.slice.safetensors")
