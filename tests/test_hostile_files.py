@@ -89,7 +89,7 @@ LEDGERS = [
       for wrong in ({"ff": 0.05}, {"ff": "1e-999999999"}, {"ff": "nan"}, {"ff": "0"}, {"ff": "1/0"}, {"ffid": 21},
                     {"ffid": 0}, {"ffid": True}, {"name": "a\nb"}, {"name": "x" * 999}, {"name": "\x9b2J"},
                     {"steps": -1}, {"base": "zz"}, {"start": 3}, {"strength": "1"}, {"date": []}, {"captions": "a"},
-                    {"strength": 1e999})),
+                    {"strength": 1e999}, {"rescaled": 1})),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
-from utils.ledger import extended, ledger_text, read_ledger
+from utils.ledger import extended, read_ledger
 from utils.selective_finetune import slice_indices
 from utils.slice_tools import verify
 from utils.slices import main
@@ -128,6 +129,21 @@ def test_a_strength_is_a_factor_on_what_was_learned(slices, files, tmp_path, str
     assert strength not in ends or same_tensors(
         tmp_path / "applied.safetensors", files / f"{ends[strength]}.safetensors"
     )
+
+
+def test_a_slice_that_is_scaled_again_says_that_its_values_are_only_near_that_strength(slices, tmp_path, capsys):
+    slices("scale {one_slice} 0.5 --base {base} -o {out}/half.safetensors")
+    slices("scale {out}/half.safetensors 1 --base {base} -o {out}/same.safetensors")
+    slices("scale {out}/half.safetensors 2 --base {base} -o {out}/back.safetensors")
+    slices("apply {base} {out}/back.safetensors -o {out}/applied.safetensors")
+    told = {name: read_ledger(metadata_of(tmp_path / f"{name}.safetensors"), name)[0] for name in
+            ("half", "same", "back", "applied")}  # fmt: skip
+    assert {name: (e.strength, e.rescaled) for name, e in told.items()} == {
+        "half": (0.5, False), "same": (0.5, False), "back": (1, True), "applied": (1, True),
+    }  # fmt: skip
+    capsys.readouterr()
+    slices("list {out}/back.safetensors")
+    assert "  1 rescaled\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["apply {base} {one_slice} --strength 1e5", "scale {one_slice} 1e5 --base {base}"])
@@ -261,12 +277,18 @@ def test_a_slice_that_was_trained_over_another_is_verified(slices, files, tmp_pa
 @pytest.mark.parametrize("base", ["base", "one"])
 def test_a_slice_that_was_trained_further_is_verified(slices, files, tmp_path, base, capsys):
     train_concept(files / "one.safetensors", tmp_path, "more", "0.05", 2)
-    told = metadata_of(tmp_path / "more.safetensors")
-    first, second = read_ledger(told, "more")
-    told["wan_slices"] = ledger_text(extended([first], second))  # one entry, as a run with --continue_slice writes
-    save_file(load_file(tmp_path / "more.safetensors"), tmp_path / "further.safetensors", told)
-    slices(f"verify {{out}}/further.safetensors --base {{{base}}}")
+    slices(f"verify {{out}}/more.safetensors --base {{{base}}}")
     assert "byte for byte" in capsys.readouterr().out
+
+
+def test_a_slice_that_any_script_trained_further_is_one_of_all_its_steps_on_the_first_base(slices, files, tmp_path):
+    train_concept(files / "two.safetensors", tmp_path, "more", "0.050", 2)
+    one, two = read_ledger(metadata_of(files / "two.safetensors"), "two")
+    entries = read_ledger(metadata_of(tmp_path / "more.safetensors"), "more")
+    assert entries == extended([one, two], replace(entries[-1], steps=20)) and entries[-1].steps == 40
+    assert read_ledger(metadata_of(tmp_path / "more.slice.safetensors"), "more") == entries[1:]
+    slices("apply {base} {two_slice} {out}/more.slice.safetensors -o {out}/both.safetensors")
+    assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "more.safetensors").read_bytes()
 
 
 def test_a_tensor_without_values_is_verified(tmp_path):

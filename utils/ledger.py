@@ -26,8 +26,9 @@ class Entry:
     """One slice in a file: contract version, share, number; how it came there; what it was trained on.
 
     `base` is the base's identity, `start` the digest of the base's values at the slice's positions: None in files of
-    the first version. `strength` is the factor on what was learned that the values in the file have. `captions` are a
-    few of those that it was trained on.
+    the first version. `strength` is the factor on what was learned that the values in the file have; `rescaled` says
+    that they were rounded at another one before, so are near it only. `captions` are a few of those that it was trained
+    on.
     """
 
     contract: int
@@ -39,6 +40,7 @@ class Entry:
     base: str | None = None
     start: str | None = None
     strength: float = 1.0
+    rescaled: bool = False
     captions: tuple[str, ...] = ()
 
     @property
@@ -55,8 +57,13 @@ class Entry:
     @property
     def label(self) -> str:
         """The slice in words."""
-        strength = "" if self.strength == 1 else f", strength {self.strength:g}"
-        return f"{self.name or 'unnamed'} (ff {self.ff} ffid {self.ffid}{strength})"
+        told = "" if self.strength == 1 and not self.rescaled else f", strength {self.strength_text}"
+        return f"{self.name or 'unnamed'} (ff {self.ff} ffid {self.ffid}{told})"
+
+    @property
+    def strength_text(self) -> str:
+        """The strength, marked where the values are near it only."""
+        return f"{self.strength:g}{' rescaled' if self.rescaled else ''}"
 
     def overlaps(self, other: "Entry") -> bool:
         """Whether the two may share a value; of another contract's slice nothing is known, so it may."""
@@ -91,7 +98,7 @@ def at_strength(entry: Entry, strength: float) -> Entry:
     product = strength * entry.strength
     if not abs(product) <= _STRONGEST:
         raise InputError(f"{entry.label} at {strength:g} times that: allowed is a strength up to {_STRONGEST:,.0f}")
-    return replace(entry, strength=product)
+    return replace(entry, strength=product, rescaled=entry.rescaled or (entry.strength != 1 and strength not in (0, 1)))
 
 
 def extended(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
@@ -160,7 +167,7 @@ def _entry(fields: object, source: object) -> Entry:
     match fields:
         case {"contract": int(contract), "ff": str(ff), "ffid": int(ffid), "name": str(name), "steps": int(steps)}:
             date, base, start, strength = (fields.get(key) for key in ("date", "base", "start", "strength"))
-            captions = fields.get("captions", [])
+            rescaled, captions = fields.get("rescaled", False), fields.get("captions", [])
         case _:
             raise InputError(f"{source}: its ledger has an entry that is no slice; the file is damaged")
     hashes = all(value is None or (isinstance(value, str) and _HASH.fullmatch(value)) for value in (base, start))
@@ -171,6 +178,7 @@ def _entry(fields: object, source: object) -> Entry:
         and (date or "").isprintable()
         and type(strength) in (int, float, type(None))
         and abs(strength or 0) <= _STRONGEST
+        and isinstance(rescaled, bool)
         and 0 <= steps < 10**12
         and isinstance(captions, list)
         and all(isinstance(caption, str) for caption in captions)
@@ -178,7 +186,7 @@ def _entry(fields: object, source: object) -> Entry:
     if not (_is_slice(ff, ffid) and hashes and told):
         raise InputError(f"{source}: its ledger names a slice that cannot be (ff {ff[:40]!r}); the file is damaged")
     strength = 1.0 if strength is None else strength
-    return Entry(contract, ff, ffid, name, steps, date or "", base, start, strength, tuple(captions))
+    return Entry(contract, ff, ffid, name, steps, date or "", base, start, strength, rescaled, tuple(captions))
 
 
 def _is_slice(ff: str, ffid: int) -> bool:
@@ -197,6 +205,8 @@ def _fields(entry: Entry) -> dict:
     fields = asdict(entry)
     if entry.strength == 1:
         del fields["strength"]
+    if not entry.rescaled:
+        del fields["rescaled"]
     if not entry.captions:
         del fields["captions"]
     return {key: value for key, value in fields.items() if value is not None}

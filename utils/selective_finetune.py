@@ -11,7 +11,8 @@ This file needs torch, numpy and nothing of its neighbours: copied into another 
 Slice contract, version 1. The values of a weight [out, in] form one line: G = 8, halved until it divides `out`; a unit
 is L = out / G consecutive rows of one column; the columns are in an order hashed from the weight's name, and each lap
 over them moves on by one of the G row groups, so that neighbouring units differ in column and rows.
-Shapes: T tokens, G row groups, L rows of a unit, U units of a slice, M units of a slice in one row group, at most.
+Shapes: T tokens, G row groups, L rows of a unit, U units of a slice, M units of a slice in one row group, at most,
+R rows of a matrix.
 """
 
 import functools
@@ -40,13 +41,16 @@ ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")
+_PIECE = 1 << 22  # bytes that are read, patched and written in turn: few enough that the disk reads on meanwhile
 _CHUNK = 1 << 18  # bytes; larger writes took five times as long (Linux 6.18, ext4)
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 _PREFIX = re.compile(r"^(model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)+")
 Ff = str | int | float | Decimal | Fraction
 NameOf = Callable[[str], str]  # from a name in a model or its file to the contract's
 Files = str | Path | Sequence[str | Path]  # one safetensors file, or its shards
-Patch = Callable[[Tensor], None]  # changes a matrix [out, in] on its way from the base's file into another
+Patch = Callable[
+    [Tensor, int], None
+]  # changes rows of a matrix, from a first one on, on their way from the base's file
 
 
 class SliceError(ValueError):
@@ -117,13 +121,25 @@ class SliceUnits:
 
     def write(self, weight: Tensor, values: Tensor) -> None:
         """Puts the slice's `values` (line order) into `weight`; what its cut units hold beyond it stays."""
-        self.change(weight, lambda _: values)
-
-    def change(self, weight: Tensor, new: Callable[[Tensor], Tensor]) -> None:
-        """Puts what `new` makes of the slice's values in their place: in two walks over the matrix, which cost most."""
         values_UL = self.read(weight)
-        self.cut(values_UL).copy_(new(self.cut(values_UL)))
+        self.cut(values_UL).copy_(values)
         weight.view(-1, self.rows, self.shape[1])[self.groups_U, :, self.columns_U] = values_UL
+
+    def change(self, rows: Tensor, first: int, new: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Puts new(values, k) in the place of the slice's values in `rows` [R, in] of the matrix, from row `first` on.
+
+        k are the values' numbers in line order; they come group by group and not in that order.
+        """
+        flat, stop = rows.view(-1), first + len(rows)
+        for top in range(first - first % self.rows, stop, self.rows):
+            unit_M1 = (self.groups_U == top // self.rows).nonzero()
+            row_R = torch.arange(max(first, top), min(stop, top + self.rows))
+            at_MR = (row_R - first) * self.shape[1] + self.columns_U[unit_M1]
+            k_MR = unit_M1 * self.rows + row_R - top - self.offset
+            own_MR = (k_MR >= 0) & (k_MR < self.count)
+            at, k = at_MR.masked_select(own_MR), k_MR.masked_select(own_MR)
+            # flat[at] would wait for torch's other threads, which takes milliseconds where a core is busy.
+            flat.index_copy_(0, at, new(flat.index_select(0, at), k))
 
 
 def slice_units(name: str, shape: Sequence[int], ff: Ff, ffid: int) -> SliceUnits:
@@ -397,7 +413,7 @@ class TrainedSlice(nn.Module):
         refuse_base(path, base)
         tensors, known = read_header(base, self.name_of)
         start, final = self.stored_values(base)
-        ledger = [*read_ledger(known), self.ledger_entry(base, start, concept, steps)]
+        ledger = _extended(read_ledger(known), self.ledger_entry(base, start, concept, steps))
         known.pop(LEDGER_KEY, None)  # so that it comes last
         told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
         write_safetensors(path, tensors, told, stream(tensors.values(), self.patches(start, final)))
@@ -408,7 +424,8 @@ class TrainedSlice(nn.Module):
         """Writes the slice alone: its final values in the base's dtype, in line order, and its line in the ledger."""
         refuse_base(path, base)
         start, final = self.stored_values(base)
-        ledger = [self.ledger_entry(base, start, concept, steps)]
+        known = read_ledger(read_header(base)[1])
+        ledger = _extended(known, self.ledger_entry(base, start, concept, steps))[-1:]
         write_slice(path, final, {**(metadata or {}), LEDGER_KEY: json.dumps(ledger)})
 
     def stored_values(self, base: Files) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -465,6 +482,16 @@ def read_ledger(metadata: Mapping[str, str]) -> list[dict]:
     return json.loads(metadata.get(LEDGER_KEY, "[]"))
 
 
+def _extended(ledger: Sequence[dict], entry: dict) -> list[dict]:
+    """The ledger with `entry` as its newest; a slice that was trained further keeps its first start, adds up steps."""
+    slices = [(one["contract"], exact_fraction(one["ff"]), one["ffid"]) for one in (*ledger, entry)]
+    earlier = [one for one, which in zip(ledger, slices, strict=False) if which == slices[-1]]
+    if earlier:
+        steps = entry["steps"] + sum(one["steps"] for one in earlier)
+        entry = {**entry, "steps": steps, "start": earlier[0].get("start")}
+    return [*(one for one in ledger if one not in earlier), entry]
+
+
 def read_header(base: Files, name_of: NameOf = contract_name) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Every tensor of the files by its stored name, in the order of their bytes; their metadata."""
     tensors, metadata = {}, {}
@@ -513,42 +540,43 @@ def stream(tensors: Iterable[StoredTensor], patches: Mapping[str, Patch] | None 
     tensors, patches = list(tensors), patches or {}
     if missing := patches.keys() - {tensor.name for tensor in tensors}:
         raise SliceError(f"the base has no {min(missing)}: it is not the base of this slice")
-    buffer = bytearray(max([_CHUNK, *(tensor.size for tensor in tensors if tensor.name in patches)]))
     for tensor in tensors:
-        patch, done = patches.get(tensor.name), 0
+        patch = patches.get(tensor.name)
+        row = tensor.size // tensor.shape[0] if patch else 1  # bytes that stay together
+        step = max(_PIECE // row, 1) * row
+        buffer = memoryview(bytearray(min(step, tensor.size)))
         with open(tensor.file, "rb") as source:
             source.seek(tensor.begin)
-            while done < tensor.size:
-                left = tensor.size - done
-                piece = memoryview(buffer)[: left if patch else min(_CHUNK, left)]
+            for begin in range(0, tensor.size, step):
+                piece = buffer[: tensor.size - begin]
                 if source.readinto(piece) < len(piece):
                     raise SliceError(f"{tensor.file} is truncated")
                 if patch:
-                    patch(torch.frombuffer(piece, dtype=DTYPES[tensor.dtype]).view(tensor.shape))
+                    rows = torch.frombuffer(piece, dtype=DTYPES[tensor.dtype]).view(-1, *tensor.shape[1:])
+                    patch(rows, begin // row)
                 yield piece
-                done += len(piece)
 
 
 def read_slice(base: Files, units: Mapping[str, SliceUnits], name_of: NameOf = contract_name) -> dict[str, Tensor]:
     """What the files hold of a slice, by contract name in line order."""
-    values = {}
-
-    def record(name: str, stored: Tensor) -> None:
-        values[name] = units[name].cut(units[name].read(stored))
-
     tensors = [tensor for tensor in read_header(base, name_of)[0].values() if tensor.name in units]
+    values = {t.name: torch.empty(units[t.name].count, dtype=DTYPES[t.dtype]) for t in tensors}
+
+    def record(name: str, rows: Tensor, first: int) -> None:
+        units[name].change(rows, first, lambda stored, k: values[name].index_copy_(0, k, stored).index_select(0, k))
+
     for _ in stream(tensors, {name: functools.partial(record, name) for name in units}):
         pass
     return values
 
 
-def _replace(name: str, units: SliceUnits, start: Tensor, final: Tensor, stored: Tensor) -> None:
-    def checked(values: Tensor) -> Tensor:
-        if not torch.equal(values.view(torch.uint8), start.view(torch.uint8)):
+def _replace(name: str, units: SliceUnits, start: Tensor, final: Tensor, rows: Tensor, first: int) -> None:
+    def checked(values: Tensor, k: Tensor) -> Tensor:
+        if not torch.equal(values.view(torch.uint8), start.index_select(0, k).view(torch.uint8)):
             raise SliceError(f"{name} in the base file is not what this slice was trained on")
-        return final
+        return final.index_select(0, k)
 
-    units.change(stored, checked)
+    units.change(rows, first, checked)
 
 
 def write_slice(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

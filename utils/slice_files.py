@@ -117,6 +117,8 @@ class SlicesOnBase:
         self._starts: dict[Path, dict[str, bytes]] = {file.path: {} for file, _ in pairs}
         self.files = [file for file, _ in pairs]
         self._base = header.files[0]
+        # Of matrices of which not all rows have passed: the values that the base had, those that come there.
+        self._passing: dict[tuple[Path, str], tuple[Tensor, Tensor]] = {}
         identity = base_identity(header.files) if pairs else None
         for file, strength in pairs:
             self._refuse_overlap(file)
@@ -144,16 +146,29 @@ class SlicesOnBase:
                 raise InputError(f"{path} already holds {met}. Leave out {file.path}{other}")
 
     def _patch(
-        self, before: Patch | None, file: SliceFile, strength: float, name: str, units: SliceUnits, stored: Tensor
+        self,
+        before: Patch | None,
+        file: SliceFile,
+        strength: float,
+        name: str,
+        units: SliceUnits,
+        rows: Tensor,
+        first: int = 0,
     ) -> None:
         if before:
-            before(stored)
+            before(rows, first)
+        if first == 0:
+            self._passing[file.path, name] = torch.empty(units.count, dtype=rows.dtype), file.values(name)
+        start, final = self._passing[file.path, name]
 
-        def applied(start: Tensor) -> Tensor:
+        def applied(values: Tensor, k: Tensor) -> Tensor:
+            start.index_copy_(0, k, values)
+            return scaled(values, final.index_select(0, k), strength)
+
+        units.change(rows, first, applied)
+        if first + len(rows) == units.shape[0]:
+            del self._passing[file.path, name]
             self._starts[file.path][name] = value_digest(start)
-            return scaled(start, file.values(name), strength)
-
-        units.change(stored, applied)
 
 
 def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str) -> list[float]:

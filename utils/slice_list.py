@@ -55,7 +55,7 @@ def as_json(files: Sequence[ListedFile]) -> dict:
 
 def _cells(entry: Entry) -> tuple[str, ...]:
     told = (entry.name or "-", entry.ff, str(entry.ffid), str(entry.steps), entry.date[:10] or "-")
-    return (*told, (entry.base or "unknown")[:12], f"{entry.strength:g}")
+    return (*told, (entry.base or "unknown")[:12], entry.strength_text)
 
 
 def _listed(path: Path) -> ListedFile:

@@ -210,8 +210,8 @@ def _digest(values: Mapping[str, Tensor]) -> str:
     return slice_digest({name: value_digest(own) for name, own in values.items()})
 
 
-def _put(units: SliceUnits, values: Tensor, stored: Tensor) -> None:
-    units.write(stored, values)
+def _put(units: SliceUnits, values: Tensor, rows: Tensor, first: int) -> None:
+    units.change(rows, first, lambda _, k: values.index_select(0, k))
 
 
 def _then(chunks: Iterator, check: Callable[[], None]) -> Iterator:

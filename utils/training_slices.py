@@ -100,8 +100,8 @@ def _sources(config: TrainConfig) -> str:
 
 
 def _one_after_the_other(first: Mapping[str, Patch], then: Mapping[str, Patch]) -> dict[str, Patch]:
-    def both(name: str, stored: Tensor) -> None:
-        first[name](stored)
-        then[name](stored)
+    def both(name: str, rows: Tensor, at: int) -> None:
+        first[name](rows, at)
+        then[name](rows, at)
 
     return {**first, **then, **{name: partial(both, name) for name in first.keys() & then.keys()}}
