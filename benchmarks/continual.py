@@ -73,23 +73,28 @@ def teach_all(
 ) -> Iterator[Taught]:
     """The model after each of the concepts, taught one after another.
 
-    With `listed` names, every run holds to the base's answers to these and to what each concept (or only each of the
-    `remembered` newest) answered when it had just been learned.
+    With `listed` names, each run holds to what the model said to these when the first one began, and to each concept
+    (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks.
     """
     weights, general, earlier = world.base, [], []
     for number, own in enumerate(latents):
-        started = time.process_time()
-        if listed and not general:
-            base = world.model(world.base)
-            general = [methods.keep(world, base, prompt, own, place) for place, prompt in enumerate(listed)]
-        prompt, preserve = f"character{number}", [old for old in (general, earlier) if old]
-        own_learn = functools.partial(learn, number=number)
+        started, model = time.process_time(), world.model(weights)
+        if listed and number == 0:
+            general = [methods.ask(world, model, name, own, place) for place, name in enumerate(listed)]
+        if listed and number > 0:
+            newest = methods.ask(world, model, f"character{number - 1}", own, KNOWN + number)
+            earlier = [*earlier, newest][-(remembered or len(latents)) :]
         weights, values = methods.teach(
-            world, weights, own_learn, prompt, own, rate, STEPS, 100 * seed + number, preserve
+            world,
+            weights,
+            functools.partial(learn, number=number),
+            f"character{number}",
+            own,
+            rate,
+            STEPS,
+            100 * seed + number,
+            (general, earlier) if listed else None,
         )
-        if listed:
-            kept = methods.keep(world, world.model(weights), prompt, own, KNOWN + number)
-            earlier = [*earlier, kept][-(remembered or len(latents)) :]
         yield Taught(weights, values, time.process_time() - started)
 
 

@@ -15,7 +15,7 @@ from tiny_world import World, shifted
 from torch import Tensor, nn
 
 from utils.kept_answers import Answer, OldPrompt
-from utils.preservation import Ask, EncodedPrompt, old_answers
+from utils.preservation import EncodedPrompt, Preservation
 from utils.selective_finetune import attach_slice, block_linears
 from wan.model import WanModel
 
@@ -23,7 +23,7 @@ FF = "0.1"  # ten disjoint slices are the whole line
 LORA_RANK = 10  # 249,600 values; the slice has 245,760
 BATCH = 8
 PRESERVE_EVERY = 4
-ANSWERS = 8  # that are kept of a prompt
+LEVELS = 8  # of noise, at which an old prompt is asked
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,14 @@ def _nothing() -> None:
     pass
 
 
-def keep(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed: int) -> EncodedPrompt:
-    """What the model answers to the prompt at noise levels that are spread evenly, as a run's answers file keeps it."""
+def ask(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed: int) -> EncodedPrompt:
+    """What the model answers to the prompt at noise levels that are spread evenly, as a run that begins asks it."""
     draw = torch.Generator().manual_seed(seed)
-    clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (ANSWERS,), generator=draw)]
-    sigma = shifted((torch.arange(ANSWERS) + torch.rand(ANSWERS, generator=draw)) / ANSWERS)
+    clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (LEVELS,), generator=draw)]
+    sigma = shifted((torch.arange(LEVELS) + torch.rand(LEVELS, generator=draw)) / LEVELS)
     noisy = torch.lerp(clean, torch.randn(clean.shape, generator=draw), sigma.view(-1, 1, 1, 1, 1))
     with torch.no_grad():
-        velocity = model(noisy, 1000 * sigma, [world.text(prompt)] * ANSWERS)
+        velocity = model(noisy, 1000 * sigma, [world.text(prompt)] * LEVELS)
     answers = tuple(map(Answer, noisy, (1000 * sigma).tolist(), velocity))
     return EncodedPrompt(OldPrompt(prompt, kept=answers), world.text(prompt))
 
@@ -142,29 +142,30 @@ def teach(
     rate: float,
     steps: int,
     seed: int,
-    preserve: Sequence[Sequence[EncodedPrompt]] = (),
+    preserve: tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]] | None = None,
     on_step: Callable[[int, WanModel], None] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Trains `prompt` to draw the latents; the weights, how many values train. `preserve`: old prompts, by source.
+    """Trains `prompt` to draw the latents; the weights, how many values train.
 
-    The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine; prompts of which no answer
-    is kept are asked of a copy of the start, since not every method can go back to it.
+    The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine. `preserve`: general old
+    prompts and those of concepts, with their answers.
     """
-    model, ask = world.model(start), _asked_of_a_copy(world, start, preserve)
+    model = world.model(start)
     learner = learn(model)
     optimizer = torch.optim.AdamW(learner.parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draw = torch.Generator().manual_seed(seed)
+    kept = preserve and Preservation(*map(tuple, preserve), PRESERVE_EVERY, PRESERVE_EVERY, most_values=10**9)
     for step in range(1, steps + 1):
         clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (BATCH,), generator=draw)]
         sigma = shifted(torch.rand(BATCH, generator=draw))
         noise = torch.randn(clean.shape, generator=draw)
         noisy, t = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1)), 1000 * sigma
         F.mse_loss(model(noisy, t, [world.text(prompt)] * BATCH), noise - clean).backward()
-        if preserve and step % PRESERVE_EVERY == 0:
-            for old in old_answers(preserve, ask, noisy, t, [draw] * BATCH):
+        if kept and kept.is_due(step):
+            for old in kept.draw([draw] * BATCH, device=noisy.device):
                 loss = F.mse_loss(model(old.noisy_BCFHW, old.t_B, old.context), old.velocity_BCFHW)
-                (PRESERVE_EVERY * old.share * loss).backward()
+                (kept.weight * old.share * loss).backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -173,8 +174,3 @@ def teach(
         if on_step:
             on_step(step, model)
     return {name: value.detach().clone() for name, value in learner.weights().items()}, learner.values
-
-
-def _asked_of_a_copy(world: World, start: Mapping[str, Tensor], preserve: Sequence[Sequence[EncodedPrompt]]) -> Ask:
-    all_kept = all(prompt.old.kept for source in preserve for prompt in source)
-    return _nothing if all_kept else world.model(start)

@@ -35,10 +35,10 @@ _COUNTS = (
     *("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "ddp_timeout", "save_every_n_epochs"),
     *("save_every_n_steps", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps"),
     *("save_last_n_steps_state", "sample_every_n_epochs", "sample_every_n_steps", "lr_scheduler_num_cycles"),
-    "preserve_every",
+    *("preserve_levels", "preserve_every"),
 )
 
-_ANSWERS = 8  # that are kept of a prompt
+_LEVELS = 8  # of noise, at which an old prompt is asked
 _LONGEST_NAME = 200  # bytes, of the 255 that a file's name has; a sample's adds up to 50
 
 
@@ -63,7 +63,6 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         log=_log(flags),
         samples=_samples(flags),
         preserve=_preserve(flags),
-        save_answers=_save_answers(flags),
         vae=flags.vae,
         mixed_precision=_mixed_precision(flags),
         slices=tuple(existing_file(path, "--slices") for path in flags.slices),
@@ -319,7 +318,7 @@ def _samples(flags: Namespace) -> SampleConfig | None:
 def _preserve(flags: Namespace) -> PreserveConfig | None:
     prompts = flags.preserve_prompts or []
     if not (prompts or flags.preserve_answers):
-        for name in ("preserve_every", "preserve_weight"):
+        for name in ("preserve_levels", "preserve_every", "preserve_weight"):
             if getattr(flags, name) is not None:
                 raise InputError(
                     f"--{name} has no effect without --preserve_prompts (a file of prompts or auto) or "
@@ -338,21 +337,12 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         prompts=tuple(line.prompt for file in files for line in read_prompt_file(file)),
         from_ledger="auto" in prompts,
         answers=flags.preserve_answers and existing_file(flags.preserve_answers, "--preserve_answers"),
+        levels=_LEVELS if flags.preserve_levels is None else flags.preserve_levels,
         every=every,
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
     )
-
-
-def _save_answers(flags: Namespace) -> int:
-    """To each prompt; what preserves goes on to be preserved."""
-    count = flags.save_answers
-    if count is None:
-        return _ANSWERS if flags.preserve_prompts or flags.preserve_answers else 0
-    if count < 0:
-        raise InputError(f"--save_answers {count} must be 0 or more")
-    return count
 
 
 def _log(flags: Namespace) -> LogConfig:

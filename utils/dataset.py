@@ -58,11 +58,6 @@ class TrainingDataset(Dataset):
         """The tokens of the longest caption."""
         return max(item.text_shape[0] for item in self.items)
 
-    def batch_size(self, item: Item) -> int:
-        """How many items of its kind are trained at once."""
-        number = self.items.index(item)
-        return next(bucket.batch_size for bucket in self._buckets if number in bucket.items)
-
     def epoch_batches(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
         """The epoch's batches of entries: each item num_repeats times, a bucket's last one may be short.
 

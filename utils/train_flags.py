@@ -80,7 +80,7 @@ def _add_files(parser: ArgumentParser) -> None:
     group.add_argument("--dit", type=Path, help="checkpoint to train")
     group.add_argument("--dataset_config", type=Path, help="dataset file, .toml or .json")
     group.add_argument("--vae", type=Path, help="Wan 2.1 VAE, for samples")
-    group.add_argument("--t5", type=Path, help="UMT5 text encoder, for samples and --preserve_*")
+    group.add_argument("--t5", type=Path, help="UMT5 text encoder, for samples and --preserve_prompts")
     group.add_argument("--tokenizer", type=Path, help="its tokenizer (default: beside --t5, in it, or the hub)")
 
 
@@ -159,17 +159,14 @@ def _add_preservation(parser: ArgumentParser) -> None:
         help="prompt files whose pictures should stay as they are; auto: the captions of the concepts in --dit",
     )
     group.add_argument(
-        "--preserve_answers", type=Path, metavar="FILE", help="the NAME.answers.safetensors of the run before"
+        "--preserve_answers",
+        type=Path,
+        metavar="FILE",
+        help="the OUTPUT_NAME.answers.safetensors of the run before: what it asked and kept is preserved too",
     )
+    group.add_argument("--preserve_levels", type=int, help="noise levels at which an old prompt is asked (default 8)")
     group.add_argument("--preserve_every", type=int, help="on every N-th step (default 4)")
     group.add_argument("--preserve_weight", type=float, help="beside the training loss (default --preserve_every)")
-    group.add_argument(
-        "--save_answers",
-        type=int,
-        metavar="N",
-        help="at the end write OUTPUT_NAME.answers.safetensors with N answers to each caption and old prompt, for the "
-        "next run's --preserve_answers (default 8 where something is preserved, otherwise 0)",
-    )
 
 
 def _add_saving(parser: ArgumentParser) -> None:

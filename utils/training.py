@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 
 import psutil
 import torch
@@ -33,26 +32,19 @@ from utils.checkpoints import (
     stop_state,
 )
 from utils.dataset import TrainingDataset, build_training_dataset, make_loader
-from utils.flow_matching import TIMESTEPS, add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
+from utils.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.interrupts import StopRequest
 from utils.lr_schedules import build_scheduler
 from utils.optimizers import build_optimizer, learning_rates
 from utils.outputs import to_frames
-from utils.preservation import (
-    Answers,
-    Preservation,
-    ask_teacher,
-    most_frequent,
-    old_answers,
-    preserve_lines,
-)
+from utils.preservation import Preservation, Targets, most_frequent, preserve_lines
 from utils.selective_finetune import TrainedSlice, attach_slice
 from utils.slice_files import SlicesOnBase
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_debug import TrainingDebug
 from utils.training_plan import TrainingPlan, first_items, plan_training
-from utils.training_preservation import prepare_preservation, read_old_prompts, save_answers
+from utils.training_preservation import encode_old_prompts, keep_answers, plan_asking, read_old_prompts
 from utils.training_report import input_bytes, inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
 from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
@@ -121,19 +113,20 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
     identity = base_settings(header, below)
-    prompts = read_old_prompts(config, identity["base_sha256"], below, dataset)
+    prompts = read_old_prompts(config, identity["base_sha256"], model_config, below, dataset)
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | identity
     if config.resume:
         check_state(config.resume, settings)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what is half written takes room, which every process looks for
-    saving_lines = check_plan(config, header, plan)
+    asking = plan_asking(config, prompts, dataset, batches, seed)
+    saving_lines = check_plan(config, header, plan, asking)
     say_what_is_read(config, header, dataset, say)
     samples = None
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
-    preserved = prepare_preservation(config.preserve, prompts, model_config.text_len, accelerator)
+    texts = encode_old_prompts(config.preserve, prompts, model_config.text_len, accelerator)
 
     model = load_dit(config.dit, COMPUTE_DTYPES[config.mixed_precision], read_only=True, patches=below.patches)
     below.check_starts()
@@ -142,7 +135,8 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     if config.gradient_checkpointing:
         checkpoint_blocks(model, inputs)
     mapped = file_dtype(header) == model.dtype and not config.slices
-    input_size = input_bytes(model, dataset, batches) if config.offload_block_inputs else 0
+    kept = asking.largest_kept if asking else ()
+    input_size = input_bytes(model, dataset, batches, kept) if config.offload_block_inputs else 0
     placement = place_model(
         model,
         accelerator.device,
@@ -153,6 +147,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         reserved=(len(model.blocks) - 1) * input_size,
     )
     optimizer = build_optimizer(config.optimizer, trained.parameters())
+    for line in asking.lines() if asking else ():
+        say(line)
+    preserved = asking and keep_answers(config.preserve, asking, texts, model, accelerator, settings)
 
     settings |= start_hash(trained)
     watches = config.training_debug and accelerator.is_main_process
@@ -319,8 +316,6 @@ def _loop(run: _Run, place: _Place, stop: StopRequest) -> None:
             return _stop(run, place, bar)
     _save(run, place, save_at_end(config.save))
     bar.close()
-    if config.save_answers:
-        _save_answers(run, place)
 
 
 def _stop(run: _Run, place: _Place, bar: tqdm) -> None:
@@ -349,20 +344,18 @@ def _backward(
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
     noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
     # All of it before the forward: a copy between it and backward would have the host wait for the device.
-    moved = add_noise(latents_BCFHW, noise_BCFHW, sigma_B)
-    noisy_BCFHW, t_B, target_BCFHW = (x.to(device, non_blocking=True) for x in moved)
+    moved = (*add_noise(latents_BCFHW, noise_BCFHW, sigma_B), sigma_B)
+    noisy_BCFHW, t_B, target_BCFHW, sigma_B = (x.to(device, non_blocking=True) for x in moved)
     context = [text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]]
-    wanted = [Answers(noisy_BCFHW, t_B, context, target_BCFHW, share=1.0)]
+    targets = [Targets(noisy_BCFHW, sigma_B, t_B, context, target_BCFHW)]
     if preserves:
-        # Before the student's forward, since the teacher's weights are written into the student's.
         of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
-        ask = partial(ask_teacher, run.model, run.trained)
-        wanted += old_answers(run.preserved.sources, ask, noisy_BCFHW, t_B, of_prompts)
+        targets += run.preserved.draw(of_prompts, device)
     losses = torch.zeros(2, device=device)
-    for number, own in enumerate(wanted):
+    for number, own in enumerate(targets):
         # One backward for each, so that one graph at a time is held.
         predicted_BCFHW = run.model(own.noisy_BCFHW, own.t_B, own.context)
-        loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.t_B / TIMESTEPS, timesteps.weighting)
+        loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.sigma_B, timesteps.weighting)
         loss = loss * own.share / batches_of_step
         run.scaler.scale(run.preserved.weight * loss if number else loss).backward()
         losses[min(number, 1)] += loss.detach()
@@ -432,18 +425,6 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
         paths = [*map(str, save.files.values()), *([save.state.name] if save.state else [])]
         for line in [*lines, f"saved {' and '.join(paths)}"]:
             _say_beside_bar(run, line)
-    run.accelerator.wait_for_everyone()
-
-
-def _save_answers(run: _Run, place: _Place) -> None:
-    """At the end alone: checkpoints from earlier in the run are as well served by them."""
-    if run.accelerator.is_main_process:
-        base, device = run.settings["base_sha256"], run.accelerator.device
-        run.say(
-            save_answers(
-                run.config, base, place.step, run.dataset, run.seed, run.preserved, run.model, run.trained, device
-            )
-        )
     run.accelerator.wait_for_everyone()
 
 

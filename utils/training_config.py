@@ -49,7 +49,6 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     samples: SampleConfig | None = None
     preserve: PreserveConfig | None = None
-    save_answers: int = 0  # to each prompt, for the --preserve_answers of later runs
     vae: Path | None = None  # named in the metadata
     mixed_precision: str = "no"
     slices: tuple[Path, ...] = ()  # slice files that go on top of dit
