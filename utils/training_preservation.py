@@ -76,12 +76,12 @@ class AskingPlan:
 
     def lines(self) -> list[str]:
         """What is not preserved, what is asked, how much is kept."""
-        kept = sum(bool(old.kept) for old, _ in self.asked)
+        bare = sum(not old.kept for old, _ in self.asked)
         lines = [*self.notes]
         if self.questions:
             lines.append(
-                f"asks {len(self.asked) - kept} old prompts before the first step: {self.questions} answers; those to "
-                f"{kept} others are kept already"
+                f"asks for {self.questions} answers before the first step: none are kept yet to {bare} of "
+                f"{len(self.asked)} old prompts"
             )
         lines.append(f"keeps answers in {self.path} ({readable(self.size)}), the --preserve_answers of the next run")
         if math.prod(self.largest_kept) > self.most_values:
