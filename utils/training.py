@@ -123,6 +123,8 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     asking = plan_asking(config, prompts, dataset, batches, seed)
     saving_lines = check_plan(config, header, plan, asking)
     say_what_is_read(config, header, dataset, say)
+    for line in asking.lines() if asking else ():
+        say(line)
     samples = None
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
@@ -147,11 +149,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         reserved=(len(model.blocks) - 1) * input_size,
     )
     optimizer = build_optimizer(config.optimizer, trained.parameters())
-    for line in asking.lines() if asking else ():
-        say(line)
+    settings |= start_hash(trained)
     preserved = asking and keep_answers(config.preserve, asking, texts, model, accelerator, settings)
 
-    settings |= start_hash(trained)
     watches = config.training_debug and accelerator.is_main_process
     applied = [file.entry for file in below.files]
     run = _Run(
