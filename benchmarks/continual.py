@@ -70,6 +70,7 @@ def teach_all(
     seed: int,
     listed: Sequence[str] = (),
     remembered: int | None = None,
+    every: int = methods.PRESERVE_EVERY,
 ) -> Iterator[Taught]:
     """The model after each of the concepts, taught one after another.
 
@@ -94,6 +95,7 @@ def teach_all(
             STEPS,
             100 * seed + number,
             (general, earlier) if listed else None,
+            every,
         )
         yield Taught(weights, values, time.process_time() - started)
 

@@ -143,6 +143,7 @@ def teach(
     steps: int,
     seed: int,
     preserve: tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]] | None = None,
+    every: int = PRESERVE_EVERY,
     on_step: Callable[[int, WanModel], None] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """Trains `prompt` to draw the latents; the weights, how many values train.
@@ -155,7 +156,7 @@ def teach(
     optimizer = torch.optim.AdamW(learner.parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draw = torch.Generator().manual_seed(seed)
-    kept = preserve and Preservation(*map(tuple, preserve), PRESERVE_EVERY, PRESERVE_EVERY, most_values=10**9)
+    kept = preserve and Preservation(*map(tuple, preserve), every, every, most_values=10**9)
     for step in range(1, steps + 1):
         clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (BATCH,), generator=draw)]
         sigma = shifted(torch.rand(BATCH, generator=draw))
