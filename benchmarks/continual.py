@@ -8,12 +8,14 @@ A part is one learning rate, or one chain of concepts; its process is its own, s
 """
 
 import argparse
-import bisect
 import functools
 import random
 import resource
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import continual_methods as methods
 import continual_report
@@ -25,10 +27,11 @@ from tiny_world import KNOWN, World, fixed_inputs, velocities
 from utils.outputs import save_image
 from utils.selective_finetune import block_linears, slice_indices
 
+Learn = Callable[..., methods.Learner]  # of a model and the concept's number
+
 STEPS = 120
 SAMPLES, SAMPLES_AT_END = 4, 8  # a prompt
 PLACES = 3  # of a picture, at which its loss is measured
-TARGET_LOSS = 0.15  # of the concept outside the ten, at which methods are compared: the base's on what it knows
 LEARN = {
     "slices": methods.disjoint_slices,
     "lora": methods.lora,
@@ -40,61 +43,124 @@ LEARN = {
 APART = "lora_apart"
 ROWS = [f"{name}{kept}" for name in LEARN for kept in ("", "+preserve") if (name, kept) != (APART, "+preserve")]
 RATES = [factor * 10.0**exponent for exponent in (-5, -4, -3, -2) for factor in (1, 2, 5)]
+FIRST_TRIED = 6  # of RATES
+WITHIN = 0.1  # of the least loss; a smaller rate disturbs less
 
 
-def concepts(world: World) -> tuple[list[str], str]:
-    """The ten held-out pictures that are taught, and the one on which learning rates are chosen."""
-    *ten, outside = random.Random("continual").sample(world.held_out, 11)
-    return ten, outside
+@dataclass(frozen=True)
+class Taught:
+    """A model after one more concept: its weights, how many values were trained, in how many CPU seconds."""
+
+    weights: dict
+    values: int
+    seconds: float
 
 
-def choose_rate(world: World, row: str) -> dict:
-    """The smallest of RATES that brings the loss on the outside concept down to TARGET_LOSS, found by bisection."""
+def concepts(world: World) -> tuple[list[str], list[str]]:
+    """The ten held-out pictures that are taught, and the two on which learning rates are chosen."""
+    pictures = random.Random("continual").sample(world.held_out, 12)
+    return pictures[:10], pictures[10:]
+
+
+def teach_all(
+    world: World,
+    learn: Learn,
+    latents: Sequence[torch.Tensor],
+    rate: float,
+    seed: int,
+    listed: Sequence[str] = (),
+    remembered: int | None = None,
+    every: int = methods.PRESERVE_EVERY,
+) -> Iterator[Taught]:
+    """The model after each of the concepts, taught one after another.
+
+    With `listed` names, each run holds to what the model said to these when the first one began, and to each concept
+    (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks.
+    """
+    weights, general, earlier = world.base, [], []
+    for number, own in enumerate(latents):
+        started, model = time.process_time(), world.model(weights)
+        if listed and number == 0:
+            general = [methods.ask(world, model, name, own, place) for place, name in enumerate(listed)]
+        if listed and number > 0:
+            newest = methods.ask(world, model, f"character{number - 1}", own, KNOWN + number)
+            earlier = [*earlier, newest][-(remembered or len(latents)) :]
+        weights, values = methods.teach(
+            world,
+            weights,
+            functools.partial(learn, number=number),
+            f"character{number}",
+            own,
+            rate,
+            STEPS,
+            100 * seed + number,
+            (general, earlier) if listed else None,
+            every,
+        )
+        yield Taught(weights, values, time.process_time() - started)
+
+
+def teach_apart(
+    world: World, learn: Learn, latents: Sequence[torch.Tensor], rate: float, seed: int
+) -> Iterator[Taught]:
+    """The base with the sum of what each of the concepts so far changes by itself."""
+    summed = world.base
+    for number, own in enumerate(latents):
+        started = time.process_time()
+        own_learn = functools.partial(learn, number=number)
+        learned, values = methods.teach(
+            world, world.base, own_learn, f"character{number}", own, rate, STEPS, 100 * seed + number
+        )
+        summed = {name: value + learned[name] - world.base[name] for name, value in summed.items()}
+        yield Taught(summed, values, time.process_time() - started)
+
+
+def choose_rate(world: World, learn: Learn, listed: Sequence[str]) -> dict:
+    """The smallest of RATES whose loss on the two outside concepts, taught one after the other, is within WITHIN.
+
+    The least loss is found by walking downhill from FIRST_TRIED.
+    """
     _, outside = concepts(world)
-    name, _, kept = row.partition("+")
-    latents, learn, tried = world.character(outside), functools.partial(LEARN[name], number=0), {}
+    latents, tried = [world.character(picture) for picture in outside], {}
 
-    def reaches(rate: float) -> bool:
-        preserve = (world.listed,) if kept else ()
-        weights, _ = methods.teach(world, world.base, learn, "character0", latents, rate, STEPS, 0, preserve)
-        tried[f"{rate:g}"] = concept_loss(world, world.model(weights), "character0", latents)
-        return tried[f"{rate:g}"] <= TARGET_LOSS
+    def loss(place: int) -> float:
+        rate = RATES[place]
+        if rate not in tried:
+            *_, last = teach_all(world, learn, latents, rate, 0, listed)
+            model = world.model(last.weights)
+            tried[rate] = mean(concept_loss(world, model, f"character{n}", own) for n, own in enumerate(latents))
+        return tried[rate]
 
-    place = bisect.bisect_left(RATES, True, key=reaches)
-    assert place < len(RATES), f"{row} does not reach {TARGET_LOSS}: {tried}"
-    return {"rate": RATES[place], "tried": tried}
+    best = FIRST_TRIED
+    while (lower := min(range(max(best - 1, 0), min(best + 2, len(RATES))), key=loss)) != best:
+        best = lower
+    chosen = best
+    while chosen and loss(chosen - 1) <= (1 + WITHIN) * loss(best):
+        chosen -= 1
+    return {"rate": RATES[chosen], "tried": {f"{rate:g}": tried[rate] for rate in sorted(tried)}}
 
 
 def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Path) -> dict:
     """Teaches the concepts one after another and measures after each; the order and all noise follow the seed."""
-    name, _, kept = row.partition("+")
     ten, _ = concepts(world)
     order = random.Random(seed).sample(ten, len(ten))[:count]
     prompts = [f"character{number}" for number in range(count)]
     latents = [world.character(picture) for picture in order]
     measure = Measure(world, order, prompts, latents)
-    weights, result = world.base, {"row": row, "seed": seed, "rate": rate, "order": order, "seconds": [], "after": []}
-    for number, prompt in enumerate(prompts):
-        started = time.process_time()
-        start = world.base if name == APART else weights
-        learn = functools.partial(LEARN[name], number=number)
-        preserve = (world.listed, prompts[:number]) if kept else ()
-        learned, result["values"] = methods.teach(
-            world, start, learn, prompt, latents[number], rate, STEPS, 100 * seed + number, preserve
-        )
-        weights = _summed(weights, learned, start) if name == APART else learned
-        result["seconds"].append(time.process_time() - started)
-        result["after"].append(measure.after(world.model(weights), number + 1, is_last=number + 1 == count))
-    if name == "slices":
+    result = {"row": row, "seed": seed, "rate": rate, "order": order, "seconds": [], "after": []}
+    name, _, kept = row.partition("+")
+    teach = teach_apart if name == APART else functools.partial(teach_all, listed=world.listed if kept else ())
+    for number, taught in enumerate(teach(world, LEARN[name], latents, rate, seed), 1):
+        result["values"] = taught.values
+        result["seconds"].append(taught.seconds)
+        result["after"].append(measure.after(world.model(taught.weights), number, is_last=number == count))
+    weights = taught.weights
+    if row.startswith("slices"):
         without_one = [world.model(without(world, weights, number)) for number in range(count)]
         result["removed"] = [measure.recognised(model, count, SAMPLES) for model in without_one]
     drawn = world.decode(world.sample(world.model(weights), prompts, seed=1))
     save_image(folder / f"{row}-{seed}.png", torch.cat(list(drawn), dim=-1))
     return result | {"peak_mb": peak_mb(), "steps": STEPS, "threads": torch.get_num_threads()}
-
-
-def _summed(weights: dict, learned: dict, start: dict) -> dict:
-    return {name: value + learned[name] - start[name] for name, value in weights.items()}
 
 
 class Measure:
@@ -112,11 +178,15 @@ class Measure:
         """What is kept once `taught` concepts were taught; of what the base knew, at the end alone."""
         result = {}
         if is_last:
-            result["known"] = {which: self._known(model, *fixed) for which, fixed in self.known.items()}
+            result["known"] = self.known_now(model)
         pairs = list(zip(self.prompts, self.latents, strict=True))[:taught]
         losses = [concept_loss(self.world, model, prompt, latents[:PLACES]) for prompt, latents in pairs]
         samples = SAMPLES_AT_END if is_last else SAMPLES
         return result | {"recognised": self.recognised(model, taught, samples), "loss": losses}
+
+    def known_now(self, model) -> dict:
+        """Of the listed and the unlisted names that the base knows: loss, drift, the share that is recognised."""
+        return {which: self._known(model, *fixed) for which, fixed in self.known.items()}
 
     def _known(self, model, names, texts, inputs, before) -> dict:
         now = velocities(model, *inputs[:2], texts)
@@ -162,7 +232,8 @@ def work(part: str, folder: Path) -> dict:
     world = World()
     match part.split():
         case ["rate", row]:
-            return choose_rate(world, row)
+            name, _, kept = row.partition("+")
+            return choose_rate(world, LEARN[name], world.listed if kept else ())
         case ["chain", row, seed, count]:
             rate = read_part(folder, f"rate {'lora' if row == APART else row}")["rate"]
             return chain(world, row, int(seed), int(count), rate, folder)

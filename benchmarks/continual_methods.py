@@ -14,7 +14,8 @@ from peft.tuners.lora import LoraLayer
 from tiny_world import World, shifted
 from torch import Tensor, nn
 
-from utils.preservation import draw_texts
+from utils.kept_answers import Answer, OldPrompt
+from utils.preservation import EncodedPrompt, Preservation
 from utils.selective_finetune import attach_slice, block_linears
 from wan.model import WanModel
 
@@ -22,6 +23,7 @@ FF = "0.1"  # ten disjoint slices are the whole line
 LORA_RANK = 10  # 249,600 values; the slice has 245,760
 BATCH = 8
 PRESERVE_EVERY = 4
+LEVELS = 8  # of noise, at which an old prompt is asked
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,18 @@ def _nothing() -> None:
     pass
 
 
+def ask(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed: int) -> EncodedPrompt:
+    """What the model answers to the prompt at noise levels that are spread evenly, as a run that begins asks it."""
+    draw = torch.Generator().manual_seed(seed)
+    clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (LEVELS,), generator=draw)]
+    sigma = shifted((torch.arange(LEVELS) + torch.rand(LEVELS, generator=draw)) / LEVELS)
+    noisy = torch.lerp(clean, torch.randn(clean.shape, generator=draw), sigma.view(-1, 1, 1, 1, 1))
+    with torch.no_grad():
+        velocity = model(noisy, 1000 * sigma, [world.text(prompt)] * LEVELS)
+    answers = tuple(map(Answer, noisy, (1000 * sigma).tolist(), velocity))
+    return EncodedPrompt(OldPrompt(prompt, kept=answers), world.text(prompt))
+
+
 def teach(
     world: World,
     start: Mapping[str, Tensor],
@@ -128,31 +142,31 @@ def teach(
     rate: float,
     steps: int,
     seed: int,
-    preserve: Sequence[Sequence[str]] = (),
+    preserve: tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]] | None = None,
+    every: int = PRESERVE_EVERY,
     on_step: Callable[[int, WanModel], None] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Trains `prompt` to draw the latents; the weights, how many values train. `preserve`: old prompts, by source.
+    """Trains `prompt` to draw the latents; the weights, how many values train.
 
-    The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine; the teacher is a copy of
-    the start, since not every method can go back to it.
+    The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine. `preserve`: general old
+    prompts and those of concepts, with their answers.
     """
-    model, teacher = world.model(start), world.model(start)
+    model = world.model(start)
     learner = learn(model)
     optimizer = torch.optim.AdamW(learner.parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draw = torch.Generator().manual_seed(seed)
-    old = [[world.text(prompt) for prompt in prompts] for prompts in preserve if prompts]
+    kept = preserve and Preservation(*map(tuple, preserve), every, every, most_values=10**9)
     for step in range(1, steps + 1):
         clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (BATCH,), generator=draw)]
         sigma = shifted(torch.rand(BATCH, generator=draw))
         noise = torch.randn(clean.shape, generator=draw)
         noisy, t = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1)), 1000 * sigma
         F.mse_loss(model(noisy, t, [world.text(prompt)] * BATCH), noise - clean).backward()
-        if old and step % PRESERVE_EVERY == 0:
-            asked = draw_texts(old, [draw] * BATCH)
-            with torch.no_grad():
-                answers = teacher(noisy, t, asked)
-            (PRESERVE_EVERY * F.mse_loss(model(noisy, t, asked), answers)).backward()
+        if kept and kept.is_due(step):
+            for old in kept.draw([draw] * BATCH, device=noisy.device):
+                loss = F.mse_loss(model(old.noisy_BCFHW, old.t_B, old.context), old.velocity_BCFHW)
+                (kept.weight * old.share * loss).backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -61,7 +61,7 @@ def _order(name: str, count: int) -> np.ndarray:
 
 def converge(world: World, ff: str, seed: int) -> dict:
     """The loss on fixed noise every few steps, for every rate."""
-    _, outside = concepts(world)
+    _, (outside, _) = concepts(world)
     latents, curves = world.character(outside), {}
     for rate in RATES:
         curve = curves[f"{rate:g}"] = []

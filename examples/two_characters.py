@@ -128,7 +128,8 @@ def _write_dataset(folder: Path, name: str, source: str) -> Path:
 def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path:
     """Caches the dataset and trains slice `ffid` of `dit` on it; the new checkpoint's path.
 
-    Old prompts are preserved: the forty names, and whatever concepts `dit` was taught before.
+    Old prompts are preserved: the forty names and the concepts that `dit` was taught, each held to what was answered
+    when a run asked first.
     """
     _run("wan_cache_latents.py", "--dataset_config", dataset, "--vae", VAE)
     _run("wan_cache_text_encoder_outputs.py", "--dataset_config", dataset, "--t5", T5, "--batch_size", 16)
@@ -139,6 +140,7 @@ def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path
         *("--max_data_loader_n_workers", 0, "--output_dir", folder / "saves", "--output_name", name),
         *("--ff", FF, "--ffid", ffid, "--t5", T5),
         *("--preserve_prompts", _write_preserved(folder), *(["auto"] if ffid > 1 else [])),
+        *(["--preserve_answers", dit.with_suffix(".answers.safetensors")] if ffid > 1 else []),
     ]
     threads = str(torch.get_num_threads())
     launcher = ("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", threads, "--num_processes", "1")

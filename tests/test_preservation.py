@@ -11,15 +11,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import flags, run, write_dataset, write_dit, write_sample_models
+from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 from torch.nn import functional as F
 
-from utils.block_swap import place_model
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
-from utils.preservation import CAPTIONS_KEPT, Preservation, ask_teacher, draw_texts, most_frequent
-from utils.selective_finetune import attach_slice, read_ledger, slice_indices
+from utils.kept_answers import Answer, OldPrompt, read_answers
+from utils.preservation import CAPTIONS_KEPT, EncodedPrompt, Preservation, most_frequent
+from utils.selective_finetune import base_identity, read_ledger, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
 from wan.text_encoder import load_text_encoder
@@ -53,6 +53,15 @@ def preserving(folder, every=2, weight=3):
     return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told)
 
 
+def kept_by(path, folder, every=2, weight=3, most_values=10**9):
+    """What a run preserves that keeps its answers in this file."""
+    kept = read_answers(path, base_identity(folder / "base.safetensors"), CONFIG)
+    encoder = load_text_encoder(folder / "t5.safetensors", folder / "spiece.model", text_len=8)
+    encoded = [EncodedPrompt(old, encoder([old.text])[0]) for old in kept]
+    general, of_concepts = (tuple(p for p in encoded if bool(p.old.concept) == which) for which in (False, True))
+    return Preservation(general, of_concepts, every, weight, most_values)
+
+
 def logged(folder, *more):
     shutil.rmtree(folder / "logs", ignore_errors=True)
     run(folder, "--logging_dir", str(folder / "logs"), *more)
@@ -65,16 +74,15 @@ def scalars(folder):
 
 
 class Reference:
-    """Plain autograd on whole weights, masked to the slice, with a second model as the teacher: SGD at 0.1."""
+    """Plain autograd on whole weights, masked to the slice, held to what the run's file keeps: SGD at 0.1."""
 
     def __init__(self, folder, every=2, weight=3, window=1, ranks=1):
-        self.model, self.teacher = (load_dit(folder / "base.safetensors", torch.float32) for _ in range(2))
+        self.model = load_dit(folder / "base.safetensors", torch.float32)
         named = self.model.named_parameters()
         self.sliced = {n: p.requires_grad_() for n, p in named if n.startswith("blocks.") and p.dim() == 2}
         config = parse_train(flags(folder))
         self.dataset, self.timesteps = build_training_dataset(config.dataset), config.timesteps
-        encoder = load_text_encoder(folder / "t5.safetensors", folder / "spiece.model", text_len=8)
-        self.old = [encoder([prompt])[0] for prompt in PROMPTS]
+        self.preserved = kept_by(folder / "out" / "one.answers.safetensors", folder, every, weight)
         self.every, self.weight, self.window, self.ranks = every, weight, window, ranks
 
     def losses(self, steps):
@@ -114,10 +122,12 @@ class Reference:
         loss = F.mse_loss(self.model(noisy, t, batch["t5"]), noise - latents)
         if not preserves:
             return loss, torch.zeros(())
-        old = draw_texts([self.old], [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]])
-        with torch.no_grad():
-            answers = self.teacher(noisy, t, old)
-        return loss, F.mse_loss(self.model(noisy, t, old), answers)
+        generators = [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]]
+        kept = 0
+        for old in self.preserved.draw(generators, "cpu"):
+            error = self.model(old.noisy_BCFHW, old.t_B, old.context) - old.velocity_BCFHW
+            kept = kept + error.square().flatten(1).mean(1).sum() / len(generators)
+        return loss, kept
 
     def step(self, loss):
         grads = torch.autograd.grad(loss, list(self.sliced.values()))
@@ -135,7 +145,7 @@ class Reference:
     ],
     ids=["plain", "checkpointed and swapped", "accumulated"],
 )
-def test_both_losses_are_those_of_plain_autograd_with_a_second_model_as_the_teacher(folder, more, window):
+def test_both_losses_are_those_of_plain_autograd(folder, more, window):
     found = logged(folder, *SGD, *preserving(folder), *more)
     check_losses(found, Reference(folder, window=window).losses({1: 10, 3: 4}[window]))
 
@@ -171,34 +181,18 @@ def test_two_processes_preserve_what_their_joint_batch_would(folder):
     check_losses(scalars(folder), Reference(folder, ranks=2).losses(6))
 
 
-@pytest.mark.parametrize("swapped", [0, 1, 2])
-def test_the_teacher_is_the_start_bit_for_bit_and_the_student_comes_back(folder, swapped):
-    start = load_dit(folder / "base.safetensors", torch.bfloat16)
-    model = load_dit(folder / "base.safetensors", torch.bfloat16)
-    trained = attach_slice(model, "0.3", 1)
-    place_model(model, "cpu", swapped, trained)
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    trained.write_back()
-    draw = torch.Generator().manual_seed(2)
-    noisy, t = torch.randn(3, 16, 1, 2, 4, generator=draw), torch.tensor([900.0, 500.0, 20.0])
-    texts = tuple(torch.randn(n, 48, generator=draw).bfloat16() for n in (3, 8))
-    preserved = Preservation((texts,), 1, 1.0)
-    with torch.no_grad():
-        before = model(noisy, t, [texts[0]] * 3)
-        answers = ask_teacher(preserved, model, trained, noisy, t, [draw] * 3)
-        assert torch.equal(answers.velocity_BCFHW, start(noisy, t, answers.context))
-        assert torch.equal(model(noisy, t, [texts[0]] * 3), before)
-        assert not torch.equal(start(noisy, t, [texts[0]] * 3), before)
+def test_concepts_and_general_prompts_are_asked_equally_often_and_all_their_answers():
+    def prompt(number):
+        answers = (Answer(torch.full((1, 1, 1, 1), number + part), 0.0, torch.zeros(1, 1, 1, 1)) for part in (0, 0.5))
+        return EncodedPrompt(OldPrompt(str(number), kept=tuple(answers)), torch.zeros(1))
 
-
-def test_sources_are_asked_equally_often_and_all_their_prompts():
-    few, many = (list(range(3)), list(range(100, 130)))
-    asked = draw_texts([few, many], [draw_generator(0, "preserve", entry) for entry in range(900)])
-    assert set(asked) == {*few, *many}
-    assert 400 < sum(number < 3 for number in asked) < 500
-    assert all(110 < asked.count(number) < 190 for number in few)
+    few, many = range(3), range(100, 130)
+    preserved = Preservation(tuple(map(prompt, many)), tuple(map(prompt, few)), 1, 1.0, 10**9)
+    (drawn,) = preserved.draw([draw_generator(0, "preserve", entry) for entry in range(1800)], "cpu")
+    asked = drawn.noisy_BCFHW.flatten().tolist()
+    assert set(asked) == {number + part for number in (*few, *many) for part in (0, 0.5)}
+    assert 800 < sum(number < 3 for number in asked) < 1000
+    assert all(110 < asked.count(number + part) < 190 for number in few for part in (0, 0.5))
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])
@@ -236,11 +230,12 @@ def test_captions_go_from_the_ledger_into_a_later_run(folder):
     captions = entry_of(folder / "out" / "one.safetensors")["captions"]
     assert sorted(captions) == sorted(f"{name}{i}" for name, count in (("wide", 3), ("high", 5)) for i in range(count))
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
+    second += ("--dataset_config", str(write_dataset(folder / "new", "new")))
     told = "\n".join(run(folder, *second))
     assert "was taught one;" in told and "--preserve_prompts auto" in told
     kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--max_train_epochs", "1")
     told = "\n".join(run(folder, *second, *kept))
-    assert "preserves the answers to 11 prompts, on one step in 4, with weight 4" in told
+    assert "preserves the answers to 3 general prompts and 8 of concepts, on one step in 4, with weight 4" in told
     assert "was taught" not in told
 
 
@@ -248,7 +243,7 @@ def test_without_metadata_no_captions_are_written_and_auto_says_so(folder):
     run(folder, "--max_train_epochs", "1", "--no_metadata")
     assert "captions" not in entry_of(folder / "out" / "one.safetensors")
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
-    with pytest.raises(InputError, match="tells no captions"):
+    with pytest.raises(InputError, match=r"nothing to preserve.*one .*: the ledger tells no captions of it"):
         run(folder, *second, *t5(folder), "--preserve_prompts", "auto")
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
 from utils.checkpoints import KINDS, SaveConfig, remove_unfinished
+from utils.kept_answers import ENDING
 from utils.selective_finetune import SliceError, whole_file
 from utils.slices import main
 from utils.training_state import check_state, latest_state, load_state, save_state
@@ -111,7 +112,7 @@ def test_a_killed_state_leaves_the_old_state_or_the_new_one(tmp_path):
 
 
 def test_the_next_start_removes_what_this_run_left_and_nothing_else(tmp_path):
-    own = [f"a{stem}{end}.tmp" for stem in ("", "-000001", "-step00000007") for end in KINDS.values()]
+    own = [f"a{stem}{end}.tmp" for stem in ("", "-000001", "-step00000007") for end in (*KINDS.values(), ENDING)]
     others = ["ab.safetensors.tmp", "b-000001.safetensors.tmp", "a.safetensors", "a-1.safetensors.tmp", "a.tmp"]
     for name in [*own, *others]:
         (tmp_path / name).touch()

@@ -29,11 +29,11 @@ def write_dit(path: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) ->
     return path
 
 
-def write_dataset(folder: Path) -> Path:
-    """Eight captioned pictures with caches of random latents and texts; the toml's path."""
-    (folder / "pics").mkdir()
+def write_dataset(folder: Path, prefix: str = "") -> Path:
+    """Eight pictures, whose captions are their names, with caches of random latents and texts; the toml's path."""
+    (folder / "pics").mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
-    for stem, size in ITEMS.items():
+    for stem, size in ((prefix + name, size) for name, size in ITEMS.items()):
         Image.new("RGB", size).save(folder / "pics" / f"{stem}.png")
         (folder / "pics" / f"{stem}.txt").write_text(stem, encoding="utf-8")
         latents = torch.randn(16, 1, size[1] // 8, size[0] // 8, generator=generator).bfloat16()

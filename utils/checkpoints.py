@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from utils.files import writable_folder
+from utils.kept_answers import ENDING
 from wan.errors import InputError
 
 # What --save_as can ask for, and how the names of its files end.
@@ -107,27 +109,36 @@ def disk_use(saves: Sequence[Save], sizes: Mapping[str, int], state_bytes: int) 
     return DiskUse(len(saves), states, sum(written.values()), sum(kept.values()))
 
 
-def check_saves(saves: Sequence[Save], config: SaveConfig, inputs: Sequence[Path], sizes: Mapping[str, int]) -> None:
-    """InputError if a save would overwrite one of the `inputs`, the folder takes no files, or not even one fits."""
+def check_saves(
+    saves: Sequence[Save],
+    config: SaveConfig,
+    inputs: Sequence[Path],
+    sizes: Mapping[str, int],
+    others: Mapping[Path, int] = MappingProxyType({}),
+) -> None:
+    """InputError if a save would overwrite one of the `inputs`, the folder takes no files, or not even one fits.
+
+    `others` are what else the run writes, and their bytes.
+    """
     writable_folder(config.folder, "--output_dir")
-    for output in (path for save in saves for path in save.files.values()):
+    for output in (*others, *(path for save in saves for path in save.files.values())):
         for path in inputs:
             if output.exists() and path.exists() and output.samefile(path):
                 raise InputError(
                     f"the run would write {output} over {path}, which it reads: choose another --output_name"
                 )
-    free, needed = shutil.disk_usage(config.folder).free, sum(sizes[kind] for kind in config.kinds)
+    free, needed = shutil.disk_usage(config.folder).free, sum([*sizes.values(), *others.values()])
     if free < needed:
+        files = ", ".join([*sizes, *(path.name for path in others)])
         raise InputError(
-            f"--output_dir {config.folder} has {readable(free)} free, and one save ({', '.join(config.kinds)}) needs "
-            f"{readable(needed)}"
+            f"--output_dir {config.folder} has {readable(free)} free, and one save ({files}) needs {readable(needed)}"
         )
 
 
 def remove_unfinished(config: SaveConfig) -> None:
     """Deletes what a run of this name left half written when it was killed."""
     stem = re.escape(config.name) + r"(-\d{6}|-step\d{8})?"
-    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, KINDS.values()))})\\.tmp")
+    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})\\.tmp")
     # As training_samples names them; another run's name may begin with this one's and an underscore.
     sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)\.tmp")
     for path in config.folder.glob("sample/*.tmp"):

@@ -35,9 +35,10 @@ _COUNTS = (
     *("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "ddp_timeout", "save_every_n_epochs"),
     *("save_every_n_steps", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps"),
     *("save_last_n_steps_state", "sample_every_n_epochs", "sample_every_n_steps", "lr_scheduler_num_cycles"),
-    "preserve_every",
+    *("preserve_levels", "preserve_every"),
 )
 
+_LEVELS = 8  # of noise, at which an old prompt is asked
 _LONGEST_NAME = 200  # bytes, of the 255 that a file's name has; a sample's adds up to 50
 
 
@@ -315,14 +316,18 @@ def _samples(flags: Namespace) -> SampleConfig | None:
 
 
 def _preserve(flags: Namespace) -> PreserveConfig | None:
-    if flags.preserve_prompts is None:
-        for name in ("preserve_every", "preserve_weight"):
+    prompts = flags.preserve_prompts or []
+    if not (prompts or flags.preserve_answers):
+        for name in ("preserve_levels", "preserve_every", "preserve_weight"):
             if getattr(flags, name) is not None:
-                raise InputError(f"--{name} has no effect without --preserve_prompts, a file of prompts or auto")
+                raise InputError(
+                    f"--{name} has no effect without --preserve_prompts (a file of prompts or auto) or "
+                    "--preserve_answers (a file that an earlier run wrote)"
+                )
         return None
     if flags.t5 is None:
-        raise InputError("--preserve_prompts needs --t5 to encode the prompts")
-    files = [Path(name) for name in flags.preserve_prompts if name != "auto"]
+        raise InputError("--preserve_prompts and --preserve_answers need --t5 to encode the prompts")
+    files = [Path(name) for name in prompts if name != "auto"]
     every = 4 if flags.preserve_every is None else flags.preserve_every
     # On average as strong at any --preserve_every.
     weight = float(every) if flags.preserve_weight is None else flags.preserve_weight
@@ -330,7 +335,9 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         raise InputError(f"--preserve_weight {weight} must be above 0")
     return PreserveConfig(
         prompts=tuple(line.prompt for file in files for line in read_prompt_file(file)),
-        from_ledger="auto" in flags.preserve_prompts,
+        from_ledger="auto" in prompts,
+        answers=flags.preserve_answers and existing_file(flags.preserve_answers, "--preserve_answers"),
+        levels=_LEVELS if flags.preserve_levels is None else flags.preserve_levels,
         every=every,
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),

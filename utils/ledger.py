@@ -15,6 +15,7 @@ from fractions import Fraction
 from wan.errors import InputError
 
 KEY = "wan_slices"
+ANSWERS_KEY = "wan_answers"  # of files that hold kept answers, and no slice
 CONTRACT = 1
 _STRONGEST = 1e6
 _HASH = re.compile(r"[0-9a-f]{64}")

@@ -48,9 +48,7 @@ _PREFIX = re.compile(r"^(model\.|diffusion_model\.|pipe\.dit\.|transformer\.|mod
 Ff = str | int | float | Decimal | Fraction
 NameOf = Callable[[str], str]  # from a name in a model or its file to the contract's
 Files = str | Path | Sequence[str | Path]  # one safetensors file, or its shards
-Patch = Callable[
-    [Tensor, int], None
-]  # changes rows of a matrix, from a first one on, on their way from the base's file
+Patch = Callable[[Tensor, int], None]  # changes rows of a matrix on their way from a file; int: the first of them
 
 
 class SliceError(ValueError):

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
-from utils.ledger import Entry, free_ids, ids_line, read_ledger
+from utils.ledger import ANSWERS_KEY, Entry, free_ids, ids_line, read_ledger
 from wan.safetensors_header import TensorEntry, read_file_header
 
 
 @dataclass(frozen=True)
 class ListedFile:
-    """One file of the list; `kind` is checkpoint, slice or lora."""
+    """One file of the list; `kind` is checkpoint, slice, lora or answers."""
 
     path: Path
     kind: str
@@ -37,7 +37,8 @@ def table(files: Sequence[ListedFile]) -> list[str]:
         start = (file.path.name, file.kind, _size(file.size))
         rows += [(*start, *_cells(entry)) for entry in file.entries]
         if not file.entries:
-            rows.append((*start, "no ledger", "", "", "", "", "unknown", ""))
+            told = ("-", "-") if file.kind == "answers" else ("no ledger", "unknown")
+            rows.append((*start, told[0], "", "", "", "", told[1], ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     met = overlaps(files)
@@ -60,8 +61,9 @@ def _cells(entry: Entry) -> tuple[str, ...]:
 def _listed(path: Path) -> ListedFile:
     tensors, metadata = read_file_header(path)
     entries = tuple(read_ledger(metadata, path))
+    kind = "answers" if ANSWERS_KEY in metadata else _kind(tensors, entries)
     values = sum(tensor.numel for tensor in tensors.values())
-    return ListedFile(path, _kind(tensors, entries), path.stat().st_size, values, entries)
+    return ListedFile(path, kind, path.stat().st_size, values, entries)
 
 
 def _kind(tensors: dict[str, TensorEntry], entries: tuple[Entry, ...]) -> str:

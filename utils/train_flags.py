@@ -158,6 +158,13 @@ def _add_preservation(parser: ArgumentParser) -> None:
         metavar="FILE|auto",
         help="prompt files whose pictures should stay as they are; auto: the captions of the concepts in --dit",
     )
+    group.add_argument(
+        "--preserve_answers",
+        type=Path,
+        metavar="FILE",
+        help="the OUTPUT_NAME.answers.safetensors of the run before: what it asked and kept is preserved too",
+    )
+    group.add_argument("--preserve_levels", type=int, help="noise levels at which an old prompt is asked (default 8)")
     group.add_argument("--preserve_every", type=int, help="on every N-th step (default 4)")
     group.add_argument("--preserve_weight", type=float, help="beside the training loss (default --preserve_every)")
 

@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -37,20 +37,14 @@ from utils.interrupts import StopRequest
 from utils.lr_schedules import build_scheduler
 from utils.optimizers import build_optimizer, learning_rates
 from utils.outputs import to_frames
-from utils.preservation import (
-    Preservation,
-    ask_teacher,
-    encode_prompts,
-    most_frequent,
-    old_prompts,
-    preserve_lines,
-)
+from utils.preservation import Preservation, Targets, most_frequent, preserve_lines
 from utils.selective_finetune import TrainedSlice, attach_slice
 from utils.slice_files import SlicesOnBase
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_debug import TrainingDebug
 from utils.training_plan import TrainingPlan, first_items, plan_training
+from utils.training_preservation import encode_old_prompts, keep_answers, plan_asking, read_old_prompts
 from utils.training_report import input_bytes, inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
 from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
@@ -118,19 +112,23 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     processes = accelerator.num_processes
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
-    prompts = old_prompts(config.preserve, below.entries, config.dit) if config.preserve else ()
-    settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
+    identity = base_settings(header, below)
+    prompts = read_old_prompts(config, identity["base_sha256"], model_config, below, dataset)
+    settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | identity
     if config.resume:
         check_state(config.resume, settings)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what is half written takes room, which every process looks for
-    saving_lines = check_plan(config, header, plan)
+    asking = plan_asking(config, prompts, dataset, batches, seed)
+    saving_lines = check_plan(config, header, plan, asking)
     say_what_is_read(config, header, dataset, say)
+    for line in asking.lines() if asking else ():
+        say(line)
     samples = None
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
-    preserved = _prepare_preservation(config, prompts, model_config.text_len, accelerator)
+    texts = encode_old_prompts(config.preserve, prompts, model_config.text_len, accelerator)
 
     model = load_dit(config.dit, COMPUTE_DTYPES[config.mixed_precision], read_only=True, patches=below.patches)
     below.check_starts()
@@ -139,7 +137,8 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     if config.gradient_checkpointing:
         checkpoint_blocks(model, inputs)
     mapped = file_dtype(header) == model.dtype and not config.slices
-    input_size = input_bytes(model, dataset, batches) if config.offload_block_inputs else 0
+    kept = asking.largest_kept if asking else ()
+    input_size = input_bytes(model, dataset, batches, kept) if config.offload_block_inputs else 0
     placement = place_model(
         model,
         accelerator.device,
@@ -150,8 +149,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         reserved=(len(model.blocks) - 1) * input_size,
     )
     optimizer = build_optimizer(config.optimizer, trained.parameters())
-
     settings |= start_hash(trained)
+    preserved = asking and keep_answers(config.preserve, asking, texts, model, accelerator, settings)
+
     watches = config.training_debug and accelerator.is_main_process
     applied = [file.entry for file in below.files]
     run = _Run(
@@ -212,19 +212,6 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
     broadcast_object_list(drawn)
     say(f"seed {drawn[0]} (drawn at random; --seed {drawn[0]} repeats the run)")
     return drawn[0]
-
-
-def _prepare_preservation(
-    config: TrainConfig, prompts: Sequence[Sequence[str]], text_len: int, accelerator: Accelerator
-) -> Preservation | None:
-    """One process encodes for all: the text encoder of 14B models takes 11 GB."""
-    if config.preserve is None:
-        return None
-    texts = [None]
-    if accelerator.is_main_process:
-        texts = [encode_prompts(config.preserve, prompts, text_len, accelerator.device)]
-    broadcast_object_list(texts)
-    return Preservation(texts[0], config.preserve.every, config.preserve.weight)
 
 
 def _resume(run: _Run) -> _Place:
@@ -359,19 +346,19 @@ def _backward(
     # All of it before the forward: a copy between it and backward would have the host wait for the device.
     moved = (*add_noise(latents_BCFHW, noise_BCFHW, sigma_B), sigma_B)
     noisy_BCFHW, t_B, target_BCFHW, sigma_B = (x.to(device, non_blocking=True) for x in moved)
-    pairs = [([text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]], target_BCFHW, 1.0)]
+    context = [text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]]
+    targets = [Targets(noisy_BCFHW, sigma_B, t_B, context, target_BCFHW)]
     if preserves:
-        # Before the student's forward, since the teacher's weights are written into the student's.
         of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
-        answers = ask_teacher(run.preserved, run.model, run.trained, noisy_BCFHW, t_B, of_prompts)
-        pairs.append((answers.context, answers.velocity_BCFHW, run.preserved.weight))
+        targets += run.preserved.draw(of_prompts, device)
     losses = torch.zeros(2, device=device)
-    for number, (context, wanted_BCFHW, weight) in enumerate(pairs):
+    for number, own in enumerate(targets):
         # One backward for each, so that one graph at a time is held.
-        predicted_BCFHW = run.model(noisy_BCFHW, t_B, context)
-        loss = flow_loss(predicted_BCFHW, wanted_BCFHW, sigma_B, timesteps.weighting) / batches_of_step
-        run.scaler.scale(weight * loss).backward()
-        losses[number] = loss.detach()
+        predicted_BCFHW = run.model(own.noisy_BCFHW, own.t_B, own.context)
+        loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.sigma_B, timesteps.weighting)
+        loss = loss * own.share / batches_of_step
+        run.scaler.scale(run.preserved.weight * loss if number else loss).backward()
+        losses[min(number, 1)] += loss.detach()
     return losses
 
 

@@ -17,6 +17,7 @@ from utils.slice_files import units_of
 from utils.slice_lora import lora_bytes
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_plan import TrainingPlan
+from utils.training_preservation import AskingPlan
 from utils.training_report import expert_line, saving_lines
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
@@ -76,7 +77,9 @@ def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:
     return sorted({(item.bucket[1] // 8, item.bucket[0] // 8) for item in dataset.items})
 
 
-def check_plan(config: TrainConfig, header: CheckpointHeader, plan: TrainingPlan) -> list[str]:
+def check_plan(
+    config: TrainConfig, header: CheckpointHeader, plan: TrainingPlan, asking: AskingPlan | None
+) -> list[str]:
     """InputError if the optimizer, the schedule or a planned file cannot be; else lines on what the run will write."""
     check_optimizer(config.optimizer)
     check_schedule(config.schedule, plan.steps)
@@ -89,7 +92,11 @@ def check_plan(config: TrainConfig, header: CheckpointHeader, plan: TrainingPlan
     }
     sizes = {kind: every[kind] for kind in config.save.kinds}
     saves = list(planned_saves(config.save, plan.steps, plan.steps_per_epoch, plan.epochs))
-    check_saves(saves, config.save, [*header.files, *config.slices], sizes)
+    inputs, others = [*header.files, *config.slices], {}
+    if asking:
+        inputs += [config.preserve.answers] if config.preserve.answers else []
+        others[asking.path] = asking.size
+    check_saves(saves, config.save, inputs, sizes, others)
     free = shutil.disk_usage(config.save.folder).free
     return saving_lines(disk_use(saves, sizes, values * _STATE_BYTES), sizes, config.save.folder, free)
 

@@ -1,5 +1,6 @@
 """The lines that a training run begins with: what trains, on what, for how long, what it will write."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,9 +38,12 @@ def slice_memory(trained: TrainedSlice, model: WanModel) -> str:
     return f"the slice takes {readable(slice_bytes)} there, {optimizer} more; activations come on top"
 
 
-def input_bytes(model: WanModel, dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> int:
-    """The input of one block, for the largest batch."""
+def input_bytes(
+    model: WanModel, dataset: TrainingDataset, batches: Sequence[Sequence[int]], kept: Sequence[int] = ()
+) -> int:
+    """The input of one block, for the largest batch, or for latents of shape `kept` [C, F, H, W] where that is more."""
     tokens = max(sum(_tokens(dataset.items[number], model) for number in batch) for batch in batches)
+    tokens = max(tokens, math.prod(kept[1:]) // math.prod(model.config.patch_size) if kept else 0)
     return tokens * model.config.dim * model.dtype.itemsize
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from utils.cache_files import read_latents, read_text
 from utils.dataset import TrainingDataset
 from utils.ledger import KEY
-from utils.preservation import prompts_hash
+from utils.preservation import OldPrompts
 from utils.selective_finetune import TrainedSlice, base_identity, slice_digest, value_digest
 from utils.slice_files import SlicesOnBase
 from utils.training_config import TrainConfig
@@ -24,7 +24,7 @@ def deciding_settings(
     dataset: TrainingDataset,
     batches: Sequence[Sequence[int]],
     processes: int,
-    preserved: Sequence[Sequence[str]],
+    preserved: OldPrompts,
 ) -> dict[str, str]:
     """All that decides the run's numbers; `batches` are those of epoch 0, `preserved` the old prompts."""
     timesteps, schedule, optimizer = config.timesteps, config.schedule, config.optimizer
@@ -58,8 +58,9 @@ def deciding_settings(
         "max_timestep": timesteps.max_timestep,
         "preserve_distribution_shape": timesteps.preserve_shape,
         "num_timestep_buckets": timesteps.buckets,
-        "num_preserve_prompts": sum(map(len, preserved)),
-        "preserve_prompts_sha256": prompts_hash(preserved) if preserved else None,
+        "num_preserve_prompts": len(preserved.all),
+        "preserve_prompts_sha256": preserved.digest if config.preserve else None,
+        "preserve_levels": config.preserve and config.preserve.levels,
         "preserve_every": config.preserve and config.preserve.every,
         "preserve_weight": config.preserve and config.preserve.weight,
         "num_train_items": len(dataset.items),

@@ -22,7 +22,7 @@ _LORA_DTYPE = torch.float32  # exact
 def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
     """--slices, checked against --dit; InputError if one does not fit, or if the asked slice lies over another one."""
     below = SlicesOnBase(header, [read_slice_file(path) for path in config.slices], [1.0] * len(config.slices))
-    own = _entry(config)
+    own = own_entry(config)
     same = [entry for entry in below.entries if entry.is_slice_of(own)]
     others = [entry for entry in below.entries if not entry.is_slice_of(own)]
     if config.continue_slice and not same:
@@ -51,7 +51,7 @@ def ledger_lines(config: TrainConfig, header: CheckpointHeader, below: SlicesOnB
             f"note: {config.dit} has no ledger of slices (an original model, or a file of another tool): if something "
             "was trained into it before, it cannot be known where"
         )
-    own = _entry(config)
+    own = own_entry(config)
     lines += [
         f"WARNING: {entry.label} is in the same values of this checkpoint: the run trains over it"
         for entry in below.entries
@@ -90,7 +90,8 @@ def write_files(
     return lines
 
 
-def _entry(config: TrainConfig) -> Entry:
+def own_entry(config: TrainConfig) -> Entry:
+    """The slice that the run trains, before its first step."""
     return Entry(CONTRACT, config.ff, config.ffid, config.save.name, 0, "")
 
 

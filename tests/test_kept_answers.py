@@ -1,0 +1,423 @@
+"""Kept answers: what a run asks and keeps against the model that it began with, their file, their use along a chain."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_preservation import SGD, kept_by, logged, t5
+from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
+from torch.nn import functional as F
+
+from utils.cli_train import parse_train
+from utils.dataset import build_training_dataset
+from utils.flow_matching import draw_generator, sigmas_of
+from utils.kept_answers import Answer, OldPrompt, read_answers, write_answers
+from utils.ledger import CONTRACT, Entry
+from utils.preservation import EncodedPrompt, Preservation
+from utils.selective_finetune import base_identity, slice_indices
+from utils.slice_list import list_files, table
+from utils.slice_tools import apply, remove, scale
+from utils.training_state import load_state
+from wan.errors import InputError
+from wan.loading import load_dit
+
+PROMPTS = ("a red cat", "a cat")
+BASE = "ab" * 32
+RUN = "run"
+CONCEPT = Entry(CONTRACT, "0.1", 2, "one", 10, "2026-01-01")
+SHAPE = (16, 1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A chain's first two runs, each asking at three noise levels, in `chain`; the dataset of a third concept."""
+    folder = tmp_path_factory.mktemp("run")
+    write_dit(folder / "base.safetensors")
+    write_dataset(folder)
+    for name in ("new", "other"):
+        write_dataset(folder / name, name)
+    write_sample_models(folder)
+    (folder / "old.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    told = run(folder, *asking(folder), "--save_as", "checkpoint", "slice")
+    (folder / "out").rename(folder / "chain")
+    told += run(folder, *second(folder))
+    (folder / "first.log").write_text("\n".join(told), encoding="utf-8")
+    for name in ("two.safetensors", "two.answers.safetensors"):
+        (folder / "out" / name).rename(folder / "chain" / name)
+    shutil.rmtree(folder / "out")
+    return folder
+
+
+@pytest.fixture
+def folder(files):
+    yield files
+    shutil.rmtree(files / "out", ignore_errors=True)
+
+
+def asking(folder, *more):
+    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *more, "--preserve_levels", "3")
+
+
+def after(folder, dit, answers, ffid, name, data):
+    """The flags of a later run in a chain."""
+    return (
+        *("--dit", str(folder / dit), "--ffid", str(ffid), "--output_name", name, *asking(folder, "auto")),
+        *("--dataset_config", str(folder / data / "data.toml"), "--preserve_answers", str(folder / answers)),
+    )
+
+
+def second(folder):
+    return after(folder, "chain/one.safetensors", "chain/one.answers.safetensors", 3, "two", "new")
+
+
+def third(folder):
+    return after(folder, "chain/two.safetensors", "chain/two.answers.safetensors", 4, "three", "other")
+
+
+def identity(folder):
+    return base_identity(folder / "base.safetensors")
+
+
+def answers_of(path, folder):
+    return {old.text: old for old in read_answers(path, identity(folder), CONFIG)}
+
+
+def test_a_run_asks_the_model_that_it_begins_with(folder):
+    first, then = (kept_by(folder / "chain" / f"{name}.answers.safetensors", folder) for name in ("one", "two"))
+    base, one = (load_dit(folder / name, torch.float32) for name in ("base.safetensors", "chain/one.safetensors"))
+    assert [p.old.text for p in first.general] == list(PROMPTS) and not first.of_concepts
+    assert len(then.of_concepts) == 8 and {p.old.concept.name for p in then.of_concepts} == {"one"}
+    for model, prompts in ((base, first.general), (one, then.of_concepts)):
+        for prompt in prompts:
+            assert len(prompt.old.kept) == 3
+            for answer in (kept.read() for kept in prompt.old.kept):
+                expected = model(answer.noisy_CFHW[None], torch.tensor([answer.t]), [prompt.text_SD])[0]
+                torch.testing.assert_close(answer.velocity_CFHW, expected.half().float(), rtol=1e-3, atol=1e-3)
+
+
+def test_questions_spread_over_the_noise_levels_and_pictures_that_are_trained(folder):
+    kept = answers_of(folder / "chain" / "two.answers.safetensors", folder)
+    timesteps = parse_train(flags(folder)).timesteps
+    edges = [1000 * float(sigmas_of(timesteps, torch.tensor([u]).double(), (4, 2))) for u in (1e-9, 1 / 3, 2 / 3, 1)]
+    for old in kept.values():
+        times = sorted(answer.t for answer in old.kept)
+        assert all(low <= t <= high for low, t, high in zip(edges, times, edges[1:], strict=False))
+    answers = [answer for old in kept.values() for answer in old.kept]
+    assert len({answer.t for answer in answers}) == len(answers)
+    assert {answer.shape for answer in answers} == {(16, 1, 2, 4), (16, 1, 4, 2)}
+
+
+def test_along_a_chain_nothing_that_was_kept_changes_and_nothing_is_asked_twice(folder):
+    told = "\n".join(run(folder, *third(folder), "--max_train_epochs", "1"))
+    assert "asks for 24 answers before the first step: none are kept yet to 8 of 18 old prompts" in told
+    assert "preserves the answers to 2 general prompts and 16 of concepts, on one step in 4, with weight 4" in told
+    files = ("chain/one", "chain/two", "out/three")
+    one, two, three = (answers_of(folder / f"{name}.answers.safetensors", folder) for name in files)
+    assert (len(one), len(two), len(three)) == (2, 10, 18)
+    for earlier, later in ((one, two), (two, three)):
+        for text, old in earlier.items():
+            assert later[text].concept == old.concept
+            assert [kept.t for kept in later[text].kept] == [kept.t for kept in old.kept]
+            for kept, again in zip(old.kept, later[text].kept, strict=True):
+                assert torch.equal(kept.read().noisy_CFHW, again.read().noisy_CFHW)
+                assert torch.equal(kept.read().velocity_CFHW, again.read().velocity_CFHW)
+
+
+@pytest.mark.parametrize(("every", "window"), [(1, 1), (2, 3)])
+def test_a_chains_run_takes_the_steps_of_plain_autograd(folder, every, window):
+    more = ("--preserve_every", str(every), "--preserve_weight", "3", "--max_train_epochs", "1", "--save_state")
+    run(folder, *third(folder), *SGD, *more, "--gradient_accumulation_steps", str(window))
+    config = parse_train([*flags(folder), *third(folder)])
+    dataset = build_training_dataset(config.dataset)
+    preserved = kept_by(folder / "out" / "three.answers.safetensors", folder)
+    model, start = (load_dit(folder / "chain" / "two.safetensors", torch.float32) for _ in range(2))
+    weights = {n: p.requires_grad_() for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
+    batches, mixed = dataset.epoch_batches(3, 0), 0
+    for step in range(-(-len(batches) // window)):
+        loss, own = 0, batches[step * window : step * window + window]
+        for entries in own:
+            loss = loss + training_loss(model, dataset[entries], config.timesteps) / len(own)
+            if (step + 1) % every == 0:
+                drawn = preserved.draw([draw_generator(3, "preserve", 0, entry) for entry in entries], "cpu")
+                errors = [(model(old.noisy_BCFHW, old.t_B, old.context) - old.velocity_BCFHW) ** 2 for old in drawn]
+                loss = loss + 3 * sum(error.flatten(1).mean(1).sum() for error in errors) / len(entries) / len(own)
+                mixed += len(drawn) > 1
+        for (name, weight), grad in zip(
+            weights.items(), torch.autograd.grad(loss, list(weights.values())), strict=True
+        ):
+            at = slice_indices(name, weight.shape, "0.1", 4)
+            weight.data.view(-1)[at] -= 0.1 * grad.reshape(-1)[at]
+    assert mixed  # sizes in one batch
+    trained = load_state(folder / "out" / "three-state")["trained"]
+    for name, weight in weights.items():
+        at = slice_indices(name, weight.shape, "0.1", 4)
+        moved = (weight - start.get_parameter(name)).flatten()[at]
+        torch.testing.assert_close(trained[name.replace(".", "/")], moved, rtol=1e-3, atol=1e-7)
+
+
+def training_loss(model, batch, timesteps):
+    generators = [draw_generator(3, 0, entry) for entry in batch["entries"]]
+    latents, u = batch["latents"], torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+    sigma = sigmas_of(timesteps, u, tuple(latents.shape[-2:]))
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
+    at = sigma.view(-1, 1, 1, 1, 1)
+    predicted = model((1 - at) * latents + at * noise, 1000 * sigma, batch["t5"])
+    return F.mse_loss(predicted, noise - latents)
+
+
+def test_batches_of_kept_answers_are_no_larger_than_those_of_the_run():
+    small, large = (answer((16, 1, *size)) for size in ((2, 2), (8, 8)))
+    prompts = tuple(EncodedPrompt(OldPrompt("", kept=(own,)), torch.zeros(3, 48)) for own in (small, large))
+    preserved = Preservation(prompts, (), 1, 1.0, most_values=3 * math.prod(small.shape))
+    drawn = preserved.draw([draw_generator(0, n) for n in range(40)], "cpu")
+    assert {len(old.t_B) for old in drawn if old.noisy_BCFHW.shape[1:] == large.shape} == {1}
+    assert max(len(old.t_B) for old in drawn if old.noisy_BCFHW.shape[1:] == small.shape) == 3
+    assert [old.share for old in drawn] == [len(old.t_B) / 40 for old in drawn]
+    assert sum(old.share for old in drawn) == pytest.approx(1)
+
+
+def answer(shape, t=500.0):
+    draw = torch.Generator().manual_seed(math.prod(shape))
+    return Answer(*(torch.randn(shape, generator=draw).half().float() for _ in range(1)), t, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--blocks_to_swap", "1"), ("--gradient_checkpointing", "--blocks_to_swap", "2")],
+    ids=["resumed", "swapped", "swapped and checkpointed"],
+)
+def test_a_resumed_or_swapped_run_keeps_the_same_answers(folder, more):
+    common = (*third(folder), "--mixed_precision", "bf16", "--save_state", "--save_every_n_steps", "4")
+    run(folder, *common)
+    path = folder / "out" / "three.answers.safetensors"
+    whole = path.read_bytes()
+    state = () if more else ("--resume", str(folder / "out" / "three-step00000004-state"))
+    path.unlink()
+    run(folder, *common, *more, *state)
+    assert path.read_bytes() == whole
+
+
+def test_a_run_that_is_begun_again_does_not_ask_again(folder):
+    common = (*third(folder), "--max_train_epochs", "1")
+    run(folder, *common)
+    with patch("utils.training_preservation.write_answers") as writing:
+        run(folder, *common)
+        assert not writing.called
+        with pytest.raises(InputError, match="no safetensors file"):
+            writing.side_effect = lambda path, *_: path.write_bytes(b"")
+            run(folder, *common, "--seed", "4")
+    assert writing.called
+
+
+def test_a_state_of_other_answers_is_refused(folder):
+    run(folder, *third(folder), "--save_state")
+    path = folder / "changed.safetensors"
+    tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
+    tensors["4.1.velocity"] *= 2
+    save_file(tensors, path, metadata)
+    state = ("--resume", str(folder / "out" / "three-state"), "--max_train_epochs", "3")
+    with pytest.raises(InputError, match="preserve_prompts_sha256"):
+        run(folder, *third(folder), "--preserve_answers", str(path), *state)
+
+
+def test_with_slices_on_top_the_answers_are_those_of_the_checkpoint(folder):
+    on_top = ("--dit", str(folder / "base.safetensors"), "--slices", str(folder / "chain" / "one.slice.safetensors"))
+    run(folder, *second(folder), *on_top)
+    alone = answers_of(folder / "out" / "two.answers.safetensors", folder)
+    chained = answers_of(folder / "chain" / "two.answers.safetensors", folder)
+    for text, old in chained.items():
+        for one, other in zip(old.kept, alone[text].kept, strict=True):
+            assert torch.equal(one.read().velocity_CFHW, other.read().velocity_CFHW)
+
+
+@pytest.mark.parametrize("how", ["removed", "another run", "weaker", "the base"])
+def test_a_concept_that_is_no_longer_there_as_it_was_is_left_out_with_a_line(folder, how):
+    dit = folder / f"{how.replace(' ', '')}.safetensors"
+    if how == "removed":
+        remove(folder / "chain" / "one.safetensors", "one", folder / "base.safetensors", dit)
+    elif how == "another run":
+        run(folder, "--max_train_epochs", "1", "--seed", "8")
+        shutil.copy(folder / "out" / "one.safetensors", dit)
+    elif how == "weaker":
+        weak = folder / "weak.slice.safetensors"
+        scale(folder / "chain" / "one.slice.safetensors", folder / "base.safetensors", 0.3, weak)
+        apply(folder / "base.safetensors", [weak], [1.0], dit)
+    else:
+        shutil.copy(folder / "base.safetensors", dit)
+    others = ("--preserve_prompts", str(folder / "old.txt"), "--max_train_epochs", "1", "--ffid", "5")
+    told = "\n".join(run(folder, *third(folder), "--dit", str(dit), *others))
+    assert "left out of" in told and "one (ff 0.1 ffid 2), not held by --dit, or not as it was asked" in told
+    assert "preserves the answers to 2 general prompts and 0 of concepts" in told
+
+
+def test_a_concept_without_old_prompts_is_named(folder):
+    only_first = ("--preserve_answers", str(folder / "chain" / "one.answers.safetensors"))
+    told = "\n".join(run(folder, *third(folder), *only_first, "--preserve_prompts", str(folder / "old.txt")))
+    assert "no old prompt belongs to one (ff 0.1 ffid 2), two (ff 0.1 ffid 3): --preserve_prompts auto" in told
+
+
+def test_a_slice_that_is_trained_further_is_not_held_to_what_it_was(folder):
+    further = ("--ffid", "3", "--continue_slice", "--output_name", "b", "--max_train_epochs", "1")
+    told = "\n".join(run(folder, *third(folder), *further))
+    assert "preserves the answers to 2 general prompts and 8 of concepts" in told
+
+
+def test_what_is_trained_now_is_not_preserved(folder):
+    again = ("--dataset_config", str(folder / "data.toml"), "--max_train_epochs", "1")
+    told = "\n".join(run(folder, *second(folder), *again))
+    assert "not preserved, since it is trained now: high0, high1" in told
+    assert "preserves the answers to 2 general prompts and 0 of concepts" in told
+    (folder / "own.txt").write_text("wide0", encoding="utf-8")
+    with pytest.raises(InputError, match=r"nothing to preserve.*trained now: wide0"):
+        run(folder, *t5(folder), "--preserve_prompts", str(folder / "own.txt"))
+
+
+def test_clips_and_pictures_may_follow_each_other(folder):
+    tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
+    for key, tensor in tensors.items():
+        if key.startswith("3."):
+            tensors[key] = tensor.repeat(1, 3, 2, 2)
+    path = folder / "clips.safetensors"
+    save_file(tensors, path, metadata)
+    found = logged(folder, *third(folder), "--preserve_answers", str(path), "--preserve_every", "1")
+    assert all(math.isfinite(value) for value in found["loss/preserve"].values())
+
+
+def test_answers_that_are_larger_than_what_is_trained_are_told(folder):
+    tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
+    tensors = {key: tensor.repeat(1, 3, 2, 2) if key.startswith("3.") else tensor for key, tensor in tensors.items()}
+    save_file(tensors, folder / "clips.safetensors", metadata)
+    told = run(
+        folder, *third(folder), "--preserve_answers", str(folder / "clips.safetensors"), "--max_train_epochs", "1"
+    )
+    assert "larger than any batch of this run" in "\n".join(told)
+
+
+def test_what_the_run_reads_is_not_written_over(folder):
+    shutil.copytree(folder / "chain", folder / "out")
+    path = str(folder / "out" / "two.answers.safetensors")
+    for name in ("two", "two.answers"):
+        with pytest.raises(InputError, match=r"over .*two.answers.safetensors, which it reads: choose another"):
+            run(folder, *third(folder), "--preserve_answers", path, "--output_name", name)
+
+
+def test_a_disk_without_room_for_the_answers_is_told_before_the_model_loads(folder):
+    free = SimpleNamespace(free=(folder / "base.safetensors").stat().st_size + 1000)
+    with patch("utils.checkpoints.shutil.disk_usage", return_value=free), patch("utils.training.load_dit") as loading:
+        with pytest.raises(InputError, match=r"one save \(checkpoint, three.answers.safetensors\) needs"):
+            run(folder, *third(folder))
+        assert not loading.called
+
+
+def written(path, run=RUN):
+    own = answer(SHAPE)
+    prompts = [OldPrompt("a cat"), OldPrompt("a dog", CONCEPT)]
+    asked = [(prompts[0], [SimpleNamespace(t=t, shape=SHAPE) for t in (1.0, 2.0)])]
+    asked.append((prompts[1], [SimpleNamespace(t=3.0, shape=SHAPE)]))
+    write_answers(path, BASE, run, asked, iter([own] * 3))
+    return own
+
+
+def opened(path):
+    with safe_open(path, "pt") as file:
+        return load_file(path), file.metadata()
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    own = written(tmp_path / "a.safetensors")
+    cat, dog = read_answers(tmp_path / "a.safetensors", BASE, CONFIG)
+    assert (cat.text, cat.concept, [one.t for one in cat.kept]) == ("a cat", None, [1.0, 2.0])
+    assert (dog.text, dog.concept, [one.t for one in dog.kept]) == ("a dog", CONCEPT, [3.0])
+    assert torch.equal(dog.kept[0].read().velocity_CFHW, own.velocity_CFHW)
+    assert torch.equal(cat.kept[1].read().noisy_CFHW, own.noisy_CFHW)
+
+
+def test_an_answer_that_is_not_finite_leaves_the_old_file(tmp_path):
+    written(tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    bad = Answer(torch.zeros(SHAPE), 1.0, torch.full(SHAPE, torch.inf))
+    with pytest.raises(InputError, match="NaN or infinite values in answer at timestep 1"):
+        asked = [(OldPrompt("a"), [SimpleNamespace(t=1.0, shape=SHAPE)])]
+        write_answers(tmp_path / "a.safetensors", BASE, RUN, asked, iter([bad]))
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_the_list_of_files_tells_answers_from_checkpoints(tmp_path):
+    written(tmp_path / "a.answers.safetensors")
+    files = list_files([tmp_path / "a.answers.safetensors"])
+    assert [file.kind for file in files] == ["answers"]
+    assert "no ledger" not in "\n".join(table(files))
+
+
+def broken(change_tensors=None, change_told=None):
+    def change(tensors, metadata):
+        told = json.loads(metadata["wan_answers"])
+        if change_tensors:
+            change_tensors(tensors)
+        if change_told:
+            change_told(told)
+        return tensors, {"wan_answers": json.dumps(told)}
+
+    return change
+
+
+def resized(*shape):
+    """The same file at latents of another shape, in every answer."""
+    return broken(lambda tensors: tensors.update({key: torch.zeros(shape).half() for key in tensors}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, metadata: (tensors, {}), "holds no kept answers"),
+        (lambda tensors, metadata: (tensors, {"wan_answers": "["}), "is damaged"),
+        (lambda tensors, metadata: (tensors, {"wan_answers": "[" * 99999}), "is damaged"),
+        (lambda tensors, metadata: (tensors, {"wan_answers": "[]"}), "is damaged"),
+        (broken(lambda tensors: tensors.pop("0.1.noisy")), "is damaged"),
+        (broken(lambda tensors: tensors.update({"0.1.noisy": torch.zeros(16, 1, 4, 2).half()})), "is damaged"),
+        (broken(lambda tensors: tensors.update({"0.1.noisy": torch.zeros(16, 1, 2, 4)})), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0]["timesteps"].append(1.0)), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(timesteps=[])), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(timesteps=[float("nan"), 1.0])), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(timesteps=["1", 1.0])), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(timesteps=[True, 1.0])), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(timesteps=[10**400, 1.0])), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(concept=7)), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(concept=-1)), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(concept=False)), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(text=7)), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(text="\ud800")), "is damaged"),
+        (broken(None, lambda told: told["prompts"][0].update(text="a dog")), "lists a prompt twice"),
+        (broken(None, lambda told: told.update(concepts="[{}]")), "is damaged"),
+        (broken(None, lambda told: told.update(version=2, prompts=None)), "is of version 2"),
+        (broken(None, lambda told: told.update(version=True)), "is of version True"),
+        (broken(None, lambda told: told.update(base="cd" * 32)), "another base model"),
+        (resized(3, 1, 2, 4), "another base model"),
+        (resized(16, 1, 3, 5), "another base model"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused(tmp_path, change, message):
+    path = tmp_path / "a.safetensors"
+    written(path)
+    tensors, metadata = change(*opened(path))
+    save_file(tensors, path, metadata)
+    with pytest.raises(InputError, match=message):
+        read_answers(path, BASE, CONFIG)
+
+
+def test_values_that_are_not_finite_are_refused_before_the_model_loads(folder):
+    path = folder / "nan.safetensors"
+    tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
+    tensors["4.1.velocity"][0] = torch.nan
+    save_file(tensors, path, metadata)
+    with patch("utils.training.load_dit") as loading:
+        with pytest.raises(InputError, match=r"NaN or infinite values in 4\.1\.velocity"):
+            run(folder, *third(folder), "--preserve_answers", str(path))
+        assert not loading.called
