@@ -1,4 +1,4 @@
-"""Preservation: its gradient against plain autograd, its teacher against the start, exact resuming, its prompts."""
+"""Preservation: its gradient against plain autograd, exact resuming, its prompts."""
 
 import json
 import multiprocessing
