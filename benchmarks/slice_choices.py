@@ -32,6 +32,7 @@ RATES = (5e-4, 2e-3, 1e-2, 5e-2)
 CHOICE_FF = "0.01"
 CHOICES = ("elements", "columns", "rows", "staggered-2", "staggered-8", "staggered-32")
 CHOICE_RATES = (2e-3, 5e-3, 1e-2)
+_MEASURED = ("right after", "of the first one after the second", "drift")
 
 
 def choose(kind: str, number: int) -> Callable[[str, Sequence[int]], torch.Tensor]:
@@ -98,15 +99,16 @@ def work(part: str, folder: Path) -> dict:
 
 
 def report(folder: Path) -> None:
-    """choices.md and convergence.png, of the parts that are there."""
-    lines = ["| choice | seeds | rate | loss right after | first one's loss after the second | drift |"]
-    lines.append("|---|---|---|---|---|---|")
-    for kind in CHOICES:
-        found = _found(folder, f"choice {kind}")
-        if found:
-            lines.append(_choice_line(kind, found))
+    """choices.md, choices.png and convergence.png, of the parts that are there."""
+    columns = [f"loss {when}" for when in _MEASURED[:2]] + list(_MEASURED[2:])
+    lines = [f"| choice | seeds | rate | {' | '.join(columns)} |", f"|---|---|---|{'---|' * len(columns)}"]
+    measured = {kind: _measured(found) for kind in CHOICES if (found := _found(folder, f"choice {kind}"))}
+    for kind, (rate, values) in measured.items():
+        shown = [f"{mean(v):.3f}" + (f" ± {stdev(v):.3f}" if len(v) > 1 else "") for v in values]
+        lines.append(f"| {kind} | {len(values[0])} | {rate} | {' | '.join(shown)} |")
     (folder / "choices.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
+    _plot_choices({kind: values for kind, (_, values) in measured.items()}, folder / "choices.png")
     _convergence(folder)
 
 
@@ -115,16 +117,29 @@ def _found(folder: Path, name: str) -> list[dict]:
     return [read_part(folder, part) for part in names if (folder / f"{part.replace(' ', '-')}.json").exists()]
 
 
-def _choice_line(kind: str, results: list[dict]) -> str:
+def _measured(results: list[dict]) -> tuple[str, list[list[float]]]:
+    """The best rate, and what _MEASURED names at it, of each seed."""
+
     def right_after(rate: str) -> list[float]:
         return [mean(after["loss"][-1] for after in result["rates"][rate]) for result in results]
 
     rate = min(results[0]["rates"], key=lambda rate: mean(right_after(rate)))
     ends = [result["rates"][rate][-1] for result in results]
     drift = [mean(known["drift"] for known in end["known"].values()) for end in ends]
-    columns = [right_after(rate), [end["loss"][0] for end in ends], drift]
-    shown = [f"{mean(c):.3f}" + (f" ± {stdev(c):.3f}" if len(c) > 1 else "") for c in columns]
-    return f"| {kind} | {len(results)} | {rate} | {' | '.join(shown)} |"
+    return rate, [right_after(rate), [end["loss"][0] for end in ends], drift]
+
+
+def _plot_choices(measured: dict[str, list[list[float]]], path: Path) -> None:
+    """A bar for the mean of each choice, a point for each seed."""
+    figure, axes = plt.subplots(1, len(_MEASURED), figsize=(11, 3.2))
+    for number, (axis, title) in enumerate(zip(axes, _MEASURED, strict=True)):
+        for place, values in enumerate(measured.values()):
+            axis.bar(place, mean(values[number]), color=f"C{place}", alpha=0.4)
+            axis.plot([place] * len(values[number]), values[number], "k.")
+        axis.set_title(f"loss {title}" if number < 2 else title, fontsize=9)
+        axis.set_xticks(range(len(measured)), list(measured), rotation=35, ha="right", fontsize=8)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
 
 
 def _convergence(folder: Path) -> None:
