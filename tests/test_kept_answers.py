@@ -116,6 +116,7 @@ def test_questions_spread_over_the_noise_levels_and_pictures_that_are_trained(fo
 def test_along_a_chain_nothing_that_was_kept_changes_and_nothing_is_asked_twice(folder):
     told = "\n".join(run(folder, *third(folder), "--max_train_epochs", "1"))
     assert "asks for 24 answers before the first step: none are kept yet to 8 of 18 old prompts" in told
+    assert "three.answers.safetensors (27.6 kB), the --preserve_answers of the next run" in told
     assert "preserves the answers to 2 general prompts and 16 of concepts, on one step in 4, with weight 4" in told
     files = ("chain/one", "chain/two", "out/three")
     one, two, three = (answers_of(folder / f"{name}.answers.safetensors", folder) for name in files)
