@@ -71,6 +71,7 @@ def teach_all(
     listed: Sequence[str] = (),
     remembered: int | None = None,
     every: int = methods.PRESERVE_EVERY,
+    steps: int = STEPS,
 ) -> Iterator[Taught]:
     """The model after each of the concepts, taught one after another.
 
@@ -92,7 +93,7 @@ def teach_all(
             f"character{number}",
             own,
             rate,
-            STEPS,
+            steps,
             100 * seed + number,
             (general, earlier) if listed else None,
             every,
@@ -115,7 +116,7 @@ def teach_apart(
         yield Taught(summed, values, time.process_time() - started)
 
 
-def choose_rate(world: World, learn: Learn, listed: Sequence[str]) -> dict:
+def choose_rate(world: World, learn: Learn, listed: Sequence[str], steps: int = STEPS) -> dict:
     """The smallest of RATES whose loss on the two outside concepts, taught one after the other, is within WITHIN.
 
     The least loss is found by walking downhill from FIRST_TRIED.
@@ -126,7 +127,7 @@ def choose_rate(world: World, learn: Learn, listed: Sequence[str]) -> dict:
     def loss(place: int) -> float:
         rate = RATES[place]
         if rate not in tried:
-            *_, last = teach_all(world, learn, latents, rate, 0, listed)
+            *_, last = teach_all(world, learn, latents, rate, 0, listed, steps=steps)
             model = world.model(last.weights)
             tried[rate] = mean(concept_loss(world, model, f"character{n}", own) for n, own in enumerate(latents))
         return tried[rate]

@@ -46,9 +46,9 @@ def disjoint_slices(model: WanModel, number: int, ff: str = FF) -> Learner:
     return Learner(list(trained.parameters()), trained.write_back, model.state_dict)
 
 
-def one_slice(model: WanModel, number: int) -> Learner:
+def one_slice(model: WanModel, number: int, ff: str = FF) -> Learner:
     """The same slice for every concept."""
-    return disjoint_slices(model, 0)
+    return disjoint_slices(model, 0, ff)
 
 
 def whole_tensors(model: WanModel, number: int) -> Learner:
@@ -69,9 +69,9 @@ def everything(model: WanModel, number: int) -> Learner:
     return _unfrozen(model, [linear.weight for linear in block_linears(model).values()])
 
 
-def lora(model: WanModel, number: int) -> Learner:
+def lora(model: WanModel, number: int, rank: int = LORA_RANK) -> Learner:
     """A LoRA on all matrices of the blocks (PEFT), merged into them at the end."""
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(block_linears(model)))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(block_linears(model)))
     with torch.random.fork_rng():
         torch.manual_seed(number)
         inject_adapter_in_model(config, model)

@@ -1,39 +1,76 @@
-"""Forty concepts, one after another: which old prompts have to be preserved, how often, at which rate?
+"""Forty concepts, one after another: what keeps them, and which old prompts have to be preserved, how often?
 
     python benchmarks/many_concepts.py OUTPUT_FOLDER
 
-Slices of ff 0.02, kept answers, one order of the concepts. Prints a table of the parts that are there.
+One order of the concepts, kept answers. Prints a table of the parts that are there.
 """
 
 import argparse
 import functools
 import random
-from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import mean
 
 import continual_methods as methods
-from continual import Measure, choose_rate, concepts, teach_all
+from continual import STEPS, Measure, choose_rate, concepts, teach_all
 from parts import add_flags, part_file, read_part, run_parts
 from tiny_world import World
 
 COUNT = 40
-FF = "0.02"
 SAMPLES = 4
 MARKS = (10, 20, 30, 40)  # concepts taught, at which all of them are measured
-# Names in the preserve list, newest concepts that are preserved, on every how many steps, share of the chosen rate.
-VARIANTS = ((40, 40, 4, 1), (40, 10, 4, 1), (10, 40, 4, 1), (40, 40, 1, 1), (40, 40, 4, 0.2), (40, 40, 1, 0.2))
-LEARN = functools.partial(methods.disjoint_slices, ff=FF)
+FF = "0.02"  # 49,152 values; a LoRA of rank 2 has 49,920
+LEARN = {
+    "slices": functools.partial(methods.disjoint_slices, ff=FF),
+    "one-slice": functools.partial(methods.one_slice, ff=FF),
+    "one-slice-0.1": functools.partial(methods.one_slice, ff="0.1"),
+    "lora-2": functools.partial(methods.lora, rank=2),
+    "lora-10": methods.lora,
+    "full": methods.everything,
+}
 
 
-def chain(world: World, listed: int, remembered: int, every: int, rate: float) -> dict:
+@dataclass(frozen=True)
+class Variant:
+    """One chain: the method, names in the preserve list, newest concepts that are preserved, on every how many steps.
+
+    `share` is of the chosen rate; `steps` are those of a concept.
+    """
+
+    method: str = "slices"
+    listed: int = 40
+    remembered: int = COUNT
+    every: int = 4
+    share: float = 1
+    steps: int = STEPS
+
+    @property
+    def part(self) -> str:
+        return " ".join(["many", *map(str, astuple(self))])
+
+
+VARIANTS = [
+    Variant(),
+    Variant(remembered=10),
+    Variant(every=1),
+    Variant(share=0.2),
+    Variant(every=1, share=0.2),
+    *(Variant(method) for method in LEARN if method != "slices"),
+    *(Variant(method, every=1) for method in ("lora-2", "full")),
+    *(Variant(method, every=1, steps=4 * STEPS) for method in ("slices", "lora-2", "full")),
+]
+
+
+def chain(world: World, variant: Variant, rate: float) -> dict:
     """What is recognised of each concept right after it was taught, and of all of them at the MARKS; the drift."""
     _, outside = concepts(world)
     others = [picture for picture in world.held_out if picture not in outside]
     order = random.Random("many").sample(others, COUNT)
     prompts, latents = [f"character{n}" for n in range(COUNT)], [world.character(picture) for picture in order]
     measure, right_after, marks = Measure(world, order, prompts, latents), [], {}
-    taught = teach_all(world, LEARN, latents, rate, 0, world.listed[:listed], remembered, every)
+    learn, listed = LEARN[variant.method], world.listed[: variant.listed]
+    taught = teach_all(world, learn, latents, rate, 0, listed, variant.remembered, variant.every, variant.steps)
     for number, state in enumerate(taught, 1):
         model = world.model(state.weights)
         found = world.recognise(world.sample(model, [prompts[number - 1]] * SAMPLES, seed=1))
@@ -48,39 +85,40 @@ def work(part: str, folder: Path) -> dict:
     """The result of the part of that name."""
     world = World()
     match part.split():
-        case ["many-rate"]:
-            return choose_rate(world, LEARN, world.listed)
-        case ["many", *numbers]:
-            listed, remembered, every, share = map(float, numbers)
-            rate = share * read_part(folder, "many-rate")["rate"]
-            return chain(world, int(listed), int(remembered), int(every), rate)
+        case ["many-rate", method, steps]:
+            return choose_rate(world, LEARN[method], world.listed, int(steps))
+        case ["many", *_]:
+            [variant] = [variant for variant in VARIANTS if variant.part == part]
+            rate = variant.share * read_part(folder, _rate_part(variant))["rate"]
+            return chain(world, variant, rate)
 
 
 def report(folder: Path) -> None:
     """The table of the parts that are there."""
-    columns = ["names preserved", "newest concepts preserved", "every", "rate", "right after"]
+    columns = ["method", "names preserved", "newest concepts preserved", "every", "steps", "rate", "right after"]
     columns += [f"all, after {mark}" for mark in MARKS] + ["drift of 40 listed", "unlisted"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for variant in VARIANTS:
-        if part_file(folder, _part(variant)).exists():
-            listed, remembered, every, _ = variant
-            result = read_part(folder, _part(variant))
-            shown = [str(listed), "all" if remembered == COUNT else str(remembered), str(every), f"{result['rate']:g}"]
+        if part_file(folder, variant.part).exists():
+            result = read_part(folder, variant.part)
+            newest = "all" if variant.remembered == COUNT else variant.remembered
+            shown = [variant.method, variant.listed, newest, variant.every, variant.steps, f"{result['rate']:g}"]
             shown.append(f"{mean(result['right_after']):.2f}")
             shown += [f"{mean(result['marks'][str(mark)]):.2f}" for mark in MARKS]
             shown += [f"{result['known'][which]['drift']:.3f}" for which in ("listed", "unlisted")]
-            print(f"| {' | '.join(shown)} |")
+            print(f"| {' | '.join(map(str, shown))} |")
 
 
-def _part(variant: Sequence[float]) -> str:
-    return " ".join(["many", *map(str, variant)])
+def _rate_part(variant: Variant) -> str:
+    return f"many-rate {variant.method} {variant.steps}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     options = parser.parse_args()
-    if run_parts(options, [["many-rate"], list(map(_part, VARIANTS))], work):
+    rates = sorted(set(map(_rate_part, VARIANTS)))
+    if run_parts(options, [rates, [variant.part for variant in VARIANTS]], work):
         report(options.folder)
 
 
