@@ -1,7 +1,8 @@
 """Does Wan 14B train on a machine that could not hold it? On the CPU, from the checkpoint file, in a few GB of memory.
 
 Writes a random bf16 checkpoint with the official names and shapes (28.6 GB of disk), runs the training script on it for
-two steps of one 64x64 picture with all blocks swapped, and checks what the slice became. Linux only (/proc).
+two steps of one 64x64 picture with all blocks swapped, and checks what the slice became; then the same for a second
+concept, on top of the first one's slice file. Linux only (/proc).
 """
 
 import argparse
@@ -27,11 +28,12 @@ from wan.loading import read_checkpoint_header  # noqa: E402
 from wan.model import WanModel  # noqa: E402
 from wan.stored_tensors import read_tensor  # noqa: E402
 
-FF, FFID = "0.001", 1
+FF = "0.001"
+CONCEPTS = 2  # ffid 1 and on, each with the slices of those before it
 STEPS = 2
 RATE = 1e-4
 BASE = "random_14B_bf16.safetensors"
-MATRICES, VALUES = 400, 14_050_720  # of that slice
+MATRICES, VALUES = 400, 14_050_720  # of one slice
 SHIFT = 1 << 24
 
 
@@ -45,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote {base}: {base.stat().st_size / 1e9:.1f} GB in {seconds:.0f} s", flush=True)
     write_dataset(flags.folder, config)
     before = fingerprint(base)
-    peaks, seconds = measure(training_command(flags.folder, flags.blocks_to_swap))
-    report(peaks, seconds, flags.blocks_to_swap)
-    check_slice(flags.folder, base, STEPS)
-    assert fingerprint(base) == before, "the checkpoint file was written to"
+    for ffid in range(1, CONCEPTS + 1):
+        peaks, seconds = measure(training_command(flags.folder, flags.blocks_to_swap, ffid))
+        report(peaks, seconds, flags.blocks_to_swap, ffid)
+        check_slice(flags.folder, base, STEPS, ffid)
+        assert fingerprint(base) == before, "the checkpoint file was written to"
     if not flags.keep:
         base.unlink()
 
@@ -114,12 +117,22 @@ def write_dataset(folder: Path, config: WanConfig) -> None:
     (folder / "data.toml").write_text("\n".join(["[[datasets]]", *lines]))
 
 
-def training_command(folder: Path, blocks_to_swap: str) -> list[str]:
+def concept_name(ffid: int) -> str:
+    return f"full_size{ffid}"
+
+
+def slice_path(folder: Path, ffid: int) -> Path:
+    return folder / f"{concept_name(ffid)}.slice.safetensors"
+
+
+def training_command(folder: Path, blocks_to_swap: str, ffid: int) -> list[str]:
     """The training script; of a save only the slice is written, since a checkpoint has 28.6 GB."""
+    earlier = [str(slice_path(folder, number)) for number in range(1, ffid)]
     return [
         *(sys.executable, str(ROOT / "wan_train_network.py"), "--task", "t2v-14B", "--dit", str(folder / BASE)),
-        *("--dataset_config", str(folder / "data.toml"), "--output_dir", str(folder), "--output_name", "full_size"),
-        *("--ff", FF, "--ffid", str(FFID), "--mixed_precision", "bf16", "--gradient_checkpointing", "--seed", "1"),
+        *("--dataset_config", str(folder / "data.toml"), "--output_dir", str(folder)),
+        *("--output_name", concept_name(ffid), *(["--slices", *earlier] if earlier else [])),
+        *("--ff", FF, "--ffid", str(ffid), "--mixed_precision", "bf16", "--gradient_checkpointing", "--seed", "1"),
         *("--max_train_steps", str(STEPS), "--learning_rate", str(RATE), "--max_data_loader_n_workers", "0"),
         *("--blocks_to_swap", blocks_to_swap, "--host_weights", "mapped", "--save_as", "slice"),
     ]
@@ -153,15 +166,15 @@ def fingerprint(path: Path) -> tuple[int, int]:
     return path.stat().st_mtime_ns, path.stat().st_size
 
 
-def check_slice(folder: Path, base: Path, steps: int) -> None:
+def check_slice(folder: Path, base: Path, steps: int, ffid: int) -> None:
     """Every matrix has its share, and every value is the file's, moved in each step by about the learning rate."""
-    found, tensors = load_file(folder / "full_size.slice.safetensors"), read_checkpoint_header(base).tensors
+    found, tensors = load_file(slice_path(folder, ffid)), read_checkpoint_header(base).tensors
     assert len(found) == MATRICES, len(found)
     count = moved = 0
     farthest = 0.0
     for name, values in found.items():
         weight = read_tensor(tensors[name])
-        start = weight.flatten()[slice_indices(name, weight.shape, FF, FFID)]
+        start = weight.flatten()[slice_indices(name, weight.shape, FF, ffid)]
         difference = (values.float() - start.float()).abs()
         # A value in bf16 has eight bits.
         assert torch.all(difference <= 1.5 * RATE * steps + start.float().abs() / 2**8), name
@@ -171,10 +184,11 @@ def check_slice(folder: Path, base: Path, steps: int) -> None:
     assert count == VALUES and moved > 0.8 * count
 
 
-def report(peaks: dict[str, int], seconds: float, blocks_to_swap: str) -> None:
+def report(peaks: dict[str, int], seconds: float, blocks_to_swap: str, ffid: int) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     print()
-    print(f"| {STEPS} steps, {blocks_to_swap} blocks swapped, {os.cpu_count()} cores, {memory:.0f} GiB of RAM | |")
+    on = f" on top of {ffid - 1} slice file" if ffid > 1 else ""
+    print(f"| {STEPS} steps{on}, {blocks_to_swap} blocks swapped, {os.cpu_count()} cores, {memory:.0f} GiB of RAM | |")
     print("|---|---|")
     print(f"| time, with loading | {seconds / 60:.1f} minutes |")
     print(f"| peak anonymous memory | {peaks['RssAnon'] / 1e9:.2f} GB |")

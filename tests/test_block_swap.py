@@ -9,7 +9,8 @@ from torch import nn
 
 from utils.block_swap import checkpoint_blocks, memory_line, place_model, weight_sizes
 from utils.checkpoints import readable
-from utils.selective_finetune import attach_slice, block_linears
+from utils.selective_finetune import attach_slice, block_linears, slice_units
+from utils.slice_overlay import Overlay
 from utils.swap_plan import SwapConfig
 from utils.weight_streamer import WeightStreamer
 from wan.configs import WanConfig
@@ -36,14 +37,19 @@ def loss_of(model, seed):
 class Run:
     """A tiny training run, its blocks on a fake device."""
 
-    def __init__(self, backend=None, swapped=0, checkpointed=True, ff="0.02", host_weights="pinned", **swap):
+    def __init__(
+        self, backend=None, swapped=0, checkpointed=True, ff="0.02", host_weights="pinned", lay_over=None, **swap
+    ):
         self.backend = backend or FakeDevice()
         self.model = tiny_model()
+        overlays = lay_over(self.model) if lay_over else {}
         self.trained = attach_slice(self.model, ff, 1)
         if checkpointed:
             checkpoint_blocks(self.model)
         config = SwapConfig(host_weights=host_weights, **swap)
-        self.placement = place_model(self.model, "cpu", swapped, self.trained, config, True, self.backend)
+        self.placement = place_model(
+            self.model, "cpu", swapped, self.trained, config, True, self.backend, overlays=overlays
+        )
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1e-2)
 
     def step(self, seed, accumulate=1):
@@ -228,6 +234,39 @@ def test_weights_without_a_slice_stream_too():
         assert len(run.trained.matrices) == 2 * BLOCKS
         losses.append(run.train(3))
     assert same(*losses)
+
+
+def other_slice(model):
+    """Random values for the slice that begins in the unit in which the trained one ends."""
+    draw = torch.Generator().manual_seed(3)
+    overlays = {}
+    for name, linear in block_linears(model).items():
+        units = slice_units(f"{name}.weight", linear.weight.shape, "0.02", 2)
+        overlays[linear] = Overlay(((units, torch.randn(units.count, generator=draw).bfloat16()),))
+    return overlays
+
+
+def put_into_the_weights(model):
+    for linear, overlay in other_slice(model).items():
+        overlay.write(linear.weight.data)
+    return {}
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("mode", ["pinned", "staged", "mapped"])
+@pytest.mark.parametrize("swapped", [0, 2, BLOCKS])
+def test_slices_beside_the_weights_are_in_every_copy(swapped, mode, timing):
+    run = Run(FakeDevice(timing), swapped, host_weights=mode, lay_over=other_slice)
+    assert same(run.train(), Run(lay_over=put_into_the_weights).train())
+
+
+def test_slices_beside_mapped_weights_are_not_written_into_these_and_count_on_the_device():
+    plain, run = (Run(swapped=BLOCKS, host_weights="mapped", lay_over=lay_over) for lay_over in (None, other_slice))
+    run.train(2)
+    linears = block_linears(run.model), block_linears(tiny_model())
+    assert all(torch.equal(linears[0][name].weight, linear.weight) for name, linear in linears[1].items())
+    values = 2 * sum(matrix.units.count for matrix in run.trained.matrices.values())
+    assert run.placement.device_bytes - plain.placement.device_bytes == pytest.approx(values, rel=0.01)
 
 
 def test_nothing_is_written_into_the_masters():

@@ -40,6 +40,6 @@ def test_a_slice_that_did_not_move_or_moved_too_far_is_found(base, step, fine, m
     monkeypatch.setattr(full_size_cpu, "MATRICES", len(starts))
     monkeypatch.setattr(full_size_cpu, "VALUES", sum(map(len, starts.values())))
     trained = {name: (start.float() + step).bfloat16() for name, start in starts.items()}
-    save_file(trained, base.parent / "full_size.slice.safetensors")
+    save_file(trained, full_size_cpu.slice_path(base.parent, 1))
     with contextlib.nullcontext() if fine else pytest.raises(AssertionError):
-        full_size_cpu.check_slice(base.parent, base, steps=1)
+        full_size_cpu.check_slice(base.parent, base, steps=1, ffid=1)

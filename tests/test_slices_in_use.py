@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 from tiny_run import run, write_dataset, write_dit
 
 from utils import training
+from utils.block_swap import place_model
+from utils.slice_files import SlicesOnBase, read_slice_file
+from utils.slice_overlay import load_with_slices
 from utils.slices import main as slices
 from wan.errors import InputError
-from wan.loading import load_dit
+from wan.loading import load_dit, read_checkpoint_header
 
 BF16 = ("--mixed_precision", "bf16", "--max_train_epochs", "1")
 
@@ -87,7 +90,7 @@ def test_training_on_a_slice_over_the_base_is_training_on_the_chained_checkpoint
 
 
 def test_an_overlap_is_refused_before_the_model_loads_and_says_what_is_free(folder, monkeypatch):
-    monkeypatch.setattr(training, "load_dit", None)
+    monkeypatch.setattr(training, "load_with_slices", None)
     with pytest.raises(InputError, match=r"already holds one \(ff 0\.1 ffid 2\), which has 33\.3 % .* --ffid 2"):
         run(folder, *BF16, *dit(folder), "--ff", "0.3", "--ffid", "1")
     with pytest.raises(InputError, match=r"100 % .* the next is --ffid 1. To train the same slice further add --cont"):
@@ -126,7 +129,7 @@ def test_a_checkpoint_without_a_ledger_says_what_cannot_be_known(folder):
 
 def test_a_slice_of_another_base_is_refused_before_the_model_loads(folder, monkeypatch):
     write_dit(folder / "other.safetensors", seed=1)
-    monkeypatch.setattr(training, "load_dit", None)
+    monkeypatch.setattr(training, "load_with_slices", None)
     with pytest.raises(InputError, match=r"is not the base of .*one.slice.safetensors"):
         run(folder, *BF16, *dit(folder, "other.safetensors"), "--slices", f"{folder}/first/one.slice.safetensors")
 
@@ -146,17 +149,28 @@ def test_a_state_on_other_slices_is_refused(folder):
 
 
 def test_a_model_with_slices_is_loaded_without_a_file_in_between_and_leaves_the_base_file(folder):
-    from utils.slice_files import SlicesOnBase, read_slice_file
-    from wan.loading import read_checkpoint_header
-
     base = folder / "base.safetensors"
     before = base.read_bytes()
-    below = SlicesOnBase(read_checkpoint_header(base), [read_slice_file(folder / "first/one.slice.safetensors")], [1])
-    model, chained = load_dit(base, patches=below.patches), load_dit(folder / "first" / "one.safetensors")
-    below.check_starts()
-    theirs = chained.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+    slice_file = read_slice_file(folder / "first" / "one.slice.safetensors")
+    for dtype in (torch.bfloat16, torch.float32):
+        model, overlays = load_with_slices(base, dtype, SlicesOnBase(read_checkpoint_header(base), [slice_file], [1]))
+        assert bool(overlays) == (dtype == torch.bfloat16)  # what is cast is a copy, which the slice is put into
+        place_model(model, "cpu", overlays=overlays)
+        theirs = load_dit(folder / "first" / "one.safetensors", dtype).state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
     assert base.read_bytes() == before
+
+
+@pytest.mark.parametrize("way", ["mapped", "staged", "resident"])
+@pytest.mark.parametrize("slice_of_run", [("--ffid", "3"), ("--continue_slice",)])
+def test_swapped_training_on_a_slice_is_training_on_the_chained_checkpoint(folder, tmp_path, way, slice_of_run):
+    swap = () if way == "resident" else ("--blocks_to_swap", "2", "--host_weights", way)
+    for on in ("chained", "sliced"):
+        on_slice = ("--slices", f"{folder}/first/one.slice.safetensors", *dit(folder, "base.safetensors"))
+        told = run(folder, *BF16, *swap, *slice_of_run, *(on_slice if on == "sliced" else dit(folder)),
+                   "--output_dir", f"{tmp_path}/{on}", "--save_as", "checkpoint")  # fmt: skip
+        assert way != "mapped" or any("stream from the checkpoint file" in line for line in told)
+    assert same_tensors(tmp_path / "chained" / "two.safetensors", tmp_path / "sliced" / "two.safetensors")
 
 
 @pytest.mark.parametrize(("save_as", "compared"), [("checkpoint", True), ("slice", False)])

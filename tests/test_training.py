@@ -151,7 +151,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, optimizer, s
 
 def test_a_state_of_another_run_is_refused_before_the_model_loads(folder, monkeypatch):
     run(folder, "--save_state")
-    monkeypatch.setattr(training, "load_dit", None)
+    monkeypatch.setattr(training, "load_with_slices", None)
     resume = ("--resume", str(folder / "out" / "one-state"))
     with pytest.raises(InputError, match=r"ffid 2 \(now 3\)"):
         run(folder, *resume, "--ffid", "3")

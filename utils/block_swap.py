@@ -17,6 +17,7 @@ from utils.block_inputs import BlockInputs
 from utils.checkpoints import readable
 from utils.host_store import BackgroundCopies, HostStore, aligned, make_host_store
 from utils.selective_finetune import SlicedMatrix, TrainedSlice
+from utils.slice_overlay import Overlay
 from utils.swap_backend import CudaBackend, HostBackend, make_backend
 from utils.swap_plan import SwapConfig, SwapPlan, WeightSizes, plan_swap
 from utils.weight_streamer import StreamedWeight, WeightStreamer
@@ -48,36 +49,48 @@ def place_model(
     mapped: bool = False,
     backend: HostBackend | CudaBackend | None = None,
     reserved: int = 0,
+    overlays: Mapping[nn.Linear, Overlay] | None = None,
 ) -> Placement:
     """Moves the model to `device`, but for what streams from the host: `blocks_to_swap` blocks, or as `swap` says.
 
     `mapped`: the block matrices are a file's own bytes so far; `reserved`: bytes of RAM to leave for other uses.
     With a trained slice (attach it first) what stays on the device becomes private memory, since the slice is written
-    into it. InputError if swap.weights_vram is too little.
+    into it. `overlays` are put into what is private then, and into each copy of what stays mapped. InputError if
+    swap.weights_vram is too little.
     """
-    device, swap = torch.device(device), swap or SwapConfig()
+    device, swap, overlays = torch.device(device), swap or SwapConfig(), overlays or {}
     backend = backend or make_backend(device)
     plan = plan_swap(weight_sizes(model), blocks_to_swap, swap)
     streamed = _streamed_linears(model, plan)
     on_host = {linear.weight for linear in streamed}
     resident = [parameter for parameter in model.parameters() if parameter not in on_host]
+    overlaid = {linear.weight for linear in overlays}
     for parameter in resident:
-        parameter.data = parameter.data.to(device, copy=trained is not None)
+        parameter.data = parameter.data.to(device, copy=trained is not None or parameter in overlaid)
     resident_bytes = sum(parameter.nbytes for parameter in resident)
     if not streamed:
+        _put_in(overlays)
         return Placement(resident_bytes)
 
     store = make_host_store([linear.weight for linear in streamed], swap.host_weights, backend, mapped, reserved)
+    stays_mapped = set(streamed) if store.mode == "mapped" else set()
+    beside = {linear: overlay.to(device) for linear, overlay in overlays.items() if linear in stays_mapped}
+    _put_in({linear: overlay for linear, overlay in overlays.items() if linear not in stays_mapped})
     return Placement(
-        device_bytes=resident_bytes + plan.slot_bytes,
+        device_bytes=resident_bytes + plan.slot_bytes + sum(overlay.nbytes for overlay in beside.values()),
         buffer_bytes=plan.slot_bytes,
         streamed_bytes=sum(linear.weight.nbytes for linear in streamed),
         streamed_blocks=len(plan.streamed),
         host_bytes=store.bytes,
         host_mode=store.mode,
         note=store.note,
-        streamer=_stream(model, streamed, plan, store, backend, trained),
+        streamer=_stream(model, streamed, plan, store, backend, trained, beside),
     )
+
+
+def _put_in(overlays: Mapping[nn.Linear, Overlay]) -> None:
+    for linear, overlay in overlays.items():
+        overlay.write(linear.weight.data)
 
 
 def check_swap(
@@ -90,8 +103,8 @@ def check_swap(
         raise InputError(f"pinned memory is for copies to a GPU, and the device is {device}: use --host_weights mapped")
     if swap.host_weights == "mapped" and not mapped:
         raise InputError(
-            "--host_weights mapped: the weights in use are not the file's own bytes, since they are cast at load or "
-            "--slices are put into them; leave it out"
+            "--host_weights mapped: the weights in use are not the file's own bytes, since they are cast at load; "
+            "leave it out"
         )
     if swap.weights_vram is not None:
         with torch.device("meta"):
@@ -136,11 +149,16 @@ def _stream(
     store: HostStore,
     backend: HostBackend | CudaBackend,
     trained: TrainedSlice | None,
+    overlays: Mapping[nn.Linear, Overlay],
 ) -> WeightStreamer:
     """Has these layers take their weights from a streamer, which learns of every pass of the model."""
     matrices = {} if trained is None else {matrix.linear: matrix for matrix in trained.matrices.values()}
     streamer = WeightStreamer(
-        [StreamedWeight(piece, matrices.get(linear)) for linear in linears for piece in _pieces(linear)],
+        [
+            StreamedWeight(piece, matrices.get(linear), overlays.get(linear))
+            for linear in linears
+            for piece in _pieces(linear)
+        ],
         plan.slots,
         backend,
         backend if store.mode == "pinned" else BackgroundCopies(backend),

@@ -21,10 +21,11 @@ from utils.prompts import SamplePrompt, parse_prompt_line
 from utils.sampling import TIMESTEPS, Denoising, Sample, advance, decode_latent, encode_samples, resolve_sample
 from utils.selective_finetune import base_identity
 from utils.slice_files import SliceFile, SlicesOnBase, read_slice_file
+from utils.slice_overlay import load_with_slices
 from utils.swap_plan import SwapConfig
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, load_dit, read_checkpoint_header
+from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, read_checkpoint_header
 from wan.text_encoder import load_text_encoder
 from wan.vae import WanVAE, load_vae
 
@@ -132,7 +133,7 @@ def _read_expert(
     if config.blocks_to_swap > widths.num_layers:
         raise InputError(f"--blocks_to_swap {config.blocks_to_swap}: {path} has {widths.num_layers} blocks")
     dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
-    mapped = file_dtype(header) == dtype and not config.slices
+    mapped = file_dtype(header) == dtype
     check_swap(widths, dtype, config.device, config.blocks_to_swap, config.swap, mapped)
     own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     told = "".join(f", with {entry.label}" for entry in own.entries)
@@ -207,9 +208,10 @@ def _run_expert(
 ) -> None:
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
-    model = load_dit(expert.path, expert.dtype, read_only=True, patches=expert.slices.patches)
-    expert.slices.check_starts()
-    placement = place_model(model, config.device, config.blocks_to_swap, swap=config.swap, mapped=expert.mapped)
+    model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices)
+    placement = place_model(
+        model, config.device, config.blocks_to_swap, swap=config.swap, mapped=expert.mapped, overlays=overlays
+    )
     with tqdm.external_write_mode():
         say(memory_line(placement, config.device))
     for denoising in denoisings:
@@ -217,7 +219,7 @@ def _run_expert(
         if guidance_scale is None:
             guidance_scale = denoising.sample.guidance_scale
         advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step)
-    del model, placement
+    del model, placement, overlays
     if config.blocks_to_swap or config.swap.weights_vram:
         gc.collect()  # a swapped layer refers to itself through its forward, and the next model needs the memory
 

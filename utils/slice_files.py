@@ -103,20 +103,21 @@ def same_bits(a: Tensor, b: Tensor) -> Tensor:
 class SlicesOnBase:
     """Slices that fit a base and each other, ready to be put into its matrices.
 
-    `files` are the slices, oldest first; `patches` change a matrix as stored, by contract name; `entries` are the
-    ledger that the result has; `metadata` is what the slices' runs said.
+    `files` are the slices, oldest first; by a matrix's contract name `patches` change it as stored, and `units` are
+    where the slices lie; `entries` are the ledger that the result has; `metadata` is what the slices' runs said.
     """
 
     def __init__(self, header: CheckpointHeader, slices: Sequence[SliceFile], strengths: Sequence[float]):
         # One order, by date, whatever order they are given in: so the file that comes out is one, too.
         pairs = sorted(zip(slices, strengths, strict=True), key=lambda pair: pair[0].entry.age)
+        self.header = header
         self.patches: dict[str, Patch] = {}
+        self.units: dict[str, list[SliceUnits]] = {}
         self.entries = read_ledger(header.metadata, header.files[0])
         self.metadata: dict[str, str] = {}
         self._held = [(header.files[0], self.entries)]
         self._starts: dict[Path, dict[str, bytes]] = {file.path: {} for file, _ in pairs}
         self.files = [file for file, _ in pairs]
-        self._base = header.files[0]
         # Of matrices of which not all rows have passed: the values that the base had, those that come there.
         self._passing: dict[tuple[Path, str], tuple[Tensor, Tensor]] = {}
         identity = base_identity(header.files) if pairs else None
@@ -128,6 +129,7 @@ class SlicesOnBase:
             self._held.append((file.path, [file.entry]))
             self.metadata |= file.metadata
             for name, units in units_of_name.items():
+                self.units.setdefault(name, []).append(units)
                 self.patches[name] = partial(self._patch, self.patches.get(name), file, strength, name, units)
 
     def check_starts(self) -> None:
@@ -135,14 +137,14 @@ class SlicesOnBase:
         for file in self.files:
             if file.entry.start and slice_digest(self._starts[file.path]) != file.entry.start:
                 raise InputError(
-                    f"{self._base} is not the base of {file.path}: it holds other values where the slice lies (merged, "
-                    "or otherwise finetuned?); give the base that the slice was trained on"
+                    f"{self.header.files[0]} is not the base of {file.path}: it holds other values where the slice "
+                    "lies (merged, or otherwise finetuned?); give the base that the slice was trained on"
                 )
 
     def _refuse_overlap(self, file: SliceFile) -> None:
         for path, entries in self._held:
             if met := meetings(entries, file.entry):
-                other = f", or {path}" if path != self._base else ""
+                other = f", or {path}" if path != self.header.files[0] else ""
                 raise InputError(f"{path} already holds {met}. Leave out {file.path}{other}")
 
     def _patch(

@@ -40,6 +40,7 @@ from utils.outputs import to_frames
 from utils.preservation import Preservation, Targets, most_frequent, preserve_lines
 from utils.selective_finetune import TrainedSlice, attach_slice
 from utils.slice_files import SlicesOnBase
+from utils.slice_overlay import load_with_slices, start_from_overlays
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_debug import TrainingDebug
@@ -52,7 +53,7 @@ from utils.training_slices import ledger_lines, read_slices, write_files
 from utils.training_state import check_state, load_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.loading import CheckpointHeader, file_dtype, load_dit
+from wan.loading import CheckpointHeader, file_dtype
 from wan.model import WanModel
 
 _FRAMES_LOGGED = 4  # of a clip, in TensorBoard
@@ -130,13 +131,13 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
     texts = encode_old_prompts(config.preserve, prompts, model_config.text_len, accelerator)
 
-    model = load_dit(config.dit, COMPUTE_DTYPES[config.mixed_precision], read_only=True, patches=below.patches)
-    below.check_starts()
+    model, overlays = load_with_slices(config.dit, COMPUTE_DTYPES[config.mixed_precision], below)
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
+    if config.continue_slice or config.allow_overlap:
+        start_from_overlays(trained, overlays)
     inputs = BlockInputs(len(model.blocks), accelerator.device) if config.offload_block_inputs else None
     if config.gradient_checkpointing:
         checkpoint_blocks(model, inputs)
-    mapped = file_dtype(header) == model.dtype and not config.slices
     kept = asking.largest_kept if asking else ()
     input_size = input_bytes(model, dataset, batches, kept) if config.offload_block_inputs else 0
     placement = place_model(
@@ -145,8 +146,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         config.blocks_to_swap,
         trained,
         config.swap,
-        mapped,
+        mapped=file_dtype(header) == model.dtype,
         reserved=(len(model.blocks) - 1) * input_size,
+        overlays=overlays,
     )
     optimizer = build_optimizer(config.optimizer, trained.parameters())
     settings |= start_hash(trained)

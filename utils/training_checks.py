@@ -49,8 +49,7 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
         )
     model_config = config_from_header(header)
     dtype = COMPUTE_DTYPES[config.mixed_precision]
-    mapped = file_dtype(header) == dtype and not config.slices
-    check_swap(model_config, dtype, device, config.blocks_to_swap, config.swap, mapped)
+    check_swap(model_config, dtype, device, config.blocks_to_swap, config.swap, mapped=file_dtype(header) == dtype)
     if config.offload_block_inputs and device.type == "cpu":
         raise InputError("--gradient_checkpointing_cpu_offload has no effect where the CPU trains: leave it out")
     return header, model_config

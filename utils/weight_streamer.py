@@ -15,16 +15,18 @@ from torch import Tensor
 
 from utils.host_store import BackgroundCopies, HostStore, aligned, as_weight
 from utils.selective_finetune import SlicedMatrix
+from utils.slice_overlay import Overlay
 from utils.swap_backend import CudaBackend, HostBackend
 from utils.weight_order import WeightOrder, evictions
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedWeight:
-    """A weight whose master is on the host, and the slice in it that trains, if any."""
+    """A weight whose master is on the host; if any, the slice in it that trains, and what each copy is to hold."""
 
     host: Tensor
     matrix: SlicedMatrix | None = None
+    overlay: Overlay | None = None
 
 
 @dataclass(eq=False)
@@ -116,6 +118,8 @@ class WeightStreamer:
         if slot.arriving:
             self.link.wait(slot.arrived)
             slot.arriving = False
+            if overlay := self.weights[weight].overlay:
+                overlay.write(as_weight(slot.memory, self.weights[weight].host))
         return self._with_slice(slot)
 
     def _leave_slot(self) -> None:
