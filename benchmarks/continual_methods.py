@@ -15,7 +15,7 @@ from tiny_world import World, shifted
 from torch import Tensor, nn
 
 from utils.kept_answers import Answer, OldPrompt
-from utils.preservation import EncodedPrompt, Preservation
+from utils.preservation import Preservation
 from utils.selective_finetune import attach_slice, block_linears
 from wan.model import WanModel
 
@@ -121,7 +121,7 @@ def _nothing() -> None:
     pass
 
 
-def ask(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed: int) -> EncodedPrompt:
+def ask(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed: int) -> OldPrompt:
     """What the model answers to the prompt at noise levels that are spread evenly, as a run that begins asks it."""
     draw = torch.Generator().manual_seed(seed)
     clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (LEVELS,), generator=draw)]
@@ -130,7 +130,7 @@ def ask(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed:
     with torch.no_grad():
         velocity = model(noisy, 1000 * sigma, [world.text(prompt)] * LEVELS)
     answers = tuple(map(Answer, noisy, (1000 * sigma).tolist(), velocity))
-    return EncodedPrompt(OldPrompt(prompt, kept=answers), world.text(prompt))
+    return OldPrompt(prompt, kept=answers, text_SD=world.text(prompt))
 
 
 def teach(
@@ -142,7 +142,7 @@ def teach(
     rate: float,
     steps: int,
     seed: int,
-    preserve: tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]] | None = None,
+    preserve: tuple[Sequence[OldPrompt], Sequence[OldPrompt]] | None = None,
     every: int = PRESERVE_EVERY,
     on_step: Callable[[int, WanModel], None] | None = None,
 ) -> tuple[dict[str, Tensor], int]:

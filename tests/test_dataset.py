@@ -72,6 +72,7 @@ def test_a_batch_holds_latents_tokens_and_names(pictures):
 
 def test_an_epoch_has_each_item_num_repeats_times_in_batches_of_one_size(pictures, tmp_path):
     dataset = _build(_write_config(tmp_path, num_repeats=3, batch_size=2))
+    assert dataset.shown_captions == [item.caption for item in dataset.items for _ in range(3)]
     batches = dataset.epoch_batches(7, 1)
     # Each of the 5 items has an entry for each of 3 times.
     assert sorted(entry for batch in batches for entry in batch) == list(range(15))

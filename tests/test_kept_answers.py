@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -19,19 +20,22 @@ from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, sigmas_of
 from utils.kept_answers import Answer, OldPrompt, read_answers, write_answers
 from utils.ledger import CONTRACT, Entry
-from utils.preservation import EncodedPrompt, Preservation
+from utils.preservation import Preservation
 from utils.selective_finetune import base_identity, slice_indices
 from utils.slice_list import list_files, table
 from utils.slice_tools import apply, remove, scale
 from utils.training_state import load_state
 from wan.errors import InputError
 from wan.loading import load_dit
+from wan.model import WanModel
 
 PROMPTS = ("a red cat", "a cat")
 BASE = "ab" * 32
 RUN = "run"
 CONCEPT = Entry(CONTRACT, "0.1", 2, "one", 10, "2026-01-01")
 SHAPE = (16, 1, 2, 4)
+THREE = "out/three.answers.safetensors"
+SEED = 5  # of a run in which one batch draws answers of two sizes
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +95,32 @@ def answers_of(path, folder):
 def test_a_run_asks_the_model_that_it_begins_with(folder):
     first, then = (kept_by(folder / "chain" / f"{name}.answers.safetensors", folder) for name in ("one", "two"))
     base, one = (load_dit(folder / name, torch.float32) for name in ("base.safetensors", "chain/one.safetensors"))
-    assert [p.old.text for p in first.general] == list(PROMPTS) and not first.of_concepts
-    assert len(then.of_concepts) == 8 and {p.old.concept.name for p in then.of_concepts} == {"one"}
+    assert [p.text for p in first.general] == list(PROMPTS) and not first.of_concepts
+    assert len(then.of_concepts) == 8 and {p.concept.name for p in then.of_concepts} == {"one"}
     for model, prompts in ((base, first.general), (one, then.of_concepts)):
         for prompt in prompts:
-            assert len(prompt.old.kept) == 3
-            for answer in (kept.read() for kept in prompt.old.kept):
-                expected = model(answer.noisy_CFHW[None], torch.tensor([answer.t]), [prompt.text_SD])[0]
-                torch.testing.assert_close(answer.velocity_CFHW, expected.half().float(), rtol=1e-3, atol=1e-3)
+            assert len(prompt.kept) == 3
+            for answer in prompt.kept:
+                expected = model(answer.noisy_CFHW[None].float(), torch.tensor([answer.t]), [prompt.text_SD])[0]
+                torch.testing.assert_close(answer.velocity_CFHW, expected.half(), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_asked_is_what_is_kept(folder):
+    """The rounded latents, not those that were rounded for the file."""
+    asked, forward = [], WanModel.forward
+
+    def recorded(model, noisy, t_B, context):
+        if not torch.is_grad_enabled():
+            asked.extend(zip(noisy, t_B.tolist(), context, strict=True))
+        return forward(model, noisy, t_B, context)
+
+    with patch.object(WanModel, "forward", recorded):
+        run(folder, *asking(folder), "--max_train_epochs", "1")
+    kept = answers_of(folder / "out" / "one.answers.safetensors", folder).values()
+    pairs = [(old, answer) for old in kept for answer in old.kept]
+    for (noisy, t, text_SD), (old, answer) in zip(asked, pairs, strict=True):
+        assert torch.equal(noisy, answer.noisy_CFHW.float()) and t == answer.t
+        assert torch.equal(text_SD, old.text_SD)
 
 
 def test_questions_spread_over_the_noise_levels_and_pictures_that_are_trained(folder):
@@ -116,7 +138,9 @@ def test_questions_spread_over_the_noise_levels_and_pictures_that_are_trained(fo
 def test_along_a_chain_nothing_that_was_kept_changes_and_nothing_is_asked_twice(folder):
     told = "\n".join(run(folder, *third(folder), "--max_train_epochs", "1"))
     assert "asks for 24 answers before the first step: none are kept yet to 8 of 18 old prompts" in told
-    assert "three.answers.safetensors (27.6 kB), the --preserve_answers of the next run" in told
+    size = (folder / "out" / "three.answers.safetensors").stat().st_size
+    told_size = re.search(r"three.answers.safetensors \(up to ([0-9.]+) kB\), the --preserve_answers of the next", told)
+    assert 0.6 * size < 1000 * float(told_size[1]) < 1.1 * size  # its header is not counted, too many tokens are
     assert "preserves the answers to 2 general prompts and 16 of concepts, on one step in 4, with weight 4" in told
     files = ("chain/one", "chain/two", "out/three")
     one, two, three = (answers_of(folder / f"{name}.answers.safetensors", folder) for name in files)
@@ -126,26 +150,27 @@ def test_along_a_chain_nothing_that_was_kept_changes_and_nothing_is_asked_twice(
             assert later[text].concept == old.concept
             assert [kept.t for kept in later[text].kept] == [kept.t for kept in old.kept]
             for kept, again in zip(old.kept, later[text].kept, strict=True):
-                assert torch.equal(kept.read().noisy_CFHW, again.read().noisy_CFHW)
-                assert torch.equal(kept.read().velocity_CFHW, again.read().velocity_CFHW)
+                assert torch.equal(kept.noisy_CFHW, again.noisy_CFHW)
+                assert torch.equal(kept.velocity_CFHW, again.velocity_CFHW)
 
 
 @pytest.mark.parametrize(("every", "window"), [(1, 1), (2, 3)])
 def test_a_chains_run_takes_the_steps_of_plain_autograd(folder, every, window):
     more = ("--preserve_every", str(every), "--preserve_weight", "3", "--max_train_epochs", "1", "--save_state")
+    more += ("--seed", str(SEED))
     run(folder, *third(folder), *SGD, *more, "--gradient_accumulation_steps", str(window))
     config = parse_train([*flags(folder), *third(folder)])
     dataset = build_training_dataset(config.dataset)
     preserved = kept_by(folder / "out" / "three.answers.safetensors", folder)
     model, start = (load_dit(folder / "chain" / "two.safetensors", torch.float32) for _ in range(2))
     weights = {n: p.requires_grad_() for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
-    batches, mixed = dataset.epoch_batches(3, 0), 0
+    batches, mixed = dataset.epoch_batches(SEED, 0), 0
     for step in range(-(-len(batches) // window)):
         loss, own = 0, batches[step * window : step * window + window]
         for entries in own:
             loss = loss + training_loss(model, dataset[entries], config.timesteps) / len(own)
             if (step + 1) % every == 0:
-                drawn = preserved.draw([draw_generator(3, "preserve", 0, entry) for entry in entries], "cpu")
+                drawn = preserved.draw([draw_generator(SEED, "preserve", 0, entry) for entry in entries], "cpu")
                 errors = [(model(old.noisy_BCFHW, old.t_B, old.context) - old.velocity_BCFHW) ** 2 for old in drawn]
                 loss = loss + 3 * sum(error.flatten(1).mean(1).sum() for error in errors) / len(entries) / len(own)
                 mixed += len(drawn) > 1
@@ -163,7 +188,7 @@ def test_a_chains_run_takes_the_steps_of_plain_autograd(folder, every, window):
 
 
 def training_loss(model, batch, timesteps):
-    generators = [draw_generator(3, 0, entry) for entry in batch["entries"]]
+    generators = [draw_generator(SEED, 0, entry) for entry in batch["entries"]]
     latents, u = batch["latents"], torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
     sigma = sigmas_of(timesteps, u, tuple(latents.shape[-2:]))
     noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
@@ -174,7 +199,7 @@ def training_loss(model, batch, timesteps):
 
 def test_batches_of_kept_answers_are_no_larger_than_those_of_the_run():
     small, large = (answer((16, 1, *size)) for size in ((2, 2), (8, 8)))
-    prompts = tuple(EncodedPrompt(OldPrompt("", kept=(own,)), torch.zeros(3, 48)) for own in (small, large))
+    prompts = tuple(OldPrompt("", kept=(own,), text_SD=torch.zeros(3, 48)) for own in (small, large))
     preserved = Preservation(prompts, (), 1, 1.0, most_values=3 * math.prod(small.shape))
     drawn = preserved.draw([draw_generator(0, n) for n in range(40)], "cpu")
     assert {len(old.t_B) for old in drawn if old.noisy_BCFHW.shape[1:] == large.shape} == {1}
@@ -216,6 +241,38 @@ def test_a_run_that_is_begun_again_does_not_ask_again(folder):
     assert writing.called
 
 
+def test_a_run_that_was_begun_before_says_that_it_asks_nothing(folder):
+    common = (*asking(folder), "--max_train_epochs", "1")
+    for said, unsaid in (("asks for 6 answers", "already"), ("holds the answers already", "asks for")):
+        told = "\n".join(run(folder, *common))
+        assert said in told and unsaid not in told
+
+
+def test_a_file_that_takes_the_name_of_the_answers_changes_nothing(tmp_path):
+    own = written(tmp_path / "a.safetensors")
+    cat, _ = read_answers(tmp_path / "a.safetensors", BASE, CONFIG)
+    (tmp_path / "b").write_bytes(b"x" * 9)
+    (tmp_path / "b").replace(tmp_path / "a.safetensors")
+    assert torch.equal(cat.kept[0].noisy_CFHW, own.noisy_CFHW.half())
+
+
+def other_encoder(folder, name, change):
+    path = folder / f"{name}.safetensors"
+    save_file({key: change(value) for key, value in load_file(folder / "t5.safetensors").items()}, path)
+    return ("--t5", str(path))
+
+
+def test_answers_of_another_text_encoder_are_refused_and_its_rounding_is_not(folder):
+    torch.manual_seed(0)
+    another = other_encoder(folder, "another", lambda value: torch.randn_like(value.float()))
+    with pytest.raises(InputError, match=r"two.answers.safetensors was made with another text encoder than --t5"):
+        run(folder, *third(folder), *another)
+    rounded = other_encoder(folder, "rounded", lambda value: value.to(torch.float8_e4m3fn).float())
+    run(folder, *third(folder), *rounded, "--max_train_epochs", "1")
+    one, other = (answers_of(folder / name, folder) for name in ("chain/two.answers.safetensors", THREE))
+    assert all(torch.equal(old.text_SD, other[text].text_SD) for text, old in one.items())
+
+
 def test_a_state_of_other_answers_is_refused(folder):
     run(folder, *third(folder), "--save_state")
     path = folder / "changed.safetensors"
@@ -234,7 +291,7 @@ def test_with_slices_on_top_the_answers_are_those_of_the_checkpoint(folder):
     chained = answers_of(folder / "chain" / "two.answers.safetensors", folder)
     for text, old in chained.items():
         for one, other in zip(old.kept, alone[text].kept, strict=True):
-            assert torch.equal(one.read().velocity_CFHW, other.read().velocity_CFHW)
+            assert torch.equal(one.velocity_CFHW, other.velocity_CFHW)
 
 
 @pytest.mark.parametrize("how", ["removed", "another run", "weaker", "the base"])
@@ -282,7 +339,7 @@ def test_what_is_trained_now_is_not_preserved(folder):
 def test_clips_and_pictures_may_follow_each_other(folder):
     tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
     for key, tensor in tensors.items():
-        if key.startswith("3."):
+        if key.startswith("3.") and not key.endswith("text"):
             tensors[key] = tensor.repeat(1, 3, 2, 2)
     path = folder / "clips.safetensors"
     save_file(tensors, path, metadata)
@@ -292,7 +349,8 @@ def test_clips_and_pictures_may_follow_each_other(folder):
 
 def test_answers_that_are_larger_than_what_is_trained_are_told(folder):
     tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
-    tensors = {key: tensor.repeat(1, 3, 2, 2) if key.startswith("3.") else tensor for key, tensor in tensors.items()}
+    own = [key for key in tensors if key.startswith("3.") and not key.endswith("text")]
+    tensors |= {key: tensors[key].repeat(1, 3, 2, 2) for key in own}
     save_file(tensors, folder / "clips.safetensors", metadata)
     told = run(
         folder, *third(folder), "--preserve_answers", str(folder / "clips.safetensors"), "--max_train_epochs", "1"
@@ -310,7 +368,10 @@ def test_what_the_run_reads_is_not_written_over(folder):
 
 def test_a_disk_without_room_for_the_answers_is_told_before_the_model_loads(folder):
     free = SimpleNamespace(free=(folder / "base.safetensors").stat().st_size + 1000)
-    with patch("utils.checkpoints.shutil.disk_usage", return_value=free), patch("utils.training.load_dit") as loading:
+    with (
+        patch("utils.checkpoints.shutil.disk_usage", return_value=free),
+        patch("utils.training.load_with_slices") as loading,
+    ):
         with pytest.raises(InputError, match=r"one save \(checkpoint, three.answers.safetensors\) needs"):
             run(folder, *third(folder))
         assert not loading.called
@@ -318,7 +379,8 @@ def test_a_disk_without_room_for_the_answers_is_told_before_the_model_loads(fold
 
 def written(path, run=RUN):
     own = answer(SHAPE)
-    prompts = [OldPrompt("a cat"), OldPrompt("a dog", CONCEPT)]
+    text_SD = torch.randn(3, CONFIG.text_dim, generator=torch.Generator().manual_seed(5)).bfloat16()
+    prompts = [OldPrompt("a cat", text_SD=text_SD), OldPrompt("a dog", CONCEPT, text_SD=text_SD + 1)]
     asked = [(prompts[0], [SimpleNamespace(t=t, shape=SHAPE) for t in (1.0, 2.0)])]
     asked.append((prompts[1], [SimpleNamespace(t=3.0, shape=SHAPE)]))
     write_answers(path, BASE, run, asked, iter([own] * 3))
@@ -335,8 +397,9 @@ def test_what_is_written_is_read_again(tmp_path):
     cat, dog = read_answers(tmp_path / "a.safetensors", BASE, CONFIG)
     assert (cat.text, cat.concept, [one.t for one in cat.kept]) == ("a cat", None, [1.0, 2.0])
     assert (dog.text, dog.concept, [one.t for one in dog.kept]) == ("a dog", CONCEPT, [3.0])
-    assert torch.equal(dog.kept[0].read().velocity_CFHW, own.velocity_CFHW)
-    assert torch.equal(cat.kept[1].read().noisy_CFHW, own.noisy_CFHW)
+    assert torch.equal(dog.kept[0].velocity_CFHW, own.velocity_CFHW.half())
+    assert torch.equal(cat.kept[1].noisy_CFHW, own.noisy_CFHW.half())
+    assert cat.text_SD.shape == (3, 48) and torch.equal(dog.text_SD, cat.text_SD + 1)
 
 
 def test_an_answer_that_is_not_finite_leaves_the_old_file(tmp_path):
@@ -344,7 +407,7 @@ def test_an_answer_that_is_not_finite_leaves_the_old_file(tmp_path):
     before = (tmp_path / "a.safetensors").read_bytes()
     bad = Answer(torch.zeros(SHAPE), 1.0, torch.full(SHAPE, torch.inf))
     with pytest.raises(InputError, match="NaN or infinite values in answer at timestep 1"):
-        asked = [(OldPrompt("a"), [SimpleNamespace(t=1.0, shape=SHAPE)])]
+        asked = [(OldPrompt("a", text_SD=torch.zeros(1, 48)), [SimpleNamespace(t=1.0, shape=SHAPE)])]
         write_answers(tmp_path / "a.safetensors", BASE, RUN, asked, iter([bad]))
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -371,7 +434,9 @@ def broken(change_tensors=None, change_told=None):
 
 def resized(*shape):
     """The same file at latents of another shape, in every answer."""
-    return broken(lambda tensors: tensors.update({key: torch.zeros(shape).half() for key in tensors}))
+    return broken(
+        lambda tensors: tensors.update({key: torch.zeros(shape).half() for key in tensors if not key.endswith("text")})
+    )
 
 
 @pytest.mark.parametrize(
@@ -384,6 +449,12 @@ def resized(*shape):
         (broken(lambda tensors: tensors.pop("0.1.noisy")), "is damaged"),
         (broken(lambda tensors: tensors.update({"0.1.noisy": torch.zeros(16, 1, 4, 2).half()})), "is damaged"),
         (broken(lambda tensors: tensors.update({"0.1.noisy": torch.zeros(16, 1, 2, 4)})), "is damaged"),
+        (broken(lambda tensors: tensors.pop("1.text")), "is damaged"),
+        (broken(lambda tensors: tensors.update({"1.text": torch.zeros(3, 48)})), "is damaged"),
+        (broken(lambda tensors: tensors.update({"1.text": torch.zeros(48).bfloat16()})), "is damaged"),
+        (broken(lambda tensors: tensors.update({"1.text": torch.zeros(3, 40).bfloat16()})), "another base model"),
+        (broken(lambda tensors: tensors.update({"1.text": torch.zeros(9, 48).bfloat16()})), "another base model"),
+        (broken(lambda tensors: tensors["1.text"].fill_(torch.nan)), "NaN or infinite values in 1.text"),
         (broken(None, lambda told: told["prompts"][0]["timesteps"].append(1.0)), "is damaged"),
         (broken(None, lambda told: told["prompts"][0].update(timesteps=[])), "is damaged"),
         (broken(None, lambda told: told["prompts"][0].update(timesteps=[float("nan"), 1.0])), "is damaged"),
@@ -418,7 +489,7 @@ def test_values_that_are_not_finite_are_refused_before_the_model_loads(folder):
     tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
     tensors["4.1.velocity"][0] = torch.nan
     save_file(tensors, path, metadata)
-    with patch("utils.training.load_dit") as loading:
+    with patch("utils.training.load_with_slices") as loading:
         with pytest.raises(InputError, match=r"NaN or infinite values in 4\.1\.velocity"):
             run(folder, *third(folder), "--preserve_answers", str(path))
         assert not loading.called

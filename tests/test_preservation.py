@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import socket
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
-from torch.nn import functional as F
 
+from utils import training
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.kept_answers import Answer, OldPrompt, read_answers
-from utils.preservation import CAPTIONS_KEPT, EncodedPrompt, Preservation, most_frequent
+from utils.ledger import CONTRACT, Entry
+from utils.preservation import CAPTIONS_KEPT, Preservation, most_frequent, old_prompts, preserve_lines
 from utils.selective_finetune import base_identity, read_ledger, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
-from wan.text_encoder import load_text_encoder
 
 PROMPTS = ("a red cat", "a cat", "red sits")
 SGD = ("--mixed_precision", "no", "--optimizer_type", "SGD", "--learning_rate", "0.1", "--max_grad_norm", "0")
@@ -56,9 +58,7 @@ def preserving(folder, every=2, weight=3):
 def kept_by(path, folder, every=2, weight=3, most_values=10**9):
     """What a run preserves that keeps its answers in this file."""
     kept = read_answers(path, base_identity(folder / "base.safetensors"), CONFIG)
-    encoder = load_text_encoder(folder / "t5.safetensors", folder / "spiece.model", text_len=8)
-    encoded = [EncodedPrompt(old, encoder([old.text])[0]) for old in kept]
-    general, of_concepts = (tuple(p for p in encoded if bool(p.old.concept) == which) for which in (False, True))
+    general, of_concepts = (tuple(old for old in kept if bool(old.concept) == which) for which in (False, True))
     return Preservation(general, of_concepts, every, weight, most_values)
 
 
@@ -76,7 +76,7 @@ def scalars(folder):
 class Reference:
     """Plain autograd on whole weights, masked to the slice, held to what the run's file keeps: SGD at 0.1."""
 
-    def __init__(self, folder, every=2, weight=3, window=1, ranks=1):
+    def __init__(self, folder, every=2, weight=3, window=1, ranks=1, weighed=False):
         self.model = load_dit(folder / "base.safetensors", torch.float32)
         named = self.model.named_parameters()
         self.sliced = {n: p.requires_grad_() for n, p in named if n.startswith("blocks.") and p.dim() == 2}
@@ -84,6 +84,7 @@ class Reference:
         self.dataset, self.timesteps = build_training_dataset(config.dataset), config.timesteps
         self.preserved = kept_by(folder / "out" / "one.answers.safetensors", folder, every, weight)
         self.every, self.weight, self.window, self.ranks = every, weight, window, ranks
+        self.weigh = self.cosmap if weighed else torch.ones_like
 
     def losses(self, steps):
         """[(loss, preservation loss, 0 where it is not due)] of every step."""
@@ -119,15 +120,21 @@ class Reference:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
         at = sigma.view(-1, 1, 1, 1, 1)
         noisy, t = (1 - at) * latents + at * noise, 1000 * sigma
-        loss = F.mse_loss(self.model(noisy, t, batch["t5"]), noise - latents)
+        error = self.model(noisy, t, batch["t5"]) - (noise - latents)
+        loss = (self.weigh(sigma) * error.square().flatten(1).mean(1)).mean()
         if not preserves:
             return loss, torch.zeros(())
         generators = [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]]
         kept = 0
         for old in self.preserved.draw(generators, "cpu"):
             error = self.model(old.noisy_BCFHW, old.t_B, old.context) - old.velocity_BCFHW
-            kept = kept + error.square().flatten(1).mean(1).sum() / len(generators)
+            error = self.weigh(old.t_B / 1000) * error.square().flatten(1).mean(1)
+            kept = kept + error.sum() / len(generators)
         return loss, kept
+
+    @staticmethod
+    def cosmap(sigma):
+        return 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2))
 
     def step(self, loss):
         grads = torch.autograd.grad(loss, list(self.sliced.values()))
@@ -140,14 +147,16 @@ class Reference:
     ("more", "window"),
     [
         ((), 1),
+        (("--weighting_scheme", "cosmap"), 1),
         (("--gradient_checkpointing", "--blocks_to_swap", "1"), 1),
         (("--gradient_checkpointing", "--blocks_to_swap", "2", "--gradient_accumulation_steps", "3"), 3),
     ],
-    ids=["plain", "checkpointed and swapped", "accumulated"],
+    ids=["plain", "weighed", "checkpointed and swapped", "accumulated"],
 )
 def test_both_losses_are_those_of_plain_autograd(folder, more, window):
     found = logged(folder, *SGD, *preserving(folder), *more)
-    check_losses(found, Reference(folder, window=window).losses({1: 10, 3: 4}[window]))
+    weighed = "--weighting_scheme" in more
+    check_losses(found, Reference(folder, window=window, weighed=weighed).losses({1: 10, 3: 4}[window]))
 
 
 def check_losses(found, expected):
@@ -182,17 +191,102 @@ def test_two_processes_preserve_what_their_joint_batch_would(folder):
 
 
 def test_concepts_and_general_prompts_are_asked_equally_often_and_all_their_answers():
-    def prompt(number):
-        answers = (Answer(torch.full((1, 1, 1, 1), number + part), 0.0, torch.zeros(1, 1, 1, 1)) for part in (0, 0.5))
-        return EncodedPrompt(OldPrompt(str(number), kept=tuple(answers)), torch.zeros(1))
+    """Each concept as often as the next, though one has five prompts and the others one."""
 
-    few, many = range(3), range(100, 130)
-    preserved = Preservation(tuple(map(prompt, many)), tuple(map(prompt, few)), 1, 1.0, 10**9)
+    def prompt(number, concept=None):
+        answers = (Answer(torch.full((1, 1, 1, 1), number + part), 0.0, torch.zeros(1, 1, 1, 1)) for part in (0, 0.5))
+        return OldPrompt(str(number), concept, tuple(answers), torch.zeros(1))
+
+    many, concepts = range(100, 130), [concept("a", 1), concept("b", 2), concept("c", 3)]
+    few = [prompt(0, concepts[0]), prompt(1, concepts[1]), *(prompt(number, concepts[2]) for number in range(2, 7))]
+    preserved = Preservation(tuple(map(prompt, many)), tuple(few), 1, 1.0, 10**9)
     (drawn,) = preserved.draw([draw_generator(0, "preserve", entry) for entry in range(1800)], "cpu")
     asked = drawn.noisy_BCFHW.flatten().tolist()
-    assert set(asked) == {number + part for number in (*few, *many) for part in (0, 0.5)}
-    assert 800 < sum(number < 3 for number in asked) < 1000
-    assert all(110 < asked.count(number + part) < 190 for number in few for part in (0, 0.5))
+    assert set(asked) == {number + part for number in (*range(7), *many) for part in (0, 0.5)}
+    assert 800 < sum(number < 7 for number in asked) < 1000
+    assert all(110 < asked.count(number + part) < 190 for number in (0, 1) for part in (0, 0.5))
+    assert 240 < sum(2 <= number < 7 for number in asked) < 360
+
+
+def concept(name, ffid, *captions):
+    return Entry(CONTRACT, "0.1", ffid, name, 10, f"2026-01-0{ffid}", captions=captions)
+
+
+OWN = concept("own", 9)
+
+
+def chosen(ledger, kept=(), prompts=(), auto=True, captions=()):
+    """{text: (the concept's name, is kept)} of what is preserved, and the notes."""
+    config = SimpleNamespace(prompts=prompts, from_ledger=auto, answers="a.safetensors")
+    found = old_prompts(config, ledger, OWN, kept, captions)
+    return {old.text: (old.concept and old.concept.name, old in kept) for old in found.all}, "\n".join(found.notes)
+
+
+def test_a_caption_belongs_to_the_newest_concept_that_was_taught_with_it():
+    """Kept answers from before would pull it back."""
+    a, b = concept("a", 1, "both", "of a"), concept("b", 2, "both", "listed")
+    kept = [OldPrompt("listed"), OldPrompt("both", a), OldPrompt("of a", a), OldPrompt("other")]
+    found, notes = chosen([a, b], kept)
+    expected = {"both": ("b", False), "listed": ("b", False), "of a": ("a", True), "other": (None, True)}
+    assert found == expected
+    assert "left out of a.safetensors: both, listed, which a concept was taught with since it was asked" in notes
+    again = [OldPrompt("both", b), OldPrompt("listed", b), *kept[2:]]
+    assert chosen([a, b], again)[0] == {text: (name, True) for text, (name, _) in expected.items()}
+    assert chosen([a, b], [OldPrompt("listed")], prompts=["listed"], auto=False)[0] == {"listed": ("b", False)}
+
+
+def test_prompts_that_are_the_same_to_the_tokenizer_are_one():
+    found, notes = chosen([], prompts=["a cat", "a  cat", "a&nbsp;cat", "a dog"], captions=["a   dog"])
+    assert list(found.values()) == [(None, False)] and "trained now: a dog" in notes
+
+
+@pytest.mark.parametrize(
+    ("captions", "auto", "reason"),
+    [
+        (("x",), True, "its captions are trained now"),
+        (("y",), False, "--preserve_prompts auto adds its captions"),
+        ((), True, "the ledger tells no captions of it"),
+        ((), False, "the ledger tells no captions of it"),
+    ],
+)
+def test_a_concept_without_an_old_prompt_is_told_with_the_reason(captions, auto, reason):
+    _, notes = chosen([concept("a", 1, *captions)], prompts=["other"], auto=auto, captions=["x"])
+    assert f"no old prompt belongs to a (ff 0.1 ffid 1): {reason}" in notes
+
+
+def test_auto_without_another_concept_says_that_there_is_none():
+    with pytest.raises(InputError, match=r"--dit holds no concept beside ff 0\.1 ffid 9, which trains"):
+        chosen([concept("own before", 9, "x")], captions=["z"])
+
+
+def test_what_is_at_stake_is_told_of_concepts_that_stay():
+    a, silent, under = concept("a", 1, "x"), concept("silent", 2), Entry(CONTRACT, "0.3", 3, "under", 1, "")
+    (line,) = preserve_lines(None, [a, silent, under], OWN, "dit")
+    assert "was taught a, silent; this run leaves those values alone" in line and "auto" in line
+    assert "auto" not in preserve_lines(None, [silent], OWN, "dit")[0]
+    assert preserve_lines(None, [OWN, under], OWN, "dit") == []
+
+
+def test_preserving_on_no_step_of_the_run_is_refused(folder):
+    with pytest.raises(InputError, match=r"--preserve_every 11: the run has 10 steps, so none would preserve"):
+        run(folder, *preserving(folder, every=11))
+
+
+def test_a_prompt_of_which_the_model_reads_a_part_is_told(folder):
+    told = "\n".join(run(folder, *preserving(folder), "--max_train_epochs", "1"))
+    assert "note: 'a red cat' has 11 tokens, of which the model reads 8" in told
+
+
+def test_a_text_encoder_of_another_width_is_refused_before_the_model_loads(folder, monkeypatch):
+    monkeypatch.setattr(training, "load_with_slices", None)
+    (folder / "narrow").mkdir()
+    monkeypatch.setattr("tiny_run.CONFIG", replace(CONFIG, text_dim=24))
+    write_dit(folder / "narrow" / "base.safetensors")
+    narrow = ("--dit", str(folder / "narrow" / "base.safetensors"))
+    monkeypatch.setattr(training, "check_dataset", lambda *_: None)  # whose caches are of another width, too
+    for more in (preserving(folder), [*write_sample_models(folder), "--sample_at_first"]):
+        with pytest.raises(InputError, match=r"t5.safetensors makes texts 48 wide, the transformer reads 24"):
+            run(folder, *narrow, *more)
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])

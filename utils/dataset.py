@@ -58,6 +58,12 @@ class TrainingDataset(Dataset):
         """The tokens of the longest caption."""
         return max(item.text_shape[0] for item in self.items)
 
+    @property
+    def shown_captions(self) -> list[str]:
+        """The caption of every entry of an epoch, in the order of the items."""
+        shown = [(number, bucket.num_repeats) for bucket in self._buckets for number in bucket.items]
+        return [self.items[number].caption for number, repeats in sorted(shown) for _ in range(repeats)]
+
     def epoch_batches(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
         """The epoch's batches of entries: each item num_repeats times, a bucket's last one may be short.
 

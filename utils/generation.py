@@ -23,7 +23,7 @@ from utils.selective_finetune import base_identity
 from utils.slice_files import SliceFile, SlicesOnBase, read_slice_file
 from utils.slice_overlay import load_with_slices
 from utils.swap_plan import SwapConfig
-from wan.configs import TASKS
+from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, read_checkpoint_header
 from wan.text_encoder import load_text_encoder
@@ -71,7 +71,7 @@ class _Expert:
     slices: SlicesOnBase
     dtype: torch.dtype
     mapped: bool  # its weights on the CPU are the file's own bytes
-    text_len: int
+    widths: WanConfig
     guidance_scale: float | None  # None: the sample's
     t_end: float
 
@@ -138,7 +138,7 @@ def _read_expert(
     own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     told = "".join(f", with {entry.label}" for entry in own.entries)
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{told}")
-    return _Expert(path, own, dtype, mapped, widths.text_len, guidance_scale, t_end)
+    return _Expert(path, own, dtype, mapped, widths, guidance_scale, t_end)
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -193,8 +193,11 @@ def _describe(sample: Sample) -> str:
 
 
 def _encode(config: GenerateConfig, experts: Sequence[_Expert], samples: Sequence[Sample]) -> dict[str, Tensor]:
-    text_len = min(expert.text_len for expert in experts)
-    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=config.device, text_len=text_len)
+    text_len = min(expert.widths.text_len for expert in experts)
+    text_dim = experts[0].widths.text_dim
+    text_encoder = load_text_encoder(
+        config.t5, config.tokenizer, device=config.device, text_len=text_len, text_dim=text_dim
+    )
     return encode_samples(text_encoder, samples)
 
 

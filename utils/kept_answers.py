@@ -1,7 +1,8 @@
 """Answers that a model once gave, kept in a file: what later concepts are held to, however long the chain.
 
-The file holds `i.j.noisy` and `i.j.velocity` [C, F, H, W] in fp16 for answer j to prompt i, all else in its metadata.
-Shapes: C latent channels, F H W latent frames, height, width.
+The file holds for prompt i its `i.text` [S, D] in bf16, as text caches do, and for answer j to it `i.j.noisy` and
+`i.j.velocity` [C, F, H, W] in fp16, all else in its metadata.
+Shapes: C latent channels, F H W latent frames, height, width, S text tokens, D text width.
 """
 
 import json
@@ -12,20 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from utils.ledger import ANSWERS_KEY, KEY, Entry, ledger_text, read_ledger
 from utils.selective_finetune import StoredTensor, write_safetensors
 from wan.configs import WanConfig
 from wan.errors import InputError
-from wan.safetensors_header import TensorEntry, read_bytes, read_file_header
-from wan.stored_tensors import read_tensor
+from wan.safetensors_header import TensorEntry, read_file_header
+from wan.stored_tensors import mapped_bytes, mapped_tensor
 
 ENDING = ".answers.safetensors"
 _VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """What a model said to a prompt at noisy latents, both [C, F, H, W] on the CPU, and timestep `t` (0 to 1000)."""
 
@@ -37,28 +39,6 @@ class Answer:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.noisy_CFHW.shape)
 
-    def read(self) -> "Answer":
-        """Itself: it is in memory."""
-        return self
-
-
-@dataclass(frozen=True)
-class KeptAnswer:
-    """An answer on disk; `shape` is that of its latents."""
-
-    t: float
-    noisy: TensorEntry
-    velocity: TensorEntry
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.noisy.shape
-
-    def read(self) -> Answer:
-        """The answer, in float32; InputError if it is not finite."""
-        noisy, velocity = (_finite(read_tensor(entry), entry.key, entry.file) for entry in (self.noisy, self.velocity))
-        return Answer(noisy.float(), self.t, velocity.float())
-
 
 class Question(Protocol):
     """An answer that is still to be had."""
@@ -69,18 +49,28 @@ class Question(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OldPrompt:
-    """A prompt whose answers are preserved, those that are kept of it, and the concept that it belongs to, if any."""
+    """A prompt whose answers are preserved, the concept that it belongs to, if any, the answers that are kept of it.
+
+    `text_SD` is what the text encoder makes of it, on the CPU; None if it was not encoded yet.
+    """
 
     text: str
     concept: Entry | None = None
-    kept: tuple[KeptAnswer | Answer, ...] = ()
+    kept: tuple[Answer, ...] = ()
+    text_SD: Tensor | None = None
 
 
 def read_answers(path: Path, base: str, model: WanConfig) -> list[OldPrompt]:
-    """The prompts of an answers file; InputError if it is none, or of another base (its identity) or kind of model."""
-    tensors, told = _read(path)
+    """The prompts of an answers file, mapped from it; InputError if it is none, or of another base or kind of model.
+
+    `base` is the base's identity. InputError also for values that are not finite.
+    """
+    entries, told = _read(path)
+    contents = mapped_bytes(path)
+    ours = {key: entry for key, entry in entries.items() if entry.numel and entry.dtype in ("F16", "BF16")}
+    tensors = {key: mapped_tensor(contents, entry) for key, entry in ours.items()}
     try:
         concepts = read_ledger({KEY: told["concepts"]}, path)
         prompts = [_prompt(number, fields, concepts, tensors) for number, fields in enumerate(told["prompts"])]
@@ -88,9 +78,10 @@ def read_answers(path: Path, base: str, model: WanConfig) -> list[OldPrompt]:
         raise InputError(f"{path} is damaged: its list of answers ({ANSWERS_KEY}) cannot be read") from None
     if len({old.text for old in prompts}) < len(prompts):
         raise InputError(f"{path} is damaged: it lists a prompt twice")
-    shapes = {kept.shape for old in prompts for kept in old.kept}
-    if told["base"] != base or not all(_fits(shape, model) for shape in shapes):
+    if told["base"] != base or not all(_fits(old, model) for old in prompts):
         raise InputError(f"{path} holds the answers of another base model than --dit's: leave it out")
+    for key, values in tensors.items():
+        _check_finite(values, key, path)
     return prompts
 
 
@@ -115,15 +106,18 @@ def _read(path: Path) -> tuple[dict[str, TensorEntry], dict]:
     return tensors, told
 
 
-def _fits(shape: Sequence[int], model: WanConfig) -> bool:
-    patches = zip(shape[1:], model.patch_size, strict=True)
-    return shape[0] == model.in_dim and all(side % patch == 0 for side, patch in patches)
+def _fits(old: OldPrompt, model: WanConfig) -> bool:
+    tokens, width = old.text_SD.shape
+    for channels, *sides in {answer.shape for answer in old.kept}:
+        if channels != model.in_dim or any(side % patch for side, patch in zip(sides, model.patch_size, strict=True)):
+            return False
+    return tokens <= model.text_len and width == model.text_dim
 
 
 def write_answers(
     path: Path, base: str, run: str, asked: Sequence[tuple[OldPrompt, Sequence[Question]]], new: Iterator[Answer]
 ) -> None:
-    """Writes the prompts, each with what is kept of it, then its questions' answers, which `new` gives in order.
+    """Writes the encoded prompts, each with what is kept of it, then its questions' answers, in order from `new`.
 
     SliceError if the file cannot be written, InputError if an answer is not finite; what stood at `path` then stays.
     """
@@ -138,12 +132,15 @@ def write_answers(
         for (old, _), row in zip(asked, rows, strict=True)
     ]
     told = {"version": _VERSION, "base": base, "run": run, "concepts": ledger_text(concepts), "prompts": prompts}
+    texts = [old.text_SD.bfloat16() for old, _ in asked]
     tensors = {}
-    for number, row in enumerate(rows):
+    for number, (text_SD, row) in enumerate(zip(texts, rows, strict=True)):
+        key = f"{number}.text"
+        tensors[key] = StoredTensor(key, "BF16", list(text_SD.shape), text_SD.nbytes)
         for place, answer in enumerate(row):
             for key in (f"{number}.{place}.noisy", f"{number}.{place}.velocity"):
                 tensors[key] = StoredTensor(key, "F16", list(answer.shape), answer_bytes(answer.shape) // 2)
-    write_safetensors(path, tensors, {ANSWERS_KEY: json.dumps(told)}, _chunks(path, rows, new))
+    write_safetensors(path, tensors, {ANSWERS_KEY: json.dumps(told)}, _chunks(path, texts, rows, new))
 
 
 def answer_bytes(shape: Sequence[int]) -> int:
@@ -151,37 +148,45 @@ def answer_bytes(shape: Sequence[int]) -> int:
     return 2 * 2 * math.prod(shape)
 
 
-def _chunks(path: Path, rows: Sequence[Sequence[KeptAnswer | Question]], new: Iterator[Answer]) -> Iterator[bytes]:
-    for answer in (answer for row in rows for answer in row):
-        if isinstance(answer, KeptAnswer):
-            yield read_bytes(answer.noisy)
-            yield read_bytes(answer.velocity)
-        else:
-            had = next(new)
-            for values in (had.noisy_CFHW, had.velocity_CFHW):
-                yield _finite(values.half(), f"answer at timestep {had.t:g}", path).numpy().tobytes()
+def _chunks(
+    path: Path, texts: Sequence[Tensor], rows: Sequence[Sequence[Answer | Question]], new: Iterator[Answer]
+) -> Iterator[bytes]:
+    for text_SD, row in zip(texts, rows, strict=True):
+        _check_finite(text_SD, "the encoded text", path)
+        yield _bytes(text_SD)
+        for answer in row:
+            had = answer if isinstance(answer, Answer) else next(new)
+            for values in (had.noisy_CFHW.half(), had.velocity_CFHW.half()):
+                _check_finite(values, f"answer at timestep {had.t:g}", path)
+                yield _bytes(values)
 
 
-def _finite(values: Tensor, what: str, path: Path) -> Tensor:
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _check_finite(values: Tensor, what: str, path: Path) -> None:
     if not values.isfinite().all():
         raise InputError(f"{path}: NaN or infinite values in {what}: leave the file out, or look at --dit")
-    return values
 
 
-def _prompt(number: int, fields: Mapping, concepts: Sequence[Entry], tensors: Mapping[str, TensorEntry]) -> OldPrompt:
+def _prompt(number: int, fields: Mapping, concepts: Sequence[Entry], tensors: Mapping[str, Tensor]) -> OldPrompt:
     """One prompt of the list; ValueError, TypeError or LookupError where it is not as write_answers makes it."""
     match fields["text"], fields["concept"], fields["timesteps"]:
         case str(text), None | int() as place, [_, *_] as times if type(place) is not bool and (place or 0) >= 0:
             text.encode()  # ValueError where halves of characters stand in it
             kept = tuple(_answer(f"{number}.{i}", t, tensors) for i, t in enumerate(times))
-            return OldPrompt(text, None if place is None else concepts[place], kept)
+            text_SD = tensors[f"{number}.text"]
+            if text_SD.dim() == 2 and text_SD.dtype == torch.bfloat16:
+                return OldPrompt(text, None if place is None else concepts[place], kept, text_SD)
     raise ValueError
 
 
-def _answer(key: str, t: float, tensors: Mapping[str, TensorEntry]) -> KeptAnswer:
-    kept = KeptAnswer(t, tensors[f"{key}.noisy"], tensors[f"{key}.velocity"])
-    shapes, dtypes = {kept.noisy.shape, kept.velocity.shape}, {kept.noisy.dtype, kept.velocity.dtype}
-    is_answer = len(shapes) == 1 and len(kept.shape) == 4 and kept.noisy.numel > 0 and dtypes == {"F16"}
+def _answer(key: str, t: float, tensors: Mapping[str, Tensor]) -> Answer:
+    answer = Answer(tensors[f"{key}.noisy"], t, tensors[f"{key}.velocity"])
+    shapes = {tuple(answer.noisy_CFHW.shape), tuple(answer.velocity_CFHW.shape)}
+    dtypes = {answer.noisy_CFHW.dtype, answer.velocity_CFHW.dtype}
+    is_answer = len(shapes) == 1 and len(answer.shape) == 4 and dtypes == {torch.float16}
     if not (is_answer and type(t) is float and 0 <= t <= 1000):
         raise ValueError
-    return kept
+    return answer

@@ -136,7 +136,7 @@ def _read_text(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
     return [
         parse_prompt_line(line, defaults, f"{path} line {number}")
         for number, line in enumerate(lines, 1)
-        if line.strip() and not line.startswith("#")
+        if line.strip() and not line.lstrip().startswith("#")
     ]
 
 

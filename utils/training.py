@@ -49,7 +49,7 @@ from utils.training_preservation import encode_old_prompts, keep_answers, plan_a
 from utils.training_report import input_bytes, inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
 from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
 from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
-from utils.training_slices import ledger_lines, read_slices, write_files
+from utils.training_slices import ledger_lines, own_entry, read_slices, write_files
 from utils.training_state import check_state, load_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
@@ -121,15 +121,16 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     if accelerator.is_main_process:
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what is half written takes room, which every process looks for
-    asking = plan_asking(config, prompts, dataset, batches, seed)
+    asking = plan_asking(config, model_config, prompts, dataset, batches, seed)
     saving_lines = check_plan(config, header, plan, asking)
     say_what_is_read(config, header, dataset, say)
     for line in asking.lines() if asking else ():
         say(line)
     samples = None
     if config.samples and accelerator.is_main_process:
-        samples = prepare_samples(config.samples, TASKS[config.task], model_config.text_len, seed, accelerator.device)
-    texts = encode_old_prompts(config.preserve, prompts, model_config.text_len, accelerator)
+        samples = prepare_samples(config.samples, TASKS[config.task], model_config, seed, accelerator.device)
+    if asking:
+        asking = encode_old_prompts(config.preserve, asking, accelerator, say)
 
     model, overlays = load_with_slices(config.dit, COMPUTE_DTYPES[config.mixed_precision], below)
     trained = attach_slice(model, config.ff, config.ffid, device=accelerator.device)
@@ -152,7 +153,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     )
     optimizer = build_optimizer(config.optimizer, trained.parameters())
     settings |= start_hash(trained)
-    preserved = asking and keep_answers(config.preserve, asking, texts, model, accelerator, settings)
+    preserved = asking and keep_answers(config.preserve, asking, model, accelerator, settings, say)
 
     watches = config.training_debug and accelerator.is_main_process
     applied = [file.entry for file in below.files]
@@ -178,7 +179,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     )
     place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
     lines = [*ledger_lines(config, header, below), *slice_lines(trained, model, below.entries)]
-    lines += preserve_lines(preserved, below.entries, config.dit)
+    lines += preserve_lines(preserved, below.entries, own_entry(config), config.dit)
     lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
     if inputs is not None:
         lines.append(inputs_line(len(model.blocks), input_size))
@@ -432,7 +433,7 @@ def _save(run: _Run, place: _Place, save: Save) -> None:
 
 def _captions(run: _Run) -> list[str]:
     """For a later run's --preserve_prompts auto; part of the settings that --no_metadata leaves out."""
-    return most_frequent([item.caption for item in run.dataset.items]) if run.config.metadata.settings else []
+    return most_frequent(run.dataset.shown_captions) if run.config.metadata.settings else []
 
 
 def _sample(run: _Run, place: _Place, when: str) -> None:

@@ -82,6 +82,11 @@ def check_plan(
     """InputError if the optimizer, the schedule or a planned file cannot be; else lines on what the run will write."""
     check_optimizer(config.optimizer)
     check_schedule(config.schedule, plan.steps)
+    if config.preserve and config.preserve.every > plan.steps:
+        raise InputError(
+            f"--preserve_every {config.preserve.every}: the run has {plan.steps} steps, so none would preserve; take "
+            f"{plan.steps} at the most"
+        )
     units = units_of(header, Entry(CONTRACT, config.ff, config.ffid, "", 0, ""))
     values = sum(own.count for own in units.values())
     every = {

@@ -6,8 +6,8 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from utils.checkpoints import readable
 from utils.dataset import TrainingDataset
 from utils.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sigmas_of
 from utils.kept_answers import ENDING, Answer, OldPrompt, answer_bytes, is_of_run, read_answers, write_answers
-from utils.preservation import EncodedPrompt, OldPrompts, Preservation, PreserveConfig, encode_prompts, old_prompts
+from utils.preservation import OldPrompts, Preservation, PreserveConfig, encoded, old_prompts
 from utils.slice_files import SlicesOnBase
 from utils.training_config import TrainConfig
 from utils.training_slices import own_entry
@@ -59,11 +59,15 @@ class AskingPlan:
     asked: tuple[tuple[OldPrompt, tuple[Question, ...]], ...]
     most_values: int  # of latents, in the run's largest batch
     notes: tuple[str, ...]
+    model: WanConfig
 
     @property
     def size(self) -> int:
-        """Of the file, in bytes."""
-        return sum(answer_bytes(answer.shape) for old, questions in self.asked for answer in (*old.kept, *questions))
+        """Of the file, in bytes, at most."""
+        answers = sum(answer_bytes(answer.shape) for old, asked in self.asked for answer in (*old.kept, *asked))
+        # A token is a byte of the text or more; </s> and a space in front come on top.
+        tokens = (min(len(old.text.encode()) + 2, self.model.text_len) for old, _ in self.asked)
+        return answers + 2 * self.model.text_dim * sum(tokens)
 
     @property
     def questions(self) -> int:
@@ -75,15 +79,11 @@ class AskingPlan:
         return max((kept.shape for old, _ in self.asked for kept in old.kept), key=math.prod, default=(0,) * 4)
 
     def lines(self) -> list[str]:
-        """What is not preserved, what is asked, how much is kept."""
-        bare = sum(not old.kept for old, _ in self.asked)
+        """What is not preserved, how much is kept."""
         lines = [*self.notes]
-        if self.questions:
-            lines.append(
-                f"asks for {self.questions} answers before the first step: none are kept yet to {bare} of "
-                f"{len(self.asked)} old prompts"
-            )
-        lines.append(f"keeps answers in {self.path} ({readable(self.size)}), the --preserve_answers of the next run")
+        lines.append(
+            f"keeps answers in {self.path} (up to {readable(self.size)}), the --preserve_answers of the next run"
+        )
         if math.prod(self.largest_kept) > self.most_values:
             lines.append(
                 f"note: answers are kept at latents of {'x'.join(map(str, self.largest_kept))}, larger than any batch "
@@ -104,7 +104,12 @@ def read_old_prompts(
 
 
 def plan_asking(
-    config: TrainConfig, prompts: OldPrompts, dataset: TrainingDataset, batches: Sequence[Sequence[int]], seed: int
+    config: TrainConfig,
+    model: WanConfig,
+    prompts: OldPrompts,
+    dataset: TrainingDataset,
+    batches: Sequence[Sequence[int]],
+    seed: int,
 ) -> AskingPlan | None:
     """What is to be asked, at the items of the dataset; None where nothing is preserved."""
     if config.preserve is None:
@@ -116,7 +121,7 @@ def plan_asking(
     )
     sizes = [sum(math.prod(items[entry % len(items)][1]) for entry in batch) for batch in batches]
     path = config.save.folder / f"{config.save.name}{ENDING}"
-    return AskingPlan(path, asked, max(sizes), prompts.notes)
+    return AskingPlan(path, asked, max(sizes), prompts.notes, model)
 
 
 def _questions(
@@ -134,31 +139,40 @@ def _questions(
 
 
 def encode_old_prompts(
-    config: PreserveConfig | None, prompts: OldPrompts, text_len: int, accelerator: Accelerator
-) -> list[Tensor]:
-    """The text [S, D] of each prompt. One process encodes for all: the text encoder of 14B models takes 11 GB."""
+    config: PreserveConfig, plan: AskingPlan, accelerator: Accelerator, say: Callable[[str], None]
+) -> AskingPlan:
+    """The plan with its prompts encoded. One process does it for all: the text encoder of 14B models takes 11 GB."""
+    prompts = [old for old, _ in plan.asked]
     texts = [[]]
-    if config and accelerator.is_main_process:
-        texts = [encode_prompts(config, prompts.all, text_len, accelerator.device)]
+    if accelerator.is_main_process:
+        texts = [[old.text_SD for old in encoded(prompts, config, plan.model, accelerator.device, say)]]
     broadcast_object_list(texts)
-    return texts[0]
+    asked = zip(plan.asked, texts[0], strict=True)
+    return replace(plan, asked=tuple((replace(old, text_SD=text_SD), own) for (old, own), text_SD in asked))
 
 
 def keep_answers(
     config: PreserveConfig,
     plan: AskingPlan,
-    texts: Sequence[Tensor],
     model: WanModel,
     accelerator: Accelerator,
     settings: Mapping[str, str],
+    say: Callable[[str], None],
 ) -> Preservation:
     """Asks the model, which nothing has trained yet, and keeps what it answers in the plan's file.
 
     A run of the same settings that was begun before has asked already.
     """
     run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if not is_of_run(plan.path, run):
-        new = _answers(plan, texts, model, accelerator.device)
+    if is_of_run(plan.path, run):
+        say(f"{plan.path} holds the answers already, of a run of the same settings")
+    else:
+        bare = sum(not old.kept for old, _ in plan.asked)
+        say(
+            f"asks for {plan.questions} answers before the first step: none are kept yet to {bare} of "
+            f"{len(plan.asked)} old prompts"
+        )
+        new = _answers(plan, model, accelerator.device)
         if accelerator.is_main_process:
             with tqdm(new, total=plan.questions, desc="asking", leave=False) as bar:
                 write_answers(plan.path, settings["base_sha256"], run, plan.asked, iter(bar))
@@ -167,21 +181,20 @@ def keep_answers(
                 pass
     accelerator.wait_for_everyone()
     kept = read_answers(plan.path, settings["base_sha256"], model.config)
-    encoded = list(map(EncodedPrompt, kept, texts))
-    general = tuple(prompt for prompt in encoded if prompt.old.concept is None)
-    of_concepts = tuple(prompt for prompt in encoded if prompt.old.concept)
+    general = tuple(old for old in kept if old.concept is None)
+    of_concepts = tuple(old for old in kept if old.concept)
     return Preservation(general, of_concepts, config.every, config.weight, plan.most_values)
 
 
 @torch.no_grad()
-def _answers(plan: AskingPlan, texts: Sequence[Tensor], model: WanModel, device: torch.device) -> Iterator[Answer]:
+def _answers(plan: AskingPlan, model: WanModel, device: torch.device) -> Iterator[Answer]:
     """The answers, prompt after prompt, in batches no larger than the run's."""
-    for (_, questions), text_SD in zip(plan.asked, texts, strict=True):
+    for old, questions in plan.asked:
         for shape, same in groupby(questions, key=lambda question: question.shape):
             same, size = list(same), plan.most_values // math.prod(shape)
             for batch in (same[start : start + size] for start in range(0, len(same), size)):
                 noisy = torch.stack([question.noisy() for question in batch])
                 t_B = torch.tensor([question.t for question in batch])
-                context = [text_SD.to(device)] * len(batch)
+                context = [old.text_SD.to(device)] * len(batch)
                 velocity = model(noisy.float().to(device), t_B.to(device), context).float().cpu()
                 yield from map(Answer, noisy, t_B.tolist(), velocity)

@@ -15,7 +15,7 @@ from torch import Tensor
 from utils.outputs import save_sample
 from utils.prompts import SamplePrompt
 from utils.sampling import Sample, decode_latent, encode_samples, resolve_sample, sample_prompt
-from wan.configs import WanTask
+from wan.configs import WanConfig, WanTask
 from wan.model import WanModel
 from wan.text_encoder import load_text_encoder
 from wan.vae import WanVAE, load_vae
@@ -55,15 +55,17 @@ class SavedSample:
 
 
 def prepare_samples(
-    config: SampleConfig, task: WanTask, text_len: int, seed: int, device: torch.device
+    config: SampleConfig, task: WanTask, model: WanConfig, seed: int, device: torch.device
 ) -> PreparedSamples:
-    """Encodes the prompts, up to text_len tokens, on `device` and frees the text encoder.
+    """Encodes the prompts for the model on `device` and frees the text encoder.
 
     A prompt without a seed gets the run's.
     """
     samples = tuple(resolve_sample(prompt, task, seed) for prompt in config.prompts)
     vae = load_vae(config.vae, config.vae_dtype, "cpu")
-    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=device, text_len=text_len)
+    text_encoder = load_text_encoder(
+        config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
+    )
     texts = encode_samples(text_encoder, samples)
     del text_encoder
     gc.collect()  # its memory is needed for the transformer

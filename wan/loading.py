@@ -1,9 +1,7 @@
 """Wan transformers from safetensors files: what a file holds, which task it fits, the model itself."""
 
 import json
-import mmap
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from wan.errors import InputError
 from wan.fp8 import FP8, check_quantisation, dequantised, is_companion, scale_of
 from wan.model import WanModel
 from wan.safetensors_header import TensorEntry, read_file_header
-from wan.stored_tensors import DTYPES, read_tensor
+from wan.stored_tensors import DTYPES, mapped_bytes, mapped_tensor, read_tensor
 
 _PREFIX = re.compile(r"(?:model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)*")
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
@@ -277,29 +275,14 @@ def _load_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     for file in header.files:
         inside = {name: entry for name, entry in header.tensors.items() if entry.file == file}
-        contents = _mapped(file, read_only)
+        contents = mapped_bytes(file, read_only)
         for name, entry in inside.items():
             if is_companion(name):
                 continue
-            stored = _stored_tensor(contents, entry)
+            stored = mapped_tensor(contents, entry)
             if name in patches:
                 patches[name](stored := stored.clone())
             yield name, _load_tensor(stored, scale_of(name, header.tensors), dtype, device)
-
-
-def _mapped(file: Path, read_only: bool) -> Tensor:
-    """The file's bytes, read as they are used."""
-    # What may be written to counts as memory from the start: Linux refuses it where the file is larger than the RAM.
-    access = mmap.ACCESS_READ if read_only else mmap.ACCESS_COPY
-    with file.open("rb") as opened, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(mmap.mmap(opened.fileno(), 0, access=access), dtype=torch.uint8)
-
-
-def _stored_tensor(contents: Tensor, entry: TensorEntry) -> Tensor:
-    stored, dtype = contents[entry.start : entry.stop], DTYPES[entry.dtype]
-    aligned = entry.start % dtype.itemsize == 0  # not so in files of some writers
-    return (stored if aligned else stored.clone()).view(dtype).view(entry.shape)
 
 
 def _load_tensor(stored: Tensor, scale: TensorEntry | None, dtype: torch.dtype, device: torch.device) -> Tensor:

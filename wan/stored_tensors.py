@@ -1,5 +1,9 @@
 """Tensors of a safetensors file, by the entries of its header."""
 
+import mmap
+import warnings
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -24,3 +28,19 @@ DTYPES = {
 def read_tensor(entry: TensorEntry) -> Tensor:
     """A tensor that is not empty, copied into memory; for the small ones."""
     return torch.frombuffer(bytearray(read_bytes(entry)), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def mapped_bytes(file: Path, read_only: bool = True) -> Tensor:
+    """The file's bytes, read as they are used; the same ones though another file takes its name."""
+    # What may be written to counts as memory from the start: Linux refuses it where the file is larger than the RAM.
+    access = mmap.ACCESS_READ if read_only else mmap.ACCESS_COPY
+    with file.open("rb") as opened, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mmap.mmap(opened.fileno(), 0, access=access), dtype=torch.uint8)
+
+
+def mapped_tensor(contents: Tensor, entry: TensorEntry) -> Tensor:
+    """A tensor in its mapped file; a copy where its bytes begin at an odd place, as some writers have it."""
+    stored, dtype = contents[entry.start : entry.stop], DTYPES[entry.dtype]
+    aligned = entry.start % dtype.itemsize == 0
+    return (stored if aligned else stored.clone()).view(dtype).view(entry.shape)

@@ -89,6 +89,10 @@ class TextEncoder:
         *ids, end = self._text_to_ids(clean_prompt(prompt))
         return [*ids[: self.text_len - 1], end]
 
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens the prompt has before it is cut."""
+        return len(self._text_to_ids(clean_prompt(prompt)))
+
     @cached_property
     def _text_to_ids(self):
         vocab_size = self.model.config.vocab_size
@@ -103,12 +107,14 @@ def load_text_encoder(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     text_len: int | None = None,
+    text_dim: int | None = None,
 ) -> TextEncoder:
     """The UMT5 encoder of a file with Wan's names (.pth, .safetensors) or ComfyUI's, also its scaled fp8.
 
     `tokenizer`: a tokenizer.json, a spiece.model or a folder with one; None looks beside the file, in it, on the hub.
-    `text_len`: the most tokens of a prompt; None takes the file's metadata, else 512. InputError, in one line, for a
-    file that is missing, truncated, holds code, or is not UMT5, and for float16.
+    `text_len`: the most tokens of a prompt; None takes the file's metadata, else 512. `text_dim`: the width that a
+    transformer reads. InputError, in one line, for a file that is missing, truncated, holds code, is not UMT5, or of
+    another width, and for float16.
     """
     if dtype == torch.float16:
         raise InputError("UMT5 overflows in float16; use bfloat16 or float32 (a float16 file may be loaded so)")
@@ -119,6 +125,11 @@ def load_text_encoder(
     tensors = _dequantised(_transformers_names(stored, source), dtype, device, path)
     with torch.device("meta"):
         model = UMT5EncoderModel(_config(tensors, source))
+    if text_dim not in (None, model.config.d_model):
+        raise InputError(
+            f"{path} makes texts {model.config.d_model} wide, the transformer reads {text_dim}: give the text encoder "
+            "of its release"
+        )
     fill_model(model, tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, dtype, device, source)
     model.tie_weights()
     assert model.encoder.embed_tokens.weight.data_ptr() == model.shared.weight.data_ptr()
