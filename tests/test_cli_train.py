@@ -192,10 +192,16 @@ def test_mistakes_are_told_in_one_line(flags):
     assert MISTAKES[flags] in refusal(*SHORT, *flags.split())
 
 
-@pytest.mark.parametrize("name", ["a\x1b[2J", "x" * 256], ids=ascii)
+@pytest.mark.parametrize("name", ["a\x1b[2J", "x" * 256, "a\u202eb"], ids=ascii)
 def test_a_name_that_the_ledger_would_not_take_is_told_before_training(name):
     assert "255 characters" in refusal(*SHORT, "--output_name", name)
     assert parse_train([*SHORT, "--output_name", "a\u3000b"]).save.name == "a\u3000b"
+
+
+@pytest.mark.parametrize("ff", ["1_0e-2", "\uff10.1", "0." + "0" * 38 + "1"], ids=ascii)
+def test_a_share_that_the_ledger_would_not_take_is_told_before_training(ff):
+    assert "a decimal (0.001, 1e-3) or a fraction" in refusal(*SHORT, "--ff", ff)
+    assert parse_train([*SHORT, "--ff", " 0.1 "]).ff == "0.1"
 
 
 def test_a_name_too_long_for_the_names_of_files_is_told_before_training():

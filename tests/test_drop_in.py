@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_selective_finetune import TINY, tiny_model
 from transformers import BertConfig, BertModel
 
-from utils.selective_finetune import attach_slice, base_identity, contract_name, slice_indices
+from utils.ledger import read_ledger
+from utils.selective_finetune import (
+    SliceError,
+    attach_slice,
+    base_identity,
+    contract_name,
+    read_header,
+    slice_indices,
+)
 
 PATCH = Path(__file__).parents[1] / "utils" / "selective_finetune.py"
 
@@ -101,6 +109,19 @@ def test_a_transformers_model_trains_its_slice_alone(tmp_path):
         if name in trained.matrices:
             changed[slice_indices(name, tensor.shape, "0.1", 4)] = False
         assert not changed.any(), name
+
+
+@pytest.mark.parametrize("save", ["save_checkpoint", "save_slice"])
+def test_what_the_patch_saves_has_a_ledger_that_can_be_read(tmp_path, save):
+    save_file(tiny_model().state_dict(), tmp_path / "base.safetensors")
+    trained = attach_slice(tiny_model(), " 0.05", 3)
+    out = tmp_path / "out.safetensors"
+    for name in ("a\ud800", "a\n", "x" * 256):
+        with pytest.raises(SliceError, match="cannot be a concept's: 255 characters"):
+            getattr(trained, save)(tmp_path / "base.safetensors", out, concept=name)
+    assert not out.exists()
+    getattr(trained, save)(tmp_path / "base.safetensors", out, concept="x" * 255)
+    assert read_ledger(read_header(out)[1], out)[0].ff == "0.05"
 
 
 def test_the_copied_file_works_alone(tmp_path):

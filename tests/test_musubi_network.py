@@ -226,6 +226,8 @@ def test_a_state_resumes_the_differences_and_refuses_another_slice(folder):
         ({"base_weights": ["lora.safetensors"]}, "merge the LoRA"),
         ({"dim_from_weights": "lora.safetensors"}, "merge the LoRA"),
         ({"output_name": "base"}, "is the base itself"),
+        ({"output_name": "a\x1b[2J"}, r"the name 'a\\x1b\[2J' cannot be a concept's"),
+        ({"network_args": {"ff": "1_0e-2", "ffid": "1"}}, "ff is 1_0e-2"),
         ({"scale_weight_norms": 1.0}, "no norm"),
         ({"network_weights": "a.safetensors"}, "--resume"),
     ],

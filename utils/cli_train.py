@@ -52,7 +52,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     return TrainConfig(
         task=_text_to_video(flags.task),
         dit=flags.dit,
-        ff=flags.ff,
+        ff=flags.ff.strip(),
         ffid=flags.ffid,
         dataset=read_dataset_config(flags.dataset_config),
         save=_save(flags),
@@ -148,7 +148,7 @@ def _check_required(flags: Namespace) -> None:
     if not is_concept_name(flags.output_name):
         raise InputError(
             f"--output_name {flags.output_name[:40]!a} names the concept in files: 255 characters are allowed, "
-            "control characters are not"
+            "those that steer a terminal are not"
         )
     if (size := len(flags.output_name.encode())) > _LONGEST_NAME:
         raise InputError(

@@ -19,6 +19,13 @@ ANSWERS_KEY = "wan_answers"  # of files that hold kept answers, and no slice
 CONTRACT = 1
 _STRONGEST = 1e6
 _HASH = re.compile(r"[0-9a-f]{64}")
+# What a share, a name may be stands in selective_finetune.py too, which a foreign trainer has alone.
+_SHARE = re.compile(r"\+?([0-9]+/[0-9]+|([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?)")
+_LONGEST_SHARE = 40  # characters
+_LONGEST_NAME = 255  # characters
+_JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
+_MOST_CAPTIONS = 100
+_LONGEST_CAPTION = 10_000  # characters
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def read_ledger(metadata: Mapping[str, str], source: object) -> list[Entry]:
 
 
 def ledger_text(entries: Sequence[Entry]) -> str:
-    """The metadata's text for these entries."""
+    """The metadata's text for these entries, without the captions that read_ledger would refuse."""
     return json.dumps([_fields(entry) for entry in entries])
 
 
@@ -111,7 +118,14 @@ def extended(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
 
 def is_concept_name(text: str) -> bool:
     """Whether a ledger may name a concept so: 255 characters at the most, none that steers a terminal."""
-    return len(text) <= 255 and not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+    refused = (character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Cs"))
+    return len(text) <= _LONGEST_NAME and all(character in _JOINERS for character in refused)
+
+
+def is_caption(text: str) -> bool:
+    """Whether a ledger may tell a caption so: 10,000 characters at the most, none but whitespace is a control."""
+    refused = (character for character in text if unicodedata.category(character) in ("Cc", "Cs"))
+    return len(text) <= _LONGEST_CAPTION and all(character in "\t\n\r" for character in refused)
 
 
 def free_ids(entries: Sequence[Entry], ff: str) -> tuple[int, int, int | None]:
@@ -170,27 +184,34 @@ def _entry(fields: object, source: object) -> Entry:
             rescaled, captions = fields.get("rescaled", False), fields.get("captions", [])
         case _:
             raise InputError(f"{source}: its ledger has an entry that is no slice; the file is damaged")
-    hashes = all(value is None or (isinstance(value, str) and _HASH.fullmatch(value)) for value in (base, start))
-    told = (
-        is_concept_name(name)
-        and isinstance(date, str | None)
-        and len(date or "") <= 40
-        and (date or "").isprintable()
-        and type(strength) in (int, float, type(None))
-        and abs(strength or 0) <= _STRONGEST
-        and isinstance(rescaled, bool)
-        and 0 <= steps < 10**12
-        and isinstance(captions, list)
-        and all(isinstance(caption, str) for caption in captions)
-    )
-    if not (_is_slice(ff, ffid) and hashes and told):
-        raise InputError(f"{source}: its ledger names a slice that cannot be (ff {ff[:40]!r}); the file is damaged")
+    possible = {
+        "ff or ffid": _is_slice(ff, ffid),
+        "name": is_concept_name(name),
+        "steps": 0 <= steps < 10**12,
+        "date": isinstance(date, str | None) and len(date or "") <= 40 and (date or "").isprintable(),
+        "base": _is_hash(base),
+        "start": _is_hash(start),
+        "strength": type(strength) in (int, float, type(None)) and abs(strength or 0) <= _STRONGEST,
+        "rescaled": isinstance(rescaled, bool),
+        "captions": isinstance(captions, list)
+        and len(captions) <= _MOST_CAPTIONS
+        and all(isinstance(caption, str) and is_caption(caption) for caption in captions),
+    }
+    if wrong := [what for what, is_possible in possible.items() if not is_possible]:
+        raise InputError(
+            f"{source}: its ledger names a slice that cannot be (ff {ff[:40]!a} ffid {str(ffid)[:20]}) by its "
+            f"{', '.join(wrong)}; the file is damaged"
+        )
     strength = 1.0 if strength is None else strength
     return Entry(contract, ff, ffid, name, steps, date or "", base, start, strength, rescaled, tuple(captions))
 
 
+def _is_hash(value: object) -> bool:
+    return value is None or (isinstance(value, str) and _HASH.fullmatch(value) is not None)
+
+
 def _is_slice(ff: str, ffid: int) -> bool:
-    if not re.fullmatch(r"[0-9.eE/+-]{1,40}", ff):
+    if len(ff) > _LONGEST_SHARE or not _SHARE.fullmatch(ff):
         return False
     try:
         exact = Fraction(ff) if "/" in ff else Decimal(ff)
@@ -202,11 +223,12 @@ def _is_slice(ff: str, ffid: int) -> bool:
 
 
 def _fields(entry: Entry) -> dict:
-    fields = asdict(entry)
+    captions = [caption for caption in entry.captions if is_caption(caption)][:_MOST_CAPTIONS]
+    fields = asdict(entry) | {"captions": captions}
     if entry.strength == 1:
         del fields["strength"]
     if not entry.rescaled:
         del fields["rescaled"]
-    if not entry.captions:
+    if not captions:
         del fields["captions"]
     return {key: value for key, value in fields.items() if value is not None}

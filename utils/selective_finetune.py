@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,10 @@ CONTRACT = 1
 ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SHARE = re.compile(r"\+?([0-9]+/[0-9]+|([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?)")
+_LONGEST_SHARE = 40  # characters
+_LONGEST_NAME = 255  # characters
+_JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
 _BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")
 _PIECE = 1 << 22  # bytes that are read, patched and written in turn: few enough that the disk reads on meanwhile
 _CHUNK = 1 << 18  # bytes; larger writes took five times as long (Linux 6.18, ext4)
@@ -60,13 +65,17 @@ class SliceError(ValueError):
 
 def exact_fraction(ff: Ff) -> Fraction:
     """`ff` as the decimal (or a/b) that was typed, with 0 < ff <= 1; a float is read through its shortest decimal."""
+    text = str(ff).strip()
     try:
-        exact = Fraction(ff) if isinstance(ff, Fraction) or "/" in str(ff) else Decimal(str(ff))
+        exact = Fraction(text) if "/" in text else Decimal(text)
         allowed = 0 < exact <= 1 and (isinstance(exact, Fraction) or exact.adjusted() >= -30)
     except (InvalidOperation, ValueError, ZeroDivisionError):
         allowed = False
-    if not allowed:
-        raise SliceError(f"ff is {ff}: it is the share of the model that trains, a decimal above 0 and up to 1")
+    if not (allowed and len(text) <= _LONGEST_SHARE and _SHARE.fullmatch(text)):
+        raise SliceError(
+            f"ff is {text[:60]}: it is the share of the model that trains, a decimal (0.001, 1e-3) or a fraction "
+            f"(1/1000) above 0 and up to 1, of at most {_LONGEST_SHARE} characters"
+        )
     return Fraction(exact)
 
 
@@ -78,7 +87,7 @@ def ids_available(ff: Ff) -> int:
 def check_slice(ff: Ff, ffid: int) -> None:
     """Raises SliceError with the allowed range where (ff, ffid) names no slice."""
     last = ids_available(ff)
-    if not (isinstance(ffid, int) and 1 <= ffid <= last):
+    if not (isinstance(ffid, int) and not isinstance(ffid, bool) and 1 <= ffid <= last):
         raise SliceError(f"ffid is {ffid}: at ff {ff} it runs from 1 to {last}")
 
 
@@ -332,7 +341,7 @@ class TrainedSlice(nn.Module):
 
     def __init__(self, ff: Ff, ffid: int, matrices: Sequence[SlicedMatrix], name_of: NameOf, beside: bool):
         super().__init__()
-        self.ff, self.ffid = str(ff), ffid
+        self.ff, self.ffid = str(ff).strip(), ffid
         self.name_of = name_of  # of names in the model, and in its files
         self.beside = beside
         self.version = 0  # of the values in use: goes up whenever they change
@@ -406,8 +415,9 @@ class TrainedSlice(nn.Module):
         """Writes the base (a safetensors file, or its shards) with the slice in use to `path`, streaming it once.
 
         Names, dtypes, order and metadata are the base's; `metadata` and this slice's line in the ledger are added.
-        A save that is interrupted leaves whatever stood at `path`.
+        A save that is interrupted leaves whatever stood at `path`. SliceError if `concept` cannot be in a ledger.
         """
+        check_concept(concept)
         refuse_base(path, base)
         tensors, known = read_header(base, self.name_of)
         start, final = self.stored_values(base)
@@ -420,6 +430,7 @@ class TrainedSlice(nn.Module):
         self, base: Files, path: str | Path, metadata: Mapping | None = None, concept: str = "", steps: int = 0
     ) -> None:
         """Writes the slice alone: its final values in the base's dtype, in line order, and its line in the ledger."""
+        check_concept(concept)
         refuse_base(path, base)
         start, final = self.stored_values(base)
         known = read_ledger(read_header(base)[1])
@@ -478,6 +489,21 @@ def _listed(base: Files) -> Sequence[str | Path]:
 def read_ledger(metadata: Mapping[str, str]) -> list[dict]:
     """The slices that a checkpoint's safetensors metadata says it holds, oldest first."""
     return json.loads(metadata.get(LEDGER_KEY, "[]"))
+
+
+def is_concept_name(text: str) -> bool:
+    """Whether a ledger may name a concept so: 255 characters at the most, none that steers a terminal."""
+    refused = (character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Cs"))
+    return len(text) <= _LONGEST_NAME and all(character in _JOINERS for character in refused)
+
+
+def check_concept(name: str) -> None:
+    """SliceError if no ledger may name a concept so."""
+    if not is_concept_name(name):
+        raise SliceError(
+            f"the name {name[:40]!a} cannot be a concept's: {_LONGEST_NAME} characters are allowed, those that steer a "
+            "terminal are not"
+        )
 
 
 def _extended(ledger: Sequence[dict], entry: dict) -> list[dict]:
@@ -695,6 +721,7 @@ class SliceNetwork(nn.Module):
         for flag, reason in refused.items():
             if flags.get(flag):
                 raise SliceError(f"--{flag} does not go with a slice: {reason}")
+        check_concept(str(args.output_name))
         path = Path(args.dit)
         shards = re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", path.name)
         self.base = sorted(path.parent.glob(glob.escape(path.name) if shards == path.name else shards))
