@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from utils.cli import run
+from utils.cli import run, say
 from utils.cli_train import parse_train
 from utils.training import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    train(parse_train(argv), say=print)
+    train(parse_train(argv), say=say)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What the command lines share: a parser whose mistakes are one line, refused flags, one way to end."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -33,13 +35,48 @@ def refuse_flags(parser: argparse.ArgumentParser, reasons: Mapping[str, str]) ->
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Runs a script's main(); a user's mistake becomes one line on stderr, exit code 2."""
+    """Runs a script's main(); a user's mistake becomes one line on stderr, exit code 2.
+
+    What is printed ends no run for its characters; where nobody reads it any more, the script ends quietly.
+    """
+    _print_any_character()
     try:
         main(None)
+        print(end="", flush=True)  # here, where a reader that is gone can be told from a mistake
     except _users_errors() as error:
         sys.exit(_one_line(error))
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def say(line: str) -> None:
+    """Prints a line at once; a job of hours goes on without a reader (Ctrl-C, which stops it, ends `| tee` at once)."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+
+
+def _print_any_character() -> None:
+    """Consoles of other encodings than UTF-8 lack most characters that names have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads, as after `| head`; what is left for it then goes nowhere."""
+    try:
+        print(flush=True)  # a line, since an unbuffered stream has nothing left to flush
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _users_errors() -> tuple[type[Exception], ...]:
