@@ -10,6 +10,7 @@ from types import MappingProxyType
 from utils.files import writable_folder
 from utils.kept_answers import ENDING
 from wan.errors import InputError
+from wan.loading import is_shard
 
 # What --save_as can ask for, and how the names of its files end.
 KINDS = {"checkpoint": ".safetensors", "slice": ".slice.safetensors", "lora": ".lora.safetensors"}
@@ -116,23 +117,45 @@ def check_saves(
     sizes: Mapping[str, int],
     others: Mapping[Path, int] = MappingProxyType({}),
 ) -> None:
-    """InputError if a save would overwrite one of the `inputs`, the folder takes no files, or not even one fits.
+    """InputError if a save cannot be, would overwrite one of the `inputs`, or if not even one fits.
 
     `others` are what else the run writes, and their bytes.
     """
     writable_folder(config.folder, "--output_dir")
-    for output in (*others, *(path for save in saves for path in save.files.values())):
+    for output in (*others, *planned_files(saves)):
+        _check_name(output)
         for path in inputs:
             if output.exists() and path.exists() and output.samefile(path):
                 raise InputError(
                     f"the run would write {output} over {path}, which it reads: choose another --output_name"
                 )
+    for state in (save.state for save in saves if save.state):
+        if state.exists() and not state.is_dir():
+            raise InputError(f"{state} is in the way of a state's folder: move it, or choose another --output_name")
     free, needed = shutil.disk_usage(config.folder).free, sum([*sizes.values(), *others.values()])
     if free < needed:
         files = ", ".join([*sizes, *(path.name for path in others)])
         raise InputError(
             f"--output_dir {config.folder} has {readable(free)} free, and one save ({files}) needs {readable(needed)}"
         )
+
+
+def planned_files(saves: Sequence[Save]) -> list[Path]:
+    """Every file of the saves, without states."""
+    return [path for save in saves for path in save.files.values()]
+
+
+def _check_name(output: Path) -> None:
+    if is_shard(output):
+        raise InputError(
+            f"{output.name} would be taken for one part of a checkpoint of several: choose another --output_name"
+        )
+    for path in (output, output.with_name(f"{output.name}.tmp")):  # as whole_file names what is not whole yet
+        if path.is_dir():
+            raise InputError(
+                f"{path} is a folder, in the way of a file that the run writes: move it, or choose another "
+                "--output_name"
+            )
 
 
 def remove_unfinished(config: SaveConfig) -> None:
@@ -142,11 +165,11 @@ def remove_unfinished(config: SaveConfig) -> None:
     # As training_samples names them; another run's name may begin with this one's and an underscore.
     sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)\.tmp")
     for path in config.folder.glob("sample/*.tmp"):
-        if sample.fullmatch(path.name):
+        if sample.fullmatch(path.name) and not path.is_dir():
             path.unlink()
     for path in [*config.folder.glob("*.tmp"), *config.folder.glob(f"*{STATE}/*.tmp")]:
         in_state = re.fullmatch(stem + STATE, path.parent.name) and path.parent != config.folder
-        if in_state or half_written.fullmatch(path.name):
+        if (in_state or half_written.fullmatch(path.name)) and not path.is_dir():
             path.unlink()
             if in_state and not any(path.parent.iterdir()):
                 path.parent.rmdir()

@@ -64,6 +64,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         samples=_samples(flags),
         preserve=_preserve(flags),
         vae=flags.vae,
+        inputs=_inputs(flags),
         mixed_precision=_mixed_precision(flags),
         slices=tuple(existing_file(path, "--slices") for path in flags.slices),
         continue_slice=flags.continue_slice,
@@ -171,6 +172,12 @@ def _check_numbers(flags: Namespace) -> None:
             raise InputError(f"--{name} {getattr(flags, name)} must be above 0")
     if not 0 <= flags.max_grad_norm < math.inf:
         raise InputError(f"--max_grad_norm {flags.max_grad_norm} must be 0 (off) or more")
+
+
+def _inputs(flags: Namespace) -> tuple[Path, ...]:
+    named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts, flags.preserve_answers]
+    named += [*flags.slices, *map(Path, flags.preserve_prompts or []), flags.config_file, flags.log_tracker_config]
+    return tuple(path for path in named if path)
 
 
 def _text_to_video(task: str) -> str:

@@ -1,15 +1,17 @@
 """What must fit together before a training run loads its model."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from utils.block_swap import check_swap
-from utils.checkpoints import check_saves, disk_use, planned_saves
+from utils.checkpoints import Save, check_saves, disk_use, planned_files, planned_saves
 from utils.dataset import TrainingDataset
 from utils.flow_matching import check_timesteps
-from utils.ledger import CONTRACT, Entry
+from utils.ledger import Entry, read_ledger
 from utils.lr_schedules import check_schedule
 from utils.optimizers import check_optimizer
 from utils.selective_finetune import check_slice
@@ -19,6 +21,7 @@ from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_plan import TrainingPlan
 from utils.training_preservation import AskingPlan
 from utils.training_report import expert_line, saving_lines
+from utils.training_slices import own_entry
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import (
@@ -29,6 +32,7 @@ from wan.loading import (
     is_fp8,
     read_checkpoint_header,
 )
+from wan.safetensors_header import read_file_header
 
 _STATE_BYTES = 12  # a value: the difference, two of AdamW
 
@@ -87,7 +91,7 @@ def check_plan(
             f"--preserve_every {config.preserve.every}: the run has {plan.steps} steps, so none would preserve; take "
             f"{plan.steps} at the most"
         )
-    units = units_of(header, Entry(CONTRACT, config.ff, config.ffid, "", 0, ""))
+    units = units_of(header, own_entry(config))
     values = sum(own.count for own in units.values())
     every = {
         "checkpoint": sum(file.stat().st_size for file in header.files),
@@ -96,13 +100,36 @@ def check_plan(
     }
     sizes = {kind: every[kind] for kind in config.save.kinds}
     saves = list(planned_saves(config.save, plan.steps, plan.steps_per_epoch, plan.epochs))
-    inputs, others = [*header.files, *config.slices], {}
+    inputs, others = [*header.files, *config.inputs], {}
     if asking:
-        inputs += [config.preserve.answers] if config.preserve.answers else []
         others[asking.path] = asking.size
     check_saves(saves, config.save, inputs, sizes, others)
+    replaced = _replaced_lines(saves, own_entry(config))
     free = shutil.disk_usage(config.save.folder).free
-    return saving_lines(disk_use(saves, sizes, values * _STATE_BYTES), sizes, config.save.folder, free)
+    use = disk_use(saves, sizes, values * _STATE_BYTES)
+    return [*replaced, *saving_lines(use, sizes, config.save.folder, free)]
+
+
+def _replaced_lines(saves: Sequence[Save], own: Entry) -> list[str]:
+    """What files of other tools the run replaces; InputError if it would replace one whose newest slice is another."""
+    lines = []
+    for path in filter(Path.is_file, planned_files(saves)):
+        newest = _newest_slice(path)
+        if newest is None:
+            lines.append(f"note: {path} is overwritten (it has no ledger of slices that tells what it holds)")
+        elif not newest.is_slice_of(own):
+            raise InputError(
+                f"{path} holds {newest.label}, and the run would write ff {own.ff} ffid {own.ffid} over it: choose "
+                "another --output_name, or move the file"
+            )
+    return lines
+
+
+def _newest_slice(path: Path) -> Entry | None:
+    with suppress(InputError):  # of a file that is damaged, or none of ours
+        if entries := read_ledger(read_file_header(path)[1], path):
+            return entries[-1]
+    return None
 
 
 def say_what_is_read(

@@ -51,6 +51,7 @@ class TrainConfig:
     preserve: PreserveConfig | None = None
     vae: Path | None = None  # named in the metadata
     mixed_precision: str = "no"
+    inputs: tuple[Path, ...] = ()  # all files that flags name beside dit: no output may replace one
     slices: tuple[Path, ...] = ()  # slice files that go on top of dit
     continue_slice: bool = False  # the slice is in dit or slices: train it further
     allow_overlap: bool = False  # train over other slices

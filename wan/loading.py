@@ -122,6 +122,11 @@ def check_fits_task(header: CheckpointHeader, task_name: str) -> None:
     raise InputError(f"{header.files[0]} ({widths}) does not fit --task {task_name}: {advice}")
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a file of this name is taken for one part of a checkpoint of several."""
+    return _SHARD.fullmatch(path.name) is not None
+
+
 def file_dtype(header: CheckpointHeader) -> torch.dtype:
     """The dtype in which the file stores (most of) its block matrices."""
     values = Counter()
