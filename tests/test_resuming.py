@@ -10,10 +10,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_run import run, write_inputs, write_sample_models
 
 from utils import training
+from utils.selective_finetune import read_ledger
 from wan.errors import InputError
 
 BF16 = ("--mixed_precision", "bf16")
@@ -131,6 +133,23 @@ def test_a_state_of_other_data_or_settings_is_refused_with_what_differs(folder):
         (folder / "data.toml").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"another run: gradient_accumulation_steps 2 \(now 3\)"):
         run(folder, *COMMON, "--gradient_accumulation_steps", "3", "--resume", "latest")
+
+
+@pytest.mark.parametrize("ff", ["0.10", "1e-1", "1/10"])
+def test_a_share_that_is_typed_in_another_way_is_the_same_run(folder, ff):
+    run(folder, *COMMON, "--save_state", "--max_train_epochs", "1")
+    told = run(folder, *COMMON, "--resume", "latest", "--ff", ff)
+    assert any("one-state: epoch 2, step 3" in line for line in told)
+    with safe_open(folder / "out" / "one.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_ff"], read_ledger(metadata)[0]["ff"]) == ("0.1", ff)
+
+
+def test_a_share_that_is_no_decimal_is_the_same_run_in_lowest_terms(folder):
+    run(folder, *COMMON, "--save_state", "--max_train_epochs", "1", "--ff", "2/6")
+    assert any("one-state: epoch 2" in line for line in run(folder, *COMMON, "--resume", "latest", "--ff", "1/3"))
+    with pytest.raises(InputError, match=r"another run: ff 1/3 \(now 0\.3333\)"):
+        run(folder, *COMMON, "--resume", "latest", "--ff", "0.3333")
 
 
 def process(rank, port, folder, flags):

@@ -6,12 +6,14 @@ The names are musubi-tuner's, without its ss_.
 import hashlib
 import json
 from collections.abc import Sequence
+from decimal import Decimal
+from fractions import Fraction
 
 from utils.cache_files import read_latents, read_text
 from utils.dataset import TrainingDataset
 from utils.ledger import KEY
 from utils.preservation import OldPrompts
-from utils.selective_finetune import TrainedSlice, base_identity, slice_digest, value_digest
+from utils.selective_finetune import TrainedSlice, base_identity, exact_fraction, slice_digest, value_digest
 from utils.slice_files import SlicesOnBase
 from utils.training_config import TrainConfig
 from utils.training_plan import TrainingPlan
@@ -29,7 +31,7 @@ def deciding_settings(
     """All that decides the run's numbers; `batches` are those of epoch 0, `preserved` the old prompts."""
     timesteps, schedule, optimizer = config.timesteps, config.schedule, config.optimizer
     values = {
-        "ff": config.ff,
+        "ff": _plain_share(config.ff),
         "ffid": config.ffid,
         "seed": seed,
         "mixed_precision": config.mixed_precision,
@@ -95,6 +97,13 @@ def start_hash(trained: TrainedSlice) -> dict[str, str]:
     """The SHA-256 of the base's values in the slice: another base has another one."""
     digests = {name: value_digest(matrix.start.cpu()) for name, matrix in trained.matrices.items()}
     return {"slice_start_sha256": slice_digest(digests)}
+
+
+def _plain_share(ff: str) -> str:
+    """One text for every way to type a share: 0.1 for 0.10, 1e-1 and 1/10."""
+    exact = exact_fraction(ff)
+    decimal = Decimal(exact.numerator) / exact.denominator
+    return f"{decimal.normalize():f}" if Fraction(decimal) == exact else str(exact)
 
 
 def _dataset_hash(dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> str:
