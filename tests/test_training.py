@@ -169,7 +169,7 @@ def test_a_state_of_another_base_is_refused(folder):
 def test_a_state_of_the_same_base_with_another_slice_in_it_is_refused(folder):
     other = folder / "other.safetensors"
     run(folder, "--ffid", "1", "--max_train_epochs", "1")
-    shutil.copy(folder / "out" / "one.safetensors", other)
+    (folder / "out" / "one.safetensors").rename(other)
     run(folder, "--save_state", "--max_train_epochs", "1")
     with pytest.raises(InputError, match="base_ledger_sha256"):
         run(folder, "--resume", str(folder / "out" / "one-state"), "--dit", str(other))
