@@ -261,10 +261,10 @@ def test_auto_without_another_concept_says_that_there_is_none():
 
 def test_what_is_at_stake_is_told_of_concepts_that_stay():
     a, silent, under = concept("a", 1, "x"), concept("silent", 2), Entry(CONTRACT, "0.3", 3, "under", 1, "")
-    (line,) = preserve_lines(None, [a, silent, under], OWN, "dit")
+    (line,) = preserve_lines(None, [a, silent, under], OWN)
     assert "was taught a, silent; this run leaves those values alone" in line and "auto" in line
-    assert "auto" not in preserve_lines(None, [silent], OWN, "dit")[0]
-    assert preserve_lines(None, [OWN, under], OWN, "dit") == []
+    assert "auto" not in preserve_lines(None, [silent], OWN)[0]
+    assert preserve_lines(None, [OWN, under], OWN) == []
 
 
 def test_preserving_on_no_step_of_the_run_is_refused(folder):

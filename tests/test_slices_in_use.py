@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import run, write_dataset, write_dit
 
 from utils import training
@@ -120,6 +120,24 @@ def test_a_slice_that_is_trained_further_keeps_one_entry_and_fits_its_first_base
             f"{tmp_path}/a.safetensors"])  # fmt: skip
     assert same_tensors(tmp_path / "a.safetensors", folder / "out" / "two.safetensors")
     assert not same_tensors(tmp_path / "a.safetensors", folder / "first" / "one.safetensors")
+
+
+@pytest.mark.parametrize("cast", [".", "blocks.0.self_attn.q.weight"], ids=["all of it", "one matrix"])
+def test_a_slice_of_slices_is_not_trained_further_on_a_base_that_is_cast(folder, tmp_path, cast):
+    """Its values in the files' dtype are the base's, not those of the slice below."""
+    weights = {
+        name: value.float() if cast in name else value for name, value in load_file(folder / "base.safetensors").items()
+    }
+    save_file(weights, tmp_path / "mixed.safetensors", {"num_heads": "4", "text_len": "8"})
+    on_mixed = (*BF16, "--dit", f"{tmp_path}/mixed.safetensors", "--output_dir", f"{tmp_path}/out")
+    run(folder, *on_mixed, "--save_as", "slice", "checkpoint")
+    on_slice = (*on_mixed, "--slices", f"{tmp_path}/out/one.slice.safetensors", "--output_name", "two")
+    with pytest.raises(InputError, match=r"mixed.safetensors is cast for training, so a slice of --slices cannot be"):
+        run(folder, *on_slice, "--continue_slice")
+    run(folder, *on_slice, "--ffid", "3", "--save_as", "checkpoint")
+    chained = ("--dit", f"{tmp_path}/out/one.safetensors", "--output_name", "chained")
+    run(folder, *on_mixed, *chained, "--ffid", "3", "--save_as", "checkpoint")
+    assert same_tensors(tmp_path / "out" / "two.safetensors", tmp_path / "out" / "chained.safetensors")
 
 
 def test_a_checkpoint_without_a_ledger_says_what_cannot_be_known(folder):

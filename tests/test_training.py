@@ -13,7 +13,7 @@ from utils import training
 from utils.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents, write_text
 from utils.checkpoints import readable
 from utils.cli_train import parse_train
-from utils.dataset import build_training_dataset
+from utils.dataset import TrainingDataset, build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.selective_finetune import SliceError, slice_indices
 from wan.errors import InputError
@@ -347,7 +347,7 @@ def test_an_output_that_is_the_base_is_refused(folder):
 def test_texts_that_do_not_fit_the_model_are_refused(folder, monkeypatch):
     for name, told in (("text_width", "48"), ("longest_text", "8 tokens|at most 8")):
         with monkeypatch.context() as patch:
-            patch.setattr(training.TrainingDataset, name, 100)
+            patch.setattr(TrainingDataset, name, 100)
             with pytest.raises(InputError, match=told):
                 run(folder)
 

@@ -93,11 +93,11 @@ class _Counted:
 def test_a_killed_state_leaves_the_old_state_or_the_new_one(tmp_path):
     folder, seen = tmp_path / "a-state", set()
     for point in range(1, 200):
-        save_state(folder, {"seed": "1"}, {"step": 1, "values": torch.zeros(1000)})
+        save_state(folder, "a", {"seed": "1"}, {"step": 1, "values": torch.zeros(1000)})
         pid = os.fork()
         if pid == 0:
             _die_at(point)
-            save_state(folder, {"seed": "2"}, {"step": 2, "values": torch.ones(1000)})
+            save_state(folder, "a", {"seed": "2"}, {"step": 2, "values": torch.ones(1000)})
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         state = load_state(folder)
@@ -181,7 +181,7 @@ def test_a_folder_that_is_missing_is_made_or_told(tmp_path):
     assert (tmp_path / "b" / "c" / "a").read_bytes() == NEW
     (tmp_path / "one-state").touch()
     with pytest.raises(SliceError, match=r"state\.pt could not be written"):
-        save_state(tmp_path / "one-state", {}, {})
+        save_state(tmp_path / "one-state", "one", {}, {})
 
 
 FULL = """
@@ -197,7 +197,7 @@ SAVE_STATE = (
 import torch
 from pathlib import Path
 from utils.training_state import save_state
-run(lambda _: save_state(Path("a-state"), {}, {"values": torch.zeros(100_000)}))
+run(lambda _: save_state(Path("a-state"), "a", {}, {"values": torch.zeros(100_000)}))
 """
 )
 
@@ -220,7 +220,7 @@ def test_a_disk_that_fills_up_ends_with_one_line_and_leaves_the_old_file(tmp_pat
 
 @posix
 def test_a_disk_that_fills_up_under_a_state_ends_with_one_line_and_leaves_the_old_one(tmp_path):
-    save_state(tmp_path / "a-state", {}, {"step": 1})
+    save_state(tmp_path / "a-state", "a", {}, {"step": 1})
     ended = subprocess.run(
         [sys.executable, "-c", SAVE_STATE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
@@ -231,27 +231,28 @@ def test_a_disk_that_fills_up_under_a_state_ends_with_one_line_and_leaves_the_ol
 
 
 def test_a_full_disk_while_a_state_is_saved_leaves_the_older_state(tmp_path, monkeypatch):
-    save_state(tmp_path / "a-state", {"seed": "1"}, {"step": 1})
+    save_state(tmp_path / "a-state", "a", {"seed": "1"}, {"step": 1})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SliceError, match="No space left on device"):
-        save_state(tmp_path / "a-state", {"seed": "1"}, {"step": 2})
+        save_state(tmp_path / "a-state", "a", {"seed": "1"}, {"step": 2})
     assert load_state(tmp_path / "a-state") == {"step": 1}
 
 
 def test_the_latest_state_is_the_one_saved_last_and_whole(tmp_path):
     with pytest.raises(InputError, match=r"--resume latest: .* holds no state of a"):
         latest_state(tmp_path, "a")
-    for number, name in enumerate(["a-000002-state", "a-step00000009-state", "a-state", "b-state"]):
-        save_state(tmp_path / name, {}, {})
-        os.utime(tmp_path / name / "state.pt", (number, number))
+    for folder, name in {"a-000002-state": "a", "a-state": "a", "a-step00000009-state": "a", "b-state": "b"}.items():
+        save_state(tmp_path / folder, name, {}, {})
+    save_state(tmp_path / "a-000003-state", "a-000003", {}, {})  # at the end of another run
     (tmp_path / "a-step00000010-state").mkdir()
     (tmp_path / "a-step00000010-state" / "state.pt.tmp").touch()
-    assert latest_state(tmp_path, "a").name == "a-state"
-    os.utime(tmp_path / "a-000002-state" / "state.pt", (7, 7))
+    os.utime(tmp_path / "a-000002-state" / "state.pt")  # as copying does
+    assert latest_state(tmp_path, "a").name == "a-step00000009-state"
+    save_state(tmp_path / "a-000002-state", "a", {}, {})
     assert latest_state(tmp_path, "a").name == "a-000002-state"
 
 

@@ -41,6 +41,11 @@ class Save:
     state: Path | None
     expired: tuple[Path, ...] = ()
 
+    @property
+    def missing(self) -> dict[str, Path]:
+        """Those of the files that are not there."""
+        return {kind: path for kind, path in self.files.items() if not path.exists()}
+
 
 @dataclass(frozen=True)
 class DiskUse:

@@ -430,9 +430,8 @@ class TrainedSlice(nn.Module):
         """What the base's files hold of the slice, and what a checkpoint will: by name, on the CPU."""
         dtypes = self.stored_dtypes(base)
         start = {name: matrix.start.cpu() for name, matrix in self.matrices.items()}
-        if any(dtypes[name] != values.dtype for name, values in start.items()):  # it was cast to be trained
-            units = {name: matrix.units.to("cpu") for name, matrix in self.matrices.items()}
-            start = read_slice(base, units, self.name_of)
+        cast = [name for name, values in start.items() if dtypes[name] != values.dtype]  # to be trained
+        start |= read_slice(base, {name: self.matrices[name].units.to("cpu") for name in cast}, self.name_of)
         return start, {n: _moved(start[n], m.difference.detach().cpu(), 1.0) for n, m in self.matrices.items()}
 
     def stored_dtypes(self, base: Files) -> dict[str, torch.dtype]:

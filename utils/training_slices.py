@@ -9,12 +9,13 @@ from torch import Tensor
 
 from utils.ledger import CONTRACT, KEY, Entry, extended, ledger_text, refuse_overlap
 from utils.selective_finetune import Patch, TrainedSlice, write_slice
-from utils.slice_files import SlicesOnBase, read_slice_file
+from utils.slice_files import SlicesOnBase, read_slice_file, units_of
 from utils.slice_lora import write_lora
 from utils.slice_tools import write_patched
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from wan.errors import InputError
-from wan.loading import CheckpointHeader, file_dtype
+from wan.loading import CheckpointHeader
+from wan.stored_tensors import DTYPES
 
 _LORA_DTYPE = torch.float32  # exact
 
@@ -34,7 +35,8 @@ def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
         met = others if config.continue_slice else below.entries
         advice = "To train the same slice further add --continue_slice; " if same else ""
         refuse_overlap(met, own, _sources(config), f"{advice}--allow_overlap trains over what is there")
-    cast = file_dtype(header) != COMPUTE_DTYPES[config.mixed_precision]
+    stored = {DTYPES[header.tensors[name].dtype] for name in units_of(header, own)}
+    cast = stored != {COMPUTE_DTYPES[config.mixed_precision]}
     if cast and any(entry.overlaps(own) for entry in below.entries[len(below.entries) - len(config.slices) :]):
         raise InputError(
             f"{config.dit} is cast for training, so a slice of --slices cannot be trained further on it: make one file "
