@@ -72,18 +72,21 @@ def teach_all(
     remembered: int | None = None,
     every: int = methods.PRESERVE_EVERY,
     steps: int = STEPS,
+    preserves: bool | None = None,
 ) -> Iterator[Taught]:
     """The model after each of the concepts, taught one after another.
 
     With `listed` names, each run holds to what the model said to these when the first one began, and to each concept
-    (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks.
+    (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks;
+    `preserves` says so without names.
     """
     weights, general, earlier = world.base, [], []
+    preserves = bool(listed) if preserves is None else preserves
     for number, own in enumerate(latents):
         started, model = time.process_time(), world.model(weights)
-        if listed and number == 0:
+        if preserves and number == 0:
             general = [methods.ask(world, model, name, own, place) for place, name in enumerate(listed)]
-        if listed and number > 0:
+        if preserves and number > 0:
             newest = methods.ask(world, model, f"character{number - 1}", own, KNOWN + number)
             earlier = [*earlier, newest][-(remembered or len(latents)) :]
         weights, values = methods.teach(
@@ -95,7 +98,7 @@ def teach_all(
             rate,
             steps,
             100 * seed + number,
-            (general, earlier) if listed else None,
+            (general, earlier) if general or earlier else None,
             every,
         )
         yield Taught(weights, values, time.process_time() - started)
