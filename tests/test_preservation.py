@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 
 from utils import training
+from utils.base_model import BaseModel
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
@@ -57,7 +58,7 @@ def preserving(folder, every=2, weight=3):
 
 def kept_by(path, folder, every=2, weight=3, most_values=10**9):
     """What a run preserves that keeps its answers in this file."""
-    kept = read_answers(path, base_identity(folder / "base.safetensors"), CONFIG)
+    kept = read_answers(path, BaseModel(base_identity(folder / "base.safetensors")), CONFIG)
     general, of_concepts = (tuple(old for old in kept if bool(old.concept) == which) for which in (False, True))
     return Preservation(general, of_concepts, every, weight, most_values)
 

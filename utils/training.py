@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.base_model import base_model
 from utils.block_inputs import BlockInputs
 from utils.block_swap import checkpoint_blocks, memory_line, place_model
 from utils.checkpoints import remove_unfinished, save_after_epoch, save_after_step, save_at_end, stop_state
@@ -61,14 +62,15 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
     identity = base_settings(header, below)
-    prompts = read_old_prompts(config, identity["base_sha256"], model_config, below, dataset)
+    base = base_model(header, below.entries)
+    prompts = read_old_prompts(config, base, model_config, below, dataset)
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | identity
     if config.resume:
         check_state(config.resume, settings)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what is half written takes room, which every process looks for
-    asking = plan_asking(config, model_config, prompts, dataset, batches, seed)
+    asking = plan_asking(config, base, model_config, prompts, dataset, batches, seed)
     saving_lines = check_plan(config, header, plan, asking)
     say_what_is_read(config, header, dataset, say)
     for line in asking.lines() if asking else ():
