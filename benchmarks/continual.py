@@ -163,7 +163,7 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
         without_one = [world.model(without(world, weights, number)) for number in range(count)]
         result["removed"] = [measure.recognised(model, count, SAMPLES) for model in without_one]
     drawn = world.decode(world.sample(world.model(weights), prompts, seed=1))
-    save_image(folder / f"{row}-{seed}.png", torch.cat(list(drawn), dim=-1))
+    save_image(folder / f"{row}-{seed}-{count}.png", torch.cat(list(drawn), dim=-1))
     return result | {"peak_mb": peak_mb(), "steps": STEPS, "threads": torch.get_num_threads()}
 
 
