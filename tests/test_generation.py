@@ -1,6 +1,7 @@
 """wan_generate_video.py on a tiny Wan in the real file formats: what it saves, what it refuses."""
 
 import io
+import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from utils import generation
 from utils.outputs import to_frames
 from utils.prompts import SamplePrompt
 from utils.sampling import decode_latent, encode_samples, resolve_sample, sample_prompt
-from utils.selective_finetune import attach_slice
+from utils.selective_finetune import UNFINISHED, attach_slice
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -332,3 +333,14 @@ def test_a_numbered_gpu_becomes_the_current_one(device, chosen, tmp_path, monkey
     monkeypatch.setattr(generation, "_decode_latent_files", lambda config, say: [])
     config = SimpleNamespace(save_path=tmp_path, latent_paths=("latent",), device=torch.device(device))
     assert generation.generate(config, print) == [] and current == chosen
+
+
+def test_only_a_job_that_begins_removes_what_a_killed_one_left(files, tmp_path):
+    left = tmp_path / f"20260102-030405-006_7_000.png{UNFINISHED}"
+    left.touch()
+    os.utime(left, (0, 0))
+    with pytest.raises(InputError, match=r"is not a Wan 2\.1 VAE"):
+        main(flags(files, tmp_path, "--prompt", "a fox", "--vae", f"{files}/dit.safetensors"))
+    assert left.exists()
+    made(files, tmp_path)
+    assert not left.exists()

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 CONTRACT = 1
 ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
+UNFINISHED = ".wan.tmp"  # what the names of half-written files end in: ours alone, since they are deleted
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")
 _PIECE = 1 << 22  # bytes that are read, patched and written in turn: few enough that the disk reads on meanwhile
@@ -613,7 +614,7 @@ def whole_file(path: Path, size: int = 0) -> Iterator:
 
     SliceError if it cannot be written.
     """
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(path.name + UNFINISHED)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.unlink(missing_ok=True)  # what a killed run left there takes room

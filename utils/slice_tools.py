@@ -13,6 +13,7 @@ from torch import Tensor
 
 from utils.ledger import KEY, Entry, at_strength, ledger_text, read_ledger
 from utils.selective_finetune import (
+    UNFINISHED,
     Patch,
     SliceUnits,
     base_identity,
@@ -41,6 +42,7 @@ def apply(base: Path, slices: Sequence[Path], strengths: Sequence[float], out: P
     header = read_checkpoint_header(base)
     check_output(out, [*header.files, *slices])
     on_base = SlicesOnBase(header, [read_slice_file(path) for path in slices], strengths)
+    _remove_unfinished(out.parent)
     write_patched(header, out, on_base.patches, on_base.metadata, on_base.entries, on_base.check_starts)
     return on_base.entries
 
@@ -61,6 +63,7 @@ def remove(checkpoint: Path, name: str, base: Path, out: Path) -> Entry:
     left = [other for other in entries if other is not entry]
     if entry is entries[-1]:
         header = replace(header, metadata=base_header.metadata)
+    _remove_unfinished(out.parent)
     write_patched(header, out, patches, {}, left)
     return entry
 
@@ -92,6 +95,7 @@ def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path, ov
         # The newest run's own words are what the checkpoint says beyond its base.
         metadata = header.metadata.items() - base_header.metadata.items() if entry is entries[-1] else ()
         own = {key: text for key, text in header.metadata.items() if (key, text) in metadata and key != KEY}
+        _remove_unfinished(folder)
         write_slice(path, read_slice(header.files, units), {**own, KEY: ledger_text([told])})
     return paths
 
@@ -103,6 +107,7 @@ def scale(slice_path: Path, base: Path, strength: float, out: Path) -> Entry:
     entry = at_strength(file.entry, strength)
     start = checked_start(header, file)
     values = {name: scaled(start[name], file.values(name), strength) for name in file.tensors}
+    _remove_unfinished(out.parent)
     write_slice(out, values, {**file.metadata, KEY: ledger_text([entry])})
     return entry
 
@@ -114,6 +119,7 @@ def to_lora(slice_path: Path, base: Path, out: Path, names: str, dtype: str, say
     units = units_of(header, file.entry)
     say(f"{out}: {lora_bytes(units, DTYPES[dtype]) / 1e6:,.1f} MB, ranks up to {max(map(rank_of, units.values()))}")
     start = checked_start(header, file)
+    _remove_unfinished(out.parent)
     report = write_lora(out, file.entry, units, start, file.values, names, DTYPES[dtype], file.metadata)
     say(report.line)
     return report
@@ -163,18 +169,14 @@ def write_patched(
 
 
 def check_output(out: Path, inputs: Iterable[Path]) -> None:
-    """InputError if `out` is no name for a new safetensors file, or is one of the `inputs`.
-
-    What killed writers left in its folder is removed.
-    """
+    """InputError if `out` is no name for a new safetensors file, or is one of the `inputs`."""
     try:
         if out.suffix.lower() != ".safetensors" or out.is_dir() or not out.parent.is_dir():
             raise InputError(f"{out} is no name for a .safetensors file in a folder that exists")
         for path in inputs:
             if out.exists() and path.exists() and out.samefile(path):
                 raise InputError(f"{out} is {path}, which is read: choose another name for the output")
-        out.with_name(out.name + ".tmp").exists()  # the name that it is written under may be too long as well
-        _remove_unfinished(out.parent)
+        out.with_name(out.name + UNFINISHED).exists()  # the name that it is written under may be too long as well
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from None
 
@@ -220,7 +222,8 @@ def _then(chunks: Iterator, check: Callable[[], None]) -> Iterator:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob("*.safetensors.tmp"):
+    """Deletes what killed writers left in a folder that a command writes to: to be called once nothing is refused."""
+    for path in folder.glob(f"*.safetensors{UNFINISHED}"):
         with suppress(OSError):  # gone meanwhile, or open in another program: nothing that the output needs
             if time.time() - path.stat().st_mtime > _GONE:
                 path.unlink()
