@@ -72,13 +72,32 @@ def test_slices_are_extracted_into_a_new_folder_and_over_no_file(slices, tmp_pat
     slices("extract {one} --base {base} -o {out}/new/slices")
     path = tmp_path / "new" / "slices" / "one.slice.safetensors"
     path.write_bytes(b"another")
-    with pytest.raises(InputError, match="is there already: choose another folder, or add --overwrite"):
+    with pytest.raises(InputError, match="is there already: choose another output, or add --overwrite"):
         slices("extract {one} --base {base} -o {out}/new/slices")
     assert path.read_bytes() == b"another"
     slices("extract {one} --base {base} -o {out}/new/slices --overwrite")
     assert path.read_bytes() != b"another"
     with pytest.raises(InputError, match="cannot be made"):
         slices(f"extract {{one}} --base {{base}} -o {path}")
+
+
+OVER = {
+    "apply": "apply {base} {one_slice}",
+    "remove": "remove {one} one --base {base}",
+    "scale": "scale {one_slice} 2 --base {base}",
+    "to-lora": "to-lora {one_slice} --base {base}",
+}
+
+
+@pytest.mark.parametrize("command", OVER.values(), ids=OVER)
+def test_a_file_that_is_there_is_replaced_only_if_told(slices, tmp_path, command):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"another")
+    with pytest.raises(InputError, match=r"a\.safetensors is there already: .* add --overwrite to replace it"):
+        slices(f"{command} -o {path}")
+    assert path.read_bytes() == b"another"
+    slices(f"{command} -o {path} --overwrite")
+    assert load_file(path)
 
 
 def test_names_that_differ_by_case_alone_are_two_files_everywhere(slices, files, tmp_path):

@@ -61,7 +61,7 @@ def test_save_as_writes_each_kind_at_each_turn(files):
 
 def test_the_saved_slice_on_its_base_is_the_saved_checkpoint_byte_for_byte(files, tmp_path):
     for stem in ("one", "one-step00000002"):
-        out = tmp_path / "applied.safetensors"
+        out = tmp_path / f"{stem}.safetensors"
         slices(["apply", f"{files}/base.safetensors", f"{files}/first/{stem}.slice.safetensors", "-o", str(out)])
         assert out.read_bytes() == (files / "first" / f"{stem}.safetensors").read_bytes()
 

@@ -211,7 +211,7 @@ def test_a_disk_that_fills_up_ends_with_one_line_and_leaves_the_old_file(tmp_pat
     write_chain(tmp_path)
     (tmp_path / "out.safetensors").write_bytes(OLD)
     before = names_of(tmp_path)
-    command = ["apply", "base.safetensors", "one.slice.safetensors", "-o", "out.safetensors"]
+    command = ["apply", "base.safetensors", "one.slice.safetensors", "-o", "out.safetensors", "--overwrite"]
     ended = subprocess.run(
         [sys.executable, "-c", APPLY, *command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,

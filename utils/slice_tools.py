@@ -34,26 +34,28 @@ from wan.safetensors_header import TensorEntry
 _GONE = 600  # seconds without a byte
 
 
-def apply(base: Path, slices: Sequence[Path], strengths: Sequence[float], out: Path) -> list[Entry]:
+def apply(
+    base: Path, slices: Sequence[Path], strengths: Sequence[float], out: Path, overwrite: bool = False
+) -> list[Entry]:
     """Writes `base` with the slices in it, byte for byte the chained checkpoint; the ledger it has comes back.
 
     InputError if two slices overlap or one is another base's.
     """
     header = read_checkpoint_header(base)
-    check_output(out, [*header.files, *slices])
+    check_output(out, [*header.files, *slices], overwrite)
     on_base = SlicesOnBase(header, [read_slice_file(path) for path in slices], strengths)
     _remove_unfinished(out.parent)
     write_patched(header, out, on_base.patches, on_base.metadata, on_base.entries, on_base.check_starts)
     return on_base.entries
 
 
-def remove(checkpoint: Path, name: str, base: Path, out: Path) -> Entry:
+def remove(checkpoint: Path, name: str, base: Path, out: Path, overwrite: bool = False) -> Entry:
     """Writes `checkpoint` without the slice `name`, every tensor byte for byte as if it was never trained.
 
     What the run of the newest slice said in the metadata goes with it.
     """
     header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
-    check_output(out, [*header.files, *base_header.files])
+    check_output(out, [*header.files, *base_header.files], overwrite)
     entries = read_ledger(header.metadata, checkpoint)
     entry = find_entry(entries, name, checkpoint)
     _refuse_trained_over(entries, entry, checkpoint)
@@ -69,10 +71,7 @@ def remove(checkpoint: Path, name: str, base: Path, out: Path) -> Entry:
 
 
 def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path, overwrite: bool = False) -> list[Path]:
-    """Writes the slices of `checkpoint` that `base` does not have (or only those `names`) as files into `folder`.
-
-    InputError if one of the files is there already, unless `overwrite`.
-    """
+    """Writes the slices of `checkpoint` that `base` does not have (or only those `names`) as files into `folder`."""
     header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
     entries = read_ledger(header.metadata, checkpoint)
     known = read_ledger(base_header.metadata, base)
@@ -85,9 +84,7 @@ def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path, ov
         _refuse_trained_over(entries, entry, checkpoint)
     _make_folder(folder)
     for path in paths:
-        check_output(path, [*header.files, *base_header.files])
-        if path.exists() and not overwrite:
-            raise InputError(f"{path} is there already: choose another folder, or add --overwrite to replace it")
+        check_output(path, [*header.files, *base_header.files], overwrite)
     for entry, path in zip(wanted, paths, strict=True):
         units = units_of(header, entry)
         start = _base_values(base_header, entry, units, checkpoint)
@@ -100,10 +97,10 @@ def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path, ov
     return paths
 
 
-def scale(slice_path: Path, base: Path, strength: float, out: Path) -> Entry:
+def scale(slice_path: Path, base: Path, strength: float, out: Path, overwrite: bool = False) -> Entry:
     """Writes the slice with `strength` times what it learned."""
     header, file = read_checkpoint_header(base), read_slice_file(slice_path)
-    check_output(out, [*header.files, slice_path])
+    check_output(out, [*header.files, slice_path], overwrite)
     entry = at_strength(file.entry, strength)
     start = checked_start(header, file)
     values = {name: scaled(start[name], file.values(name), strength) for name in file.tensors}
@@ -112,10 +109,12 @@ def scale(slice_path: Path, base: Path, strength: float, out: Path) -> Entry:
     return entry
 
 
-def to_lora(slice_path: Path, base: Path, out: Path, names: str, dtype: str, say: Callable[[str], None]) -> LoraReport:
+def to_lora(
+    slice_path: Path, base: Path, out: Path, names: str, dtype: str, say: Callable[[str], None], overwrite: bool = False
+) -> LoraReport:
     """Writes the slice as a LoRA with the names of comfyui or diffusers, in fp32 or bf16; says how exact it is."""
     header, file = read_checkpoint_header(base), read_slice_file(slice_path)
-    check_output(out, [*header.files, slice_path])
+    check_output(out, [*header.files, slice_path], overwrite)
     units = units_of(header, file.entry)
     say(f"{out}: {lora_bytes(units, DTYPES[dtype]) / 1e6:,.1f} MB, ranks up to {max(map(rank_of, units.values()))}")
     start = checked_start(header, file)
@@ -168,14 +167,16 @@ def write_patched(
     write_safetensors(out, tensors, {**known, **metadata, **ledger}, _then(stream(tensors.values(), patches), check))
 
 
-def check_output(out: Path, inputs: Iterable[Path]) -> None:
-    """InputError if `out` is no name for a new safetensors file, or is one of the `inputs`."""
+def check_output(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
+    """InputError if `out` is no name for a safetensors file, is one of the `inputs`, or is there and not to be lost."""
     try:
         if out.suffix.lower() != ".safetensors" or out.is_dir() or not out.parent.is_dir():
             raise InputError(f"{out} is no name for a .safetensors file in a folder that exists")
         for path in inputs:
             if out.exists() and path.exists() and out.samefile(path):
                 raise InputError(f"{out} is {path}, which is read: choose another name for the output")
+        if out.exists() and not overwrite:
+            raise InputError(f"{out} is there already: choose another output, or add --overwrite to replace it")
         out.with_name(out.name + UNFINISHED).exists()  # the name that it is written under may be too long as well
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from None
