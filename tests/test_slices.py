@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
+from utils import slice_tools
 from utils.ledger import extended, read_ledger
 from utils.selective_finetune import slice_indices
 from utils.slice_tools import verify
@@ -247,6 +248,20 @@ def test_a_base_that_was_merged_or_finetuned_is_told_by_the_values_at_the_slice(
             slices(f"{command} -o {{out}}/a.safetensors")
     assert names_of(tmp_path) == {"merged.safetensors"}
     slices("apply {out}/merged.safetensors {two_slice} -o {out}/a.safetensors")  # it lies elsewhere
+
+
+@pytest.mark.parametrize(
+    "command", ["verify {one}", "remove {one} one -o {out}/a.safetensors", "extract {one} -o {out}/b"]
+)
+def test_a_base_in_fp8_is_refused_before_anything_is_read(slices, files, tmp_path, command, monkeypatch):
+    weights = load_file(files / "base.safetensors")
+    weights = {n: w.to(torch.float8_e4m3fn) if re.search(r"blocks.*\d\.weight", n) else w for n, w in weights.items()}
+    save_file(weights, tmp_path / "fp8.safetensors", METADATA)
+    for reader in ("read_slice", "base_identity", "stream"):
+        monkeypatch.setattr(slice_tools, reader, None)
+    with pytest.raises(InputError, match=r"fp8\.safetensors: blocks\..* is F8_E4M3, and slices lie in BF16, F16, F32"):
+        slices(f"{command} --base {{out}}/fp8.safetensors")
+    assert names_of(tmp_path) == {"fp8.safetensors"}
 
 
 def test_a_base_with_a_prefix_is_the_same_base(slices, files, tmp_path):

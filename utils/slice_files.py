@@ -28,7 +28,7 @@ from wan.loading import CheckpointHeader
 from wan.safetensors_header import TensorEntry, read_file_header
 from wan.stored_tensors import read_tensor
 
-_SLICED_DTYPES = ("BF16", "F16", "F32")
+SLICED_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_slice_file(path: Path) -> SliceFile:
             f"{path} follows slice contract {entries[0].contract}, this program knows {CONTRACT}: update it"
         )
     for name, tensor in tensors.items():
-        if tensor.dtype not in _SLICED_DTYPES or not tensor.numel or name != contract_name(name):
+        if tensor.dtype not in SLICED_DTYPES or not tensor.numel or name != contract_name(name):
             raise InputError(f"{path}: {name[:80]} {tensor.dtype[:20]} is no tensor of a slice")
     return SliceFile(path, entries[0], tensors, {key: text for key, text in metadata.items() if key != KEY})
 

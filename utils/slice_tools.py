@@ -17,6 +17,7 @@ from utils.selective_finetune import (
     Patch,
     SliceUnits,
     base_identity,
+    is_block_matrix,
     read_header,
     read_slice,
     slice_digest,
@@ -25,7 +26,7 @@ from utils.selective_finetune import (
     write_safetensors,
     write_slice,
 )
-from utils.slice_files import SliceFile, SlicesOnBase, read_slice_file, scaled, units_of
+from utils.slice_files import SLICED_DTYPES, SliceFile, SlicesOnBase, read_slice_file, scaled, units_of
 from utils.slice_lora import DTYPES, LoraReport, lora_bytes, rank_of, write_lora
 from wan.errors import InputError
 from wan.loading import CheckpointHeader, read_checkpoint_header
@@ -58,6 +59,7 @@ def remove(checkpoint: Path, name: str, base: Path, out: Path, overwrite: bool =
     check_output(out, [*header.files, *base_header.files], overwrite)
     entries = read_ledger(header.metadata, checkpoint)
     entry = find_entry(entries, name, checkpoint)
+    _check_dtypes(header, base_header)
     _refuse_trained_over(entries, entry, checkpoint)
     units = units_of(header, entry)
     start = _base_values(base_header, entry, units, checkpoint)
@@ -79,6 +81,7 @@ def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path, ov
     wanted = wanted or [entry for entry in entries if not any(entry.is_slice_of(other) for other in known)]
     if not wanted:
         raise InputError(f"{checkpoint} holds no slice that {base} does not hold (its ledger has {len(entries)})")
+    _check_dtypes(header, base_header)
     paths = [folder / f"{stem}.slice.safetensors" for stem in _stems(wanted, checkpoint)]
     for entry in wanted:
         _refuse_trained_over(entries, entry, checkpoint)
@@ -137,6 +140,8 @@ def verify(checkpoint: Path, base: Path) -> tuple[list[Entry], list[Finding]]:
     header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
     known = read_ledger(base_header.metadata, base)
     entries = [entry for entry in read_ledger(header.metadata, checkpoint) if entry not in known]
+    if entries:
+        _check_dtypes(base_header)
     units = [units_of(base_header, entry) for entry in entries]
     names = [*base_header.tensors, *(name for name in header.tensors if name not in base_header.tensors)]
     findings = [
@@ -207,6 +212,17 @@ def _base_values(base: CheckpointHeader, entry: Entry, units: Mapping[str, Slice
             f"{base.files[0]} is not the base of {entry.label} in {source}: it holds other values where the slice lies"
         )
     return start
+
+
+def _check_dtypes(*headers: CheckpointHeader) -> None:
+    """InputError if one is of a file whose matrices can hold no slice, such as one in fp8."""
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            if is_block_matrix(name, tensor.shape) and tensor.dtype not in SLICED_DTYPES:
+                raise InputError(
+                    f"{header.files[0]}: {name} is {tensor.dtype}, and slices lie in {', '.join(SLICED_DTYPES)}: give "
+                    "the file that they were trained on"
+                )
 
 
 def _digest(values: Mapping[str, Tensor]) -> str:
