@@ -57,6 +57,30 @@ def test_a_slice_goes_on_top_of_a_checkpoint_that_holds_another(slices, files, t
     assert (tmp_path / "both.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("steps", [*permutations(["one", "two", "three"]), ["two", "one three"], ["one three", "two"]])
+def test_slices_applied_in_any_number_of_steps_are_the_chained_checkpoint_byte_for_byte(slices, files, tmp_path, steps):
+    train_concept(files / "two.safetensors", tmp_path, "three", "0.05", 3)
+    paths = {name: folder / f"{name}.slice.safetensors" for name, folder in
+             (("one", files), ("two", files), ("three", tmp_path))}  # fmt: skip
+    base = files / "base.safetensors"
+    for number, step in enumerate(steps):
+        out = tmp_path / f"{number}.safetensors"
+        slices(f"apply {base} {' '.join(str(paths[name]) for name in step.split())} -o {out}")
+        base = out
+    assert base.read_bytes() == (tmp_path / "three.safetensors").read_bytes()
+
+
+def test_what_an_older_run_alone_told_is_told_whatever_the_order(slices, files, tmp_path):
+    told = {**metadata_of(files / "one.slice.safetensors"), "ss_training_comment": "first"}
+    save_file(load_file(files / "one.slice.safetensors"), tmp_path / "noted.safetensors", told)
+    slices("apply {base} {out}/noted.safetensors {two_slice} -o {out}/both.safetensors")
+    slices("apply {base} {two_slice} -o {out}/two.safetensors")
+    slices("apply {out}/two.safetensors {out}/noted.safetensors -o {out}/steps.safetensors")
+    assert (tmp_path / "steps.safetensors").read_bytes() == (tmp_path / "both.safetensors").read_bytes()
+    found = metadata_of(tmp_path / "both.safetensors")
+    assert (found["ss_output_name"], found["ss_training_comment"]) == ("two", "first")
+
+
 def test_an_extracted_slice_is_the_saved_one(slices, files, tmp_path):
     slices("extract {two} --base {base} -o {out}")
     assert names_of(tmp_path) == {"one.slice.safetensors", "two.slice.safetensors"}
@@ -210,6 +234,30 @@ def test_two_overlapping_slices_are_told_by_their_files(slices, files, tmp_path)
     one, over = files / "one.slice.safetensors", tmp_path / "over.slice.safetensors"
     assert str(error.value).startswith(f"{one} already holds one") and f"Leave out {over}, or {one}" in str(error.value)
     assert "--ffid" not in str(error.value)
+
+
+def test_a_slice_that_was_trained_over_others_goes_on_top_of_them_and_off_again_byte_for_byte(slices, files, tmp_path):
+    train_concept(files / "two.safetensors", tmp_path, "over", "0.1", 1)
+    slices("apply {two} {out}/over.slice.safetensors -o {out}/applied.safetensors")
+    slices("remove {out}/over.safetensors over --base {two} -o {out}/less.safetensors")
+    slices("extract {out}/over.safetensors --base {two} -o {out}/slices")
+    slices("apply {two} {out}/slices/over.slice.safetensors -o {out}/again.safetensors")
+    whole = (tmp_path / "over.safetensors").read_bytes()
+    assert (tmp_path / "applied.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes() == whole
+    assert (tmp_path / "less.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
+
+
+def test_a_slice_that_was_trained_over_others_goes_only_where_they_are_as_it_knew_them(slices, files, tmp_path):
+    train_concept(files / "two.safetensors", tmp_path, "over", "0.1", 1)
+    for on, holder in (("one", "one"), ("one} {two_slice", "one"), ("base} {one_slice} {two_slice", "one.slice")):
+        with pytest.raises(InputError, match=rf"{holder}\.safetensors already holds one \(ff 0\.05 ffid 2\)"):
+            slices(f"apply {{{on}}} {{out}}/over.slice.safetensors -o {{out}}/a.safetensors")
+    for command in ("remove {out}/over.safetensors over --base {one} -o {out}/a.safetensors",
+                    "remove {out}/over.safetensors two --base {two} -o {out}/a.safetensors",
+                    "extract {out}/over.safetensors --base {one} -o {out}"):  # fmt: skip
+        with pytest.raises(InputError, match="cannot be told apart"):
+            slices(command)
+    assert names_of(tmp_path) == {"over.safetensors", "over.slice.safetensors"}
 
 
 def test_another_base_is_refused_by_its_identity(slices, tmp_path):

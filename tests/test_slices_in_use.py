@@ -108,6 +108,15 @@ def test_an_overlap_that_is_meant_trains_over_and_says_so(folder):
                 f"{folder}/out/less.safetensors"])  # fmt: skip
 
 
+def test_a_slice_that_was_trained_over_another_is_used_on_the_checkpoint_that_holds_it(folder, tmp_path):
+    over = ("--ff", "0.3", "--ffid", "1", "--allow_overlap", "--save_as", "checkpoint", "slice")
+    run(folder, *BF16, *dit(folder), *over)
+    on_slice = (*dit(folder), "--slices", str(folder / "out" / "two.slice.safetensors"))
+    for way, on in (("sliced", on_slice), ("chained", dit(folder, "out/two.safetensors"))):
+        run(folder, *BF16, *on, "--ffid", "5", "--output_dir", f"{tmp_path}/{way}")
+    assert same_tensors(tmp_path / "sliced" / "two.safetensors", tmp_path / "chained" / "two.safetensors")
+
+
 @pytest.mark.parametrize("on", ["checkpoint", "slice"])
 def test_a_slice_that_is_trained_further_keeps_one_entry_and_fits_its_first_base(folder, tmp_path, on):
     on_slice = ("--slices", str(folder / "first" / "one.slice.safetensors"), *dit(folder, "base.safetensors"))

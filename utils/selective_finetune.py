@@ -413,7 +413,6 @@ class TrainedSlice(nn.Module):
         tensors, known = read_header(base, self.name_of)
         start, final = self.stored_values(base)
         ledger = _extended(read_ledger(known), self.ledger_entry(base, start, concept, steps))
-        known.pop(LEDGER_KEY, None)  # so that it comes last
         told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
         write_safetensors(path, tensors, told, stream(tensors.values(), self.patches(start, final)))
 
@@ -595,7 +594,8 @@ def write_safetensors(
     path: str | Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], chunks: Iterable
 ) -> None:
     """Writes tensors, whose bytes `chunks` gives in their order, to `path`."""
-    table, size = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    # Sorted, so that slices give one file in whatever order they came.
+    table, size = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}, 0
     for key, tensor in tensors.items():
         offsets = [size, size := size + tensor.size]
         table[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}

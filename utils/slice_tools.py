@@ -20,13 +20,11 @@ from utils.selective_finetune import (
     is_block_matrix,
     read_header,
     read_slice,
-    slice_digest,
     stream,
-    value_digest,
     write_safetensors,
     write_slice,
 )
-from utils.slice_files import SLICED_DTYPES, SliceFile, SlicesOnBase, read_slice_file, scaled, units_of
+from utils.slice_files import SLICED_DTYPES, SliceFile, SlicesOnBase, read_slice_file, scaled, units_of, values_digest
 from utils.slice_lora import DTYPES, LoraReport, lora_bytes, rank_of, write_lora
 from wan.errors import InputError
 from wan.loading import CheckpointHeader, read_checkpoint_header
@@ -60,7 +58,7 @@ def remove(checkpoint: Path, name: str, base: Path, out: Path, overwrite: bool =
     entries = read_ledger(header.metadata, checkpoint)
     entry = find_entry(entries, name, checkpoint)
     _check_dtypes(header, base_header)
-    _refuse_trained_over(entries, entry, checkpoint)
+    _refuse_trained_over(entries, entry, checkpoint, read_ledger(base_header.metadata, base))
     units = units_of(header, entry)
     start = _base_values(base_header, entry, units, checkpoint)
     patches = {name: partial(_put, own, start[name]) for name, own in units.items()}
@@ -84,14 +82,14 @@ def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path, ov
     _check_dtypes(header, base_header)
     paths = [folder / f"{stem}.slice.safetensors" for stem in _stems(wanted, checkpoint)]
     for entry in wanted:
-        _refuse_trained_over(entries, entry, checkpoint)
+        _refuse_trained_over(entries, entry, checkpoint, known)
     _make_folder(folder)
     for path in paths:
         check_output(path, [*header.files, *base_header.files], overwrite)
     for entry, path in zip(wanted, paths, strict=True):
         units = units_of(header, entry)
         start = _base_values(base_header, entry, units, checkpoint)
-        told = replace(entry, base=base_identity(base_header.files), start=_digest(start))
+        told = replace(entry, base=base_identity(base_header.files), start=values_digest(start))
         # The newest run's own words are what the checkpoint says beyond its base.
         metadata = header.metadata.items() - base_header.metadata.items() if entry is entries[-1] else ()
         own = {key: text for key, text in header.metadata.items() if (key, text) in metadata and key != KEY}
@@ -152,7 +150,7 @@ def verify(checkpoint: Path, base: Path) -> tuple[list[Entry], list[Finding]]:
     for number, (entry, own) in enumerate(zip(entries, units, strict=True)):
         # Trained over another slice, it began with values that are in neither file.
         over = any(entry.overlaps(earlier) for earlier in [*known, *entries[:number]])
-        if entry.start and not over and _digest(read_slice(base_header.files, own)) != entry.start:
+        if entry.start and not over and values_digest(read_slice(base_header.files, own)) != entry.start:
             findings.append(Finding(entry.label, "was trained on other values than the base holds"))
     return entries, findings
 
@@ -207,7 +205,7 @@ def _base_values(base: CheckpointHeader, entry: Entry, units: Mapping[str, Slice
     if entry.base and entry.base != base_identity(base.files):
         raise InputError(f"{base.files[0]} is not the base of {entry.label} in {source}: its identity is another one")
     start = read_slice(base.files, units)
-    if entry.start and _digest(start) != entry.start:
+    if entry.start and values_digest(start) != entry.start:
         raise InputError(
             f"{base.files[0]} is not the base of {entry.label} in {source}: it holds other values where the slice lies"
         )
@@ -223,10 +221,6 @@ def _check_dtypes(*headers: CheckpointHeader) -> None:
                     f"{header.files[0]}: {name} is {tensor.dtype}, and slices lie in {', '.join(SLICED_DTYPES)}: give "
                     "the file that they were trained on"
                 )
-
-
-def _digest(values: Mapping[str, Tensor]) -> str:
-    return slice_digest({name: value_digest(own) for name, own in values.items()})
 
 
 def _put(units: SliceUnits, values: Tensor, rows: Tensor, first: int) -> None:
@@ -253,8 +247,9 @@ def _make_folder(folder: Path) -> None:
         raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from None
 
 
-def _refuse_trained_over(entries: Sequence[Entry], entry: Entry, source: Path) -> None:
-    over = [other.label for other in entries if other is not entry and other.overlaps(entry)]
+def _refuse_trained_over(entries: Sequence[Entry], entry: Entry, source: Path, known: Sequence[Entry]) -> None:
+    # Over what the base itself holds the values to restore are the base's own.
+    over = [other.label for other in entries if other is not entry and other not in known and other.overlaps(entry)]
     if over:
         raise InputError(
             f"{source}: {entry.label} shares values with {', '.join(over)} (--allow_overlap): it cannot be told apart"

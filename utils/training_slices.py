@@ -35,7 +35,7 @@ def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
         advice = "To train the same slice further add --continue_slice; " if same else ""
         refuse_overlap(met, own, _sources(config), f"{advice}--allow_overlap trains over what is there")
     cast = file_dtype(header) != COMPUTE_DTYPES[config.mixed_precision]
-    if cast and any(entry.overlaps(own) for entry in below.entries[len(below.entries) - len(config.slices) :]):
+    if cast and any(file.entry.overlaps(own) for file in below.files):
         raise InputError(
             f"{config.dit} is cast for training, so a slice of --slices cannot be trained further on it: make one file "
             "of them first (python -m utils.slices apply)"
