@@ -1,6 +1,7 @@
 """wan_generate_video.py on a tiny Wan in the real file formats: what it saves, what it refuses."""
 
 import io
+import json
 import os
 import re
 from datetime import datetime
@@ -324,6 +325,15 @@ def test_a_slice_of_another_model_is_refused_before_anything_is_encoded(files, t
         with pytest.raises(InputError, match=told):
             made(files, tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_slice_that_does_not_tell_its_base_is_used_with_a_note(files, tmp_path, concept, capsys):
+    with safe_open(concept, "pt") as file:
+        told = file.metadata()
+    untold = [{**entry, "base": None, "start": None} for entry in json.loads(told["wan_slices"])]
+    save_file(load_file(concept), tmp_path / "old.safetensors", {**told, "wan_slices": json.dumps(untold)})
+    made(files, tmp_path / "out", "--slices", f"{tmp_path}/old.safetensors")
+    assert f"note: {tmp_path}/old.safetensors does not tell its base" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("device", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])

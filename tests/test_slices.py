@@ -312,6 +312,21 @@ def test_a_base_in_fp8_is_refused_before_anything_is_read(slices, files, tmp_pat
     assert names_of(tmp_path) == {"fp8.safetensors"}
 
 
+@pytest.mark.parametrize("known", [[], ["base"], ["start"]])
+def test_a_slice_that_does_not_tell_its_base_is_used_with_a_note(slices, files, tmp_path, known, capsys):
+    told = metadata_of(files / "one.slice.safetensors")
+    (entry,) = json.loads(told["wan_slices"])
+    entry = {key: value for key, value in entry.items() if key not in {"base", "start"} - set(known)}
+    save_file(load_file(files / "one.slice.safetensors"), tmp_path / "old.safetensors",
+              {**told, "wan_slices": json.dumps([entry])})  # fmt: skip
+    for command in ("apply {base} {out}/old.safetensors", "scale {out}/old.safetensors 2 --base {base}",
+                    "to-lora {out}/old.safetensors --base {base}"):  # fmt: skip
+        slices(f"{command} -o {{out}}/a.safetensors --overwrite")
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        wanted = f"note: {tmp_path}/old.safetensors does not tell its base, so it cannot be checked that this is "
+        assert notes == ([] if known else [f"{wanted}{files}/base.safetensors"])
+
+
 def test_a_base_with_a_prefix_is_the_same_base(slices, files, tmp_path):
     write_base(tmp_path / "comfy.safetensors", prefix="model.diffusion_model.")
     slices("apply {out}/comfy.safetensors {one_slice} -o {out}/a.safetensors")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import run, write_dataset, write_dit
 
 from utils import training
@@ -134,6 +134,16 @@ def test_a_slice_that_is_trained_further_keeps_one_entry_and_fits_its_first_base
 def test_a_checkpoint_without_a_ledger_says_what_cannot_be_known(folder):
     assert any("has no ledger of slices" in line for line in run(folder, *BF16))
     assert not any("has no ledger" in line for line in run(folder, *BF16, *dit(folder), "--ffid", "3"))
+
+
+def test_a_slice_that_does_not_tell_its_base_is_trained_on_with_a_note(folder, tmp_path):
+    with safe_open(folder / "first" / "one.slice.safetensors", "pt") as file:
+        told = file.metadata()
+    untold = [{**entry, "base": None, "start": None} for entry in json.loads(told["wan_slices"])]
+    save_file(load_file(folder / "first" / "one.slice.safetensors"), tmp_path / "old.safetensors",
+              {**told, "wan_slices": json.dumps(untold)})  # fmt: skip
+    lines = run(folder, *BF16, "--slices", f"{tmp_path}/old.safetensors", "--ffid", "3")
+    assert any(line.startswith(f"note: {tmp_path}/old.safetensors does not tell its base") for line in lines)
 
 
 def test_a_slice_of_another_base_is_refused_before_the_model_loads(folder, monkeypatch):

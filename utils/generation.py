@@ -137,6 +137,8 @@ def _read_expert(
     own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     told = "".join(f", with {entry.label}" for entry in own.entries)
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{told}")
+    for line in own.notes:
+        say(line)
     return _Expert(path, own, dtype, mapped, widths, guidance_scale, t_end)
 
 

@@ -34,15 +34,23 @@ _GONE = 600  # seconds without a byte
 
 
 def apply(
-    base: Path, slices: Sequence[Path], strengths: Sequence[float], out: Path, overwrite: bool = False
+    base: Path,
+    slices: Sequence[Path],
+    strengths: Sequence[float],
+    out: Path,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Entry]:
     """Writes `base` with the slices in it, byte for byte the chained checkpoint; the ledger it has comes back.
 
+    What could not be checked is said.
     InputError if two slices overlap or one is another base's.
     """
     header = read_checkpoint_header(base)
     check_output(out, [*header.files, *slices], overwrite)
     on_base = SlicesOnBase(header, [read_slice_file(path) for path in slices], strengths)
+    for line in on_base.notes:
+        say(line)
     _remove_unfinished(out.parent)
     write_patched(header, out, on_base.patches, on_base.metadata, on_base.entries, on_base.check_starts)
     return on_base.entries
@@ -98,12 +106,19 @@ def extract(checkpoint: Path, base: Path, names: Sequence[str], folder: Path, ov
     return paths
 
 
-def scale(slice_path: Path, base: Path, strength: float, out: Path, overwrite: bool = False) -> Entry:
-    """Writes the slice with `strength` times what it learned."""
+def scale(
+    slice_path: Path,
+    base: Path,
+    strength: float,
+    out: Path,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Entry:
+    """Writes the slice with `strength` times what it learned; what could not be checked is said."""
     header, file = read_checkpoint_header(base), read_slice_file(slice_path)
     check_output(out, [*header.files, slice_path], overwrite)
     entry = at_strength(file.entry, strength)
-    start = checked_start(header, file)
+    start = checked_start(header, file, say)
     values = {name: scaled(start[name], file.values(name), strength) for name in file.tensors}
     _remove_unfinished(out.parent)
     write_slice(out, values, {**file.metadata, KEY: ledger_text([entry])})
@@ -118,7 +133,7 @@ def to_lora(
     check_output(out, [*header.files, slice_path], overwrite)
     units = units_of(header, file.entry)
     say(f"{out}: {lora_bytes(units, DTYPES[dtype]) / 1e6:,.1f} MB, ranks up to {max(map(rank_of, units.values()))}")
-    start = checked_start(header, file)
+    start = checked_start(header, file, say)
     _remove_unfinished(out.parent)
     report = write_lora(out, file.entry, units, start, file.values, names, DTYPES[dtype], file.metadata)
     say(report.line)
@@ -195,9 +210,10 @@ def find_entry(entries: Sequence[Entry], name: str, source: Path) -> Entry:
     return found[0]
 
 
-def checked_start(header: CheckpointHeader, file: SliceFile) -> dict[str, Tensor]:
+def checked_start(header: CheckpointHeader, file: SliceFile, say: Callable[[str], None]) -> dict[str, Tensor]:
     """The base's values at the slice's positions, after every check that the file fits the base."""
-    SlicesOnBase(replace(header, metadata={}), [file], [1.0])
+    for line in SlicesOnBase(replace(header, metadata={}), [file], [1.0]).notes:
+        say(line)
     return _base_values(header, file.entry, units_of(header, file.entry), file.path)
 
 

@@ -117,7 +117,7 @@ def _apply(flags: Namespace) -> None:
     from utils.slice_tools import apply
 
     strengths = one_strength_each(flags.strength, len(flags.slices), "--strength")
-    entries = apply(flags.base, flags.slices, strengths, flags.output, flags.overwrite)
+    entries = apply(flags.base, flags.slices, strengths, flags.output, flags.overwrite, print)
     print(f"saved {flags.output} with {', '.join(entry.label for entry in entries)}")
 
 
@@ -131,7 +131,7 @@ def _remove(flags: Namespace) -> None:
 def _scale(flags: Namespace) -> None:
     from utils.slice_tools import scale
 
-    entry = scale(flags.slice, flags.base, flags.strength, flags.output, flags.overwrite)
+    entry = scale(flags.slice, flags.base, flags.strength, flags.output, flags.overwrite, print)
     print(f"saved {flags.output}: {entry.label}")
 
 

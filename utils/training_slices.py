@@ -46,6 +46,7 @@ def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
 def ledger_lines(config: TrainConfig, header: CheckpointHeader, below: SlicesOnBase) -> list[str]:
     """What is known of the slices that the run trains beside or over."""
     lines = [f"on top of {config.dit}: {file.entry.label} from {file.path}" for file in below.files]
+    lines += below.notes
     if KEY not in header.metadata:
         lines.append(
             f"note: {config.dit} has no ledger of slices (an original model, or a file of another tool): if something "
