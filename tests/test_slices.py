@@ -158,6 +158,17 @@ def test_without_its_only_slice_a_checkpoint_is_its_base_byte_for_byte(slices, f
     assert metadata_of(tmp_path / "less.safetensors") == METADATA
 
 
+@pytest.mark.parametrize(
+    ("name", "base", "run"), [("one", "base", "two"), ("two", "base", None), ("two", "one", "one")]
+)
+def test_without_a_slice_the_metadata_are_those_of_the_newest_run_that_is_left_or_the_bases(
+    slices, tmp_path, name, base, run
+):
+    slices(f"remove {{two}} {name} --base {{{base}}} -o {{out}}/less.safetensors")
+    told = metadata_of(tmp_path / "less.safetensors")
+    assert told.get("ss_output_name") == run and told["num_heads"] == METADATA["num_heads"]
+
+
 @pytest.mark.parametrize("strength", ["0", "0.5", "1", "-1", "2.5"])
 def test_a_strength_is_a_factor_on_what_was_learned(slices, files, tmp_path, strength):
     slices(f"apply {{base}} {{one_slice}} --strength {strength} -o {{out}}/applied.safetensors")

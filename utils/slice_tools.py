@@ -59,7 +59,7 @@ def apply(
 def remove(checkpoint: Path, name: str, base: Path, out: Path, overwrite: bool = False) -> Entry:
     """Writes `checkpoint` without the slice `name`, every tensor byte for byte as if it was never trained.
 
-    What the run of the newest slice said in the metadata goes with it.
+    With the newest slice goes what its run said in the metadata: the base's is left, as no file keeps an earlier run's.
     """
     header, base_header = read_checkpoint_header(checkpoint), read_checkpoint_header(base)
     check_output(out, [*header.files, *base_header.files], overwrite)
