@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
 from utils import slice_tools
-from utils.ledger import extended, read_ledger
+from utils.ledger import Entry, extended, read_ledger
 from utils.selective_finetune import slice_indices
+from utils.slice_list import ListedFile, as_json
 from utils.slice_tools import verify
 from utils.slices import main
 from wan.errors import InputError
@@ -428,11 +430,52 @@ def test_the_list_is_a_table_with_overlaps_and_free_ids(slices, files, tmp_path,
     assert "18 of 20 ids at ff 0.05 are free, the next is --ffid 3" in told
 
 
+def test_slices_of_two_bases_neither_overlap_nor_take_each_others_ids(slices, tmp_path, capsys):
+    train_concept(write_base(tmp_path / "other.safetensors", seed=1), tmp_path, "over", "0.05", 2)
+    slices("list {one} {out}/over.safetensors")
+    told = capsys.readouterr().out
+    groups = re.findall(r"on base [0-9a-f]{12}:\nno two of these slices overlap\n19 of 20 ids at ff 0\.05 .*", told)
+    assert len(set(groups)) == 2 and "overlap:" not in told
+    slices("list {one} {out}/over.safetensors --json")
+    bases = json.loads(capsys.readouterr().out)["bases"]
+    assert len({group["base"] for group in bases}) == 2
+    assert all(group["overlaps"] == [] and group["ids"]["0.05"]["free"] == 19 for group in bases)
+
+
+def test_a_slice_that_does_not_tell_its_base_may_overlap_those_of_any():
+    def files(*entries):
+        return [
+            ListedFile(Path("a"), "slice", 1, 1, (Entry(1, "0.5", 1, name, 1, "", base),)) for name, base in entries
+        ]
+
+    told = as_json(files(("a", "1" * 64), ("b", "2" * 64), ("c", None)))["bases"]
+    assert [[labels[0][0] + labels[1][0] for labels in group["overlaps"]] for group in told] == [["ac"], ["bc"]]
+    (alone,) = as_json(files(("a", None), ("", None)))["bases"]
+    assert alone["base"] is None and len(alone["overlaps"]) == 1
+
+
+def test_saves_of_one_run_do_not_overlap_and_saves_of_two_do(slices, files, tmp_path, capsys):
+    for folder, name in (("epoch", "one"), ("run", "another")):
+        (tmp_path / folder).mkdir()
+        train_concept(files / "base.safetensors", tmp_path / folder, name, "0.050", 2)
+    slices("list {one} {out}/epoch/one.safetensors {two}")
+    told = capsys.readouterr().out
+    assert "no two of these slices overlap" in told
+    assert re.search(
+        rf"^{files}/one\.safetensors .*\n{tmp_path}/epoch/one\.safetensors .*\ntwo\.safetensors ", told, re.M
+    )
+    slices("list {one} {out}/epoch/one.safetensors {out}/run/another.safetensors")
+    told = capsys.readouterr().out
+    assert re.findall("overlap: (one|another) .* and (one|another) ", told) == [("one", "another")]
+
+
 def test_the_list_as_json_holds_the_same(slices, files, capsys):
     slices("list {two} {one_slice} --json")
     told = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in told["files"][0]["entries"]] == ["one", "two"]
-    assert told["overlaps"] == [] and told["ids"]["0.05"] == {"free": 18, "of": 20, "next": 3}
+    (on_base,) = told["bases"]
+    assert on_base["overlaps"] == [] and on_base["ids"]["0.05"] == {"free": 18, "of": 20, "next": 3}
+    assert on_base["base"] == told["files"][0]["entries"][0]["base"]
     assert [file["kind"] for file in told["files"]] == ["checkpoint", "slice"]
 
 
