@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from utils.files import writable_folder
 from utils.kept_answers import ENDING
+from utils.selective_finetune import UNFINISHED
 from wan.errors import InputError
 
 # What --save_as can ask for, and how the names of its files end.
@@ -143,15 +144,15 @@ def check_saves(
 def remove_unfinished(config: SaveConfig) -> None:
     """Deletes what a run of this name left half written when it was killed."""
     stem = re.escape(config.name) + r"(-\d{6}|-step\d{8})?"
-    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})\\.tmp")
+    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})")
     # As training_samples names them; another run's name may begin with this one's and an underscore.
-    sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)\.tmp")
-    for path in config.folder.glob("sample/*.tmp"):
-        if sample.fullmatch(path.name):
+    sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)")
+    for path in config.folder.glob(f"sample/*{UNFINISHED}"):
+        if sample.fullmatch(path.name.removesuffix(UNFINISHED)):
             path.unlink()
-    for path in [*config.folder.glob("*.tmp"), *config.folder.glob(f"*{STATE}/*.tmp")]:
+    for path in [*config.folder.glob(f"*{UNFINISHED}"), *config.folder.glob(f"*{STATE}/*{UNFINISHED}")]:
         in_state = re.fullmatch(stem + STATE, path.parent.name) and path.parent != config.folder
-        if in_state or half_written.fullmatch(path.name):
+        if in_state or half_written.fullmatch(path.name.removesuffix(UNFINISHED)):
             path.unlink()
             if in_state and not any(path.parent.iterdir()):
                 path.parent.rmdir()

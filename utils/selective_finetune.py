@@ -39,6 +39,7 @@ from torch import Tensor, nn
 CONTRACT = 1
 ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
+UNFINISHED = ".wan.tmp"  # what the names of half-written files end in: ours alone, since they are deleted
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK_MATRIX = re.compile(r"(?:.*blocks\.\d+|.+\.\d+\..+)\.weight")
 _PIECE = 1 << 22  # bytes that are read, patched and written in turn: few enough that the disk reads on meanwhile
@@ -412,7 +413,6 @@ class TrainedSlice(nn.Module):
         tensors, known = read_header(base, self.name_of)
         start, final = self.stored_values(base)
         ledger = _extended(read_ledger(known), self.ledger_entry(base, start, concept, steps))
-        known.pop(LEDGER_KEY, None)  # so that it comes last
         told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
         write_safetensors(path, tensors, told, stream(tensors.values(), self.patches(start, final)))
 
@@ -593,7 +593,8 @@ def write_safetensors(
     path: str | Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], chunks: Iterable
 ) -> None:
     """Writes tensors, whose bytes `chunks` gives in their order, to `path`."""
-    table, size = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    # Sorted, so that slices give one file in whatever order they came.
+    table, size = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}, 0
     for key, tensor in tensors.items():
         offsets = [size, size := size + tensor.size]
         table[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
@@ -612,7 +613,7 @@ def whole_file(path: Path, size: int = 0) -> Iterator:
 
     SliceError if it cannot be written.
     """
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(path.name + UNFINISHED)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.unlink(missing_ok=True)  # what a killed run left there takes room

@@ -37,7 +37,7 @@ def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
         refuse_overlap(met, own, _sources(config), f"{advice}--allow_overlap trains over what is there")
     stored = {DTYPES[header.tensors[name].dtype] for name in units_of(header, own)}
     cast = stored != {COMPUTE_DTYPES[config.mixed_precision]}
-    if cast and any(entry.overlaps(own) for entry in below.entries[len(below.entries) - len(config.slices) :]):
+    if cast and any(file.entry.overlaps(own) for file in below.files):
         raise InputError(
             f"{config.dit} is cast for training, so a slice of --slices cannot be trained further on it: make one file "
             "of them first (python -m utils.slices apply)"
@@ -48,6 +48,7 @@ def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
 def ledger_lines(config: TrainConfig, header: CheckpointHeader, below: SlicesOnBase) -> list[str]:
     """What is known of the slices that the run trains beside or over."""
     lines = [f"on top of {config.dit}: {file.entry.label} from {file.path}" for file in below.files]
+    lines += below.notes
     if KEY not in header.metadata:
         lines.append(
             f"note: {config.dit} has no ledger of slices (an original model, or a file of another tool): if something "
