@@ -72,18 +72,21 @@ def teach_all(
     remembered: int | None = None,
     every: int = methods.PRESERVE_EVERY,
     steps: int = STEPS,
+    preserves: bool | None = None,
 ) -> Iterator[Taught]:
     """The model after each of the concepts, taught one after another.
 
     With `listed` names, each run holds to what the model said to these when the first one began, and to each concept
-    (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks.
+    (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks;
+    `preserves` says so without names.
     """
     weights, general, earlier = world.base, [], []
+    preserves = bool(listed) if preserves is None else preserves
     for number, own in enumerate(latents):
         started, model = time.process_time(), world.model(weights)
-        if listed and number == 0:
+        if preserves and number == 0:
             general = [methods.ask(world, model, name, own, place) for place, name in enumerate(listed)]
-        if listed and number > 0:
+        if preserves and number > 0:
             newest = methods.ask(world, model, f"character{number - 1}", own, KNOWN + number)
             earlier = [*earlier, newest][-(remembered or len(latents)) :]
         weights, values = methods.teach(
@@ -95,7 +98,7 @@ def teach_all(
             rate,
             steps,
             100 * seed + number,
-            (general, earlier) if listed else None,
+            (general, earlier) if general or earlier else None,
             every,
         )
         yield Taught(weights, values, time.process_time() - started)
@@ -160,7 +163,7 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
         without_one = [world.model(without(world, weights, number)) for number in range(count)]
         result["removed"] = [measure.recognised(model, count, SAMPLES) for model in without_one]
     drawn = world.decode(world.sample(world.model(weights), prompts, seed=1))
-    save_image(folder / f"{row}-{seed}.png", torch.cat(list(drawn), dim=-1))
+    save_image(folder / f"{row}-{seed}-{count}.png", torch.cat(list(drawn), dim=-1))
     return result | {"peak_mb": peak_mb(), "steps": STEPS, "threads": torch.get_num_threads()}
 
 

@@ -39,7 +39,7 @@ def write(folder: Path) -> None:
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     _forgetting_curve(rows, folder / "forgetting.png")
-    _pictures(rows, folder)
+    _pictures({row: folder / f"{row}-0-{count}.png" for row in rows}, folder)
 
 
 def _place(row: str) -> tuple[bool, int]:
@@ -141,9 +141,9 @@ def _taught(after: dict) -> float:
     return mean(row[i] for i, row in enumerate(after["recognised"]))
 
 
-def _pictures(rows: dict[str, list[dict]], folder: Path) -> None:
+def _pictures(drawn: dict[str, Path], folder: Path) -> None:
     """The first sample of every concept at the end, one row a method, of seed 0."""
-    strips = [(row, folder / f"{row}-0.png") for row in rows if (folder / f"{row}-0.png").exists()]
+    strips = [(row, path) for row, path in drawn.items() if path.exists()]
     figure, axes = plt.subplots(len(strips), 1, figsize=(9, 0.95 * len(strips)), squeeze=False)
     for (row, path), axis in zip(strips, axes[:, 0], strict=True):
         axis.imshow(np.asarray(Image.open(path)))

@@ -82,7 +82,7 @@ def main() -> None:
         copied = run(["cp", "--sparse=never", "--reflink=never", str(base), str(folder / "copy.safetensors")], folder)
         (folder / "copy.safetensors").unlink()
         out = folder / "applied.safetensors"
-        applied = run([*COMMAND, "apply", str(base), *map(str, slices), "-o", str(out)])
+        applied = run([*COMMAND, "apply", str(base), *map(str, slices), "-o", str(out), "--overwrite"])
         listed = [run([*COMMAND, "list", str(out), *map(str, slices)]) for _ in range(3)]
         out.unlink()
         saved, increase = save(base, out, "save_checkpoint")

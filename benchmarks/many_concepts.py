@@ -26,7 +26,6 @@ LEARN = {
     "one-slice": functools.partial(methods.one_slice, ff=FF),
     "one-slice-0.1": functools.partial(methods.one_slice, ff="0.1"),
     "lora-2": functools.partial(methods.lora, rank=2),
-    "lora-10": methods.lora,
     "full": methods.everything,
 }
 
@@ -58,7 +57,7 @@ VARIANTS = [
     Variant(every=1, share=0.2),
     *(Variant(method) for method in LEARN if method != "slices"),
     *(Variant(method, every=1) for method in ("lora-2", "full")),
-    *(Variant(method, every=1, steps=4 * STEPS) for method in ("slices", "lora-2", "full")),
+    *(Variant(method, every=1, steps=4 * STEPS) for method in ("slices", "lora-2")),
 ]
 
 

@@ -42,7 +42,8 @@ def run_parts(options: argparse.Namespace, stages: Sequence[Sequence[str]], work
 def _in_a_process(name: str, folder: Path) -> None:
     started = time.monotonic()
     command = [sys.executable, sys.argv[0], str(folder), "--part", name]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+        sys.exit(f"{name} failed; what is done stays, and the same command goes on with the rest")
     print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -52,5 +53,8 @@ def part_file(folder: Path, name: str) -> Path:
 
 
 def read_part(folder: Path, name: str) -> dict:
-    """The result of a part that is done."""
-    return json.loads(part_file(folder, name).read_text(encoding="utf-8"))
+    """The result of a part that is done; the process ends where it is not."""
+    path = part_file(folder, name)
+    if not path.exists():
+        sys.exit(f"{path} is missing: do the part {name!r} first")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -31,7 +31,7 @@ FFS = ("0.0001", "0.001", "0.01", "0.1", "0.3")
 RATES = (5e-4, 2e-3, 1e-2, 5e-2)
 CHOICE_FF = "0.01"
 CHOICES = ("elements", "columns", "rows", "staggered-2", "staggered-8", "staggered-32")
-CHOICE_RATES = (2e-3, 5e-3, 1e-2)
+CHOICE_RATES = (5e-3, 1e-2, 2e-2, 5e-2)
 _MEASURED = ("right after", "of the first one after the second", "drift")
 
 

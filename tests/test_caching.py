@@ -15,6 +15,7 @@ import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from utils.cli_cache import parse_cache_latents, parse_cache_text
 from utils.media import read_image
+from utils.selective_finetune import UNFINISHED
 from wan.errors import InputError
 from wan.vae import load_vae
 
@@ -230,6 +231,18 @@ def test_text_script_refuses_fp8_and_a_missing_encoder(pictures, fake_encoder):
         wan_cache_text_encoder_outputs.main([*argv, "--fp8_t5"])
     with pytest.raises(InputError, match=r"--t5 nowhere\.pth does not exist"):
         wan_cache_text_encoder_outputs.main([*argv, "--t5", "nowhere.pth"])
+
+
+def test_only_a_job_that_begins_removes_what_a_killed_one_left(pictures, tmp_path, vae_file):
+    left, foreign = (tmp_path / "cache" / f"a_0032x0032_wan.safetensors{end}" for end in (UNFINISHED, ".tmp"))
+    left.parent.mkdir()
+    left.touch()
+    foreign.touch()
+    with pytest.raises(InputError):
+        _cache_latents(pictures, pictures)
+    assert left.exists()
+    _cache_latents(pictures, vae_file)
+    assert not left.exists() and foreign.exists()
 
 
 def _damage(pictures, how):

@@ -1,5 +1,6 @@
 """Checkpoints of a run: names, turns, retention, metadata, state folders, the plan of a run's steps."""
 
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +162,7 @@ STATE = {"step": 3, "losses": [0.1, 0.2], "trained": {"a": torch.arange(3)}, "gr
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
-    save_state(tmp_path / "c1-state", {"seed": "1"}, STATE)
+    save_state(tmp_path / "c1-state", "c1", {"seed": "1"}, STATE)
     check_state(tmp_path / "c1-state", {"seed": "1"})
     loaded = load_state(tmp_path / "c1-state")
     assert torch.equal(loaded.pop("trained")["a"], torch.arange(3))
@@ -170,21 +171,21 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 def test_a_state_replaces_an_older_one_whole(tmp_path):
     for seed in ("1", "2"):
-        save_state(tmp_path / "c1-state", {"seed": seed}, STATE)
+        save_state(tmp_path / "c1-state", "c1", {"seed": seed}, STATE)
     check_state(tmp_path / "c1-state", {"seed": "2"})
     assert names(tmp_path.iterdir()) == ["c1-state"]
 
 
 def test_a_state_that_cannot_be_written_leaves_the_older_one(tmp_path):
-    save_state(tmp_path / "c1-state", {"seed": "1"}, STATE)
+    save_state(tmp_path / "c1-state", "c1", {"seed": "1"}, STATE)
     with pytest.raises(Exception, match="pickle"):
-        save_state(tmp_path / "c1-state", {"seed": "2"}, {"step": lambda: 0})
+        save_state(tmp_path / "c1-state", "c1", {"seed": "2"}, {"step": lambda: 0})
     check_state(tmp_path / "c1-state", {"seed": "1"})
     assert load_state(tmp_path / "c1-state")["step"] == 3
 
 
 def test_a_state_of_other_settings_is_refused_with_what_differs(tmp_path):
-    save_state(tmp_path / "c1-state", {"seed": "1", "ffid": "2"}, STATE)
+    save_state(tmp_path / "c1-state", "c1", {"seed": "1", "ffid": "2"}, STATE)
     with pytest.raises(InputError, match=r"another run: ffid 2 \(now 3\)"):
         check_state(tmp_path / "c1-state", {"seed": "1", "ffid": "3"})
 
@@ -192,11 +193,28 @@ def test_a_state_of_other_settings_is_refused_with_what_differs(tmp_path):
 def test_a_folder_without_a_whole_state_is_refused(tmp_path):
     with pytest.raises(InputError, match="no state folder"):
         check_state(tmp_path, {})
-    save_state(tmp_path / "s", {}, STATE)
+    save_state(tmp_path / "s", "s", {}, STATE)
     content = (tmp_path / "s" / "state.pt").read_bytes()
     (tmp_path / "s" / "state.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="cannot be read"):
         load_state(tmp_path / "s")
+
+
+def test_a_state_with_a_wrong_byte_anywhere_is_refused_or_read_as_it_was(tmp_path):
+    save_state(tmp_path / "s", "s", {"seed": "1"}, {"values": torch.arange(999.0), "step": 3})
+    path, draw = tmp_path / "s" / "state.pt", random.Random(0)
+    content = path.read_bytes()
+    refused = 0
+    for _ in range(300):
+        place, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
+        path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+        try:
+            state = load_state(tmp_path / "s")
+        except InputError as error:
+            refused += "cannot be read" in str(error)
+        else:
+            assert torch.equal(state["values"], torch.arange(999.0)) and state["step"] == 3
+    assert refused > 200
 
 
 @pytest.mark.parametrize(("processes", "accumulation", "per_epoch"), [(1, 1, 7), (1, 3, 3), (2, 1, 4), (2, 3, 2)])

@@ -38,7 +38,7 @@ def test_a_slice_that_did_not_move_or_moved_too_far_is_found(base, step, fine, m
     }
     monkeypatch.setattr(full_size_cpu, "FF", "0.1")
     monkeypatch.setattr(full_size_cpu, "MATRICES", len(starts))
-    monkeypatch.setattr(full_size_cpu, "VALUES", sum(map(len, starts.values())))
+    monkeypatch.setattr(full_size_cpu, "VALUES", {1: sum(map(len, starts.values()))})
     trained = {name: (start.float() + step).bfloat16() for name, start in starts.items()}
     save_file(trained, full_size_cpu.slice_path(base.parent, 1))
     with contextlib.nullcontext() if fine else pytest.raises(AssertionError):

@@ -1,6 +1,8 @@
 """wan_generate_video.py on a tiny Wan in the real file formats: what it saves, what it refuses."""
 
 import io
+import json
+import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ from utils import generation
 from utils.outputs import to_frames
 from utils.prompts import SamplePrompt
 from utils.sampling import decode_latent, encode_samples, resolve_sample, sample_prompt
-from utils.selective_finetune import attach_slice
+from utils.selective_finetune import UNFINISHED, attach_slice
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -325,6 +327,15 @@ def test_a_slice_of_another_model_is_refused_before_anything_is_encoded(files, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_slice_that_does_not_tell_its_base_is_used_with_a_note(files, tmp_path, concept, capsys):
+    with safe_open(concept, "pt") as file:
+        told = file.metadata()
+    untold = [{**entry, "base": None, "start": None} for entry in json.loads(told["wan_slices"])]
+    save_file(load_file(concept), tmp_path / "old.safetensors", {**told, "wan_slices": json.dumps(untold)})
+    made(files, tmp_path / "out", "--slices", f"{tmp_path}/old.safetensors")
+    assert f"note: {tmp_path}/old.safetensors does not tell its base" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("device", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
 def test_a_numbered_gpu_becomes_the_current_one(device, chosen, tmp_path, monkeypatch):
     current = []
@@ -332,3 +343,14 @@ def test_a_numbered_gpu_becomes_the_current_one(device, chosen, tmp_path, monkey
     monkeypatch.setattr(generation, "_decode_latent_files", lambda config, say: [])
     config = SimpleNamespace(save_path=tmp_path, latent_paths=("latent",), device=torch.device(device))
     assert generation.generate(config, print) == [] and current == chosen
+
+
+def test_only_a_job_that_begins_removes_what_a_killed_one_left(files, tmp_path):
+    left = tmp_path / f"20260102-030405-006_7_000.png{UNFINISHED}"
+    left.touch()
+    os.utime(left, (0, 0))
+    with pytest.raises(InputError, match=r"is not a Wan 2\.1 VAE"):
+        main(flags(files, tmp_path, "--prompt", "a fox", "--vae", f"{files}/dit.safetensors"))
+    assert left.exists()
+    made(files, tmp_path)
+    assert not left.exists()

@@ -151,7 +151,7 @@ class Harmful:
 
 
 def test_code_in_a_state_or_a_pth_file_is_not_run(tmp_path, capsys):
-    save_state(tmp_path / "a-state", {}, {})
+    save_state(tmp_path / "a-state", "a", {}, {})
     torch.save({"format": 2, "settings": {}, "state": Harmful()}, tmp_path / "a-state" / "state.pt")
     torch.save({"a": Harmful()}, tmp_path / "vae.pth")
     with pytest.raises(InputError, match="cannot be read"):

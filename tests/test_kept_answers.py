@@ -15,6 +15,7 @@ from test_preservation import SGD, kept_by, logged, t5
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 from torch.nn import functional as F
 
+from utils.base_model import BaseModel
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, sigmas_of
@@ -30,7 +31,7 @@ from wan.loading import load_dit
 from wan.model import WanModel
 
 PROMPTS = ("a red cat", "a cat")
-BASE = "ab" * 32
+BASE = BaseModel("ab" * 32, ("00", "01", None, "03"))
 RUN = "run"
 CONCEPT = Entry(CONTRACT, "0.1", 2, "one", 10, "2026-01-01")
 SHAPE = (16, 1, 2, 4)
@@ -85,7 +86,7 @@ def third(folder):
 
 
 def identity(folder):
-    return base_identity(folder / "base.safetensors")
+    return BaseModel(base_identity(folder / "base.safetensors"))
 
 
 def answers_of(path, folder):
@@ -271,6 +272,20 @@ def test_answers_of_another_text_encoder_are_refused_and_its_rounding_is_not(fol
     run(folder, *third(folder), *rounded, "--max_train_epochs", "1")
     one, other = (answers_of(folder / name, folder) for name in ("chain/two.answers.safetensors", THREE))
     assert all(torch.equal(old.text_SD, other[text].text_SD) for text, old in one.items())
+
+
+def test_answers_are_refused_on_a_merged_base_and_taken_on_one_whose_ledger_was_lost(folder):
+    """All block matrices differ in the one; in the other, a slice that no metadata tells of."""
+    merged = {
+        name: value * 1.1 if value.dim() == 2 else value
+        for name, value in load_file(folder / "base.safetensors").items()
+    }
+    told = {"num_heads": "4", "text_len": "8"}
+    save_file(merged, folder / "merged.safetensors", told)
+    save_file(load_file(folder / "chain" / "two.safetensors"), folder / "bare.safetensors", told)
+    with pytest.raises(InputError, match=r"holds the answers of another base model than --dit's \(merged"):
+        run(folder, *third(folder), "--dit", str(folder / "merged.safetensors"))
+    run(folder, *third(folder), "--dit", str(folder / "bare.safetensors"), "--max_train_epochs", "1")
 
 
 def test_a_state_of_other_answers_is_refused(folder):
@@ -471,6 +486,8 @@ def resized(*shape):
         (broken(None, lambda told: told.update(version=2, prompts=None)), "is of version 2"),
         (broken(None, lambda told: told.update(version=True)), "is of version True"),
         (broken(None, lambda told: told.update(base="cd" * 32)), "another base model"),
+        (broken(None, lambda told: told.update(base_values=["00", "02", "02", "03"])), "another base model"),
+        (broken(None, lambda told: told.update(base_values=7)), "is damaged"),
         (resized(3, 1, 2, 4), "another base model"),
         (resized(16, 1, 3, 5), "another base model"),
     ],

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from utils.outputs import load_latent, remove_unfinished, save_frames, save_latent, save_sample, to_frames
-from utils.selective_finetune import SliceError
+from utils.selective_finetune import UNFINISHED, SliceError
 from wan.errors import InputError
 
 
@@ -100,10 +100,11 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypat
 
 
 def test_half_written_outputs_of_writers_that_are_gone_are_removed(tmp_path):
-    gone, alive = "20260102-030405-006_7_000.png.tmp", "20260102-030405-007_7.mp4.tmp"
-    for name in (gone, alive, "notes.png.tmp"):
+    gone, alive = (f"20260102-030405-{name}{UNFINISHED}" for name in ("006_7_000.png", "007_7.mp4"))
+    others = {f"notes.png{UNFINISHED}", "20260102-030405-006_7_000.png.tmp"}
+    for name in (gone, alive, *others):
         (tmp_path / name).touch()
-    for name in (gone, "notes.png.tmp"):
+    for name in (gone, *others):
         os.utime(tmp_path / name, (0, 0))
     remove_unfinished(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {alive, "notes.png.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {alive, *others}

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 
 from utils import training
+from utils.base_model import BaseModel
 from utils.cli_train import parse_train
 from utils.dataset import build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
@@ -57,7 +58,7 @@ def preserving(folder, every=2, weight=3):
 
 def kept_by(path, folder, every=2, weight=3, most_values=10**9):
     """What a run preserves that keeps its answers in this file."""
-    kept = read_answers(path, base_identity(folder / "base.safetensors"), CONFIG)
+    kept = read_answers(path, BaseModel(base_identity(folder / "base.safetensors")), CONFIG)
     general, of_concepts = (tuple(old for old in kept if bool(old.concept) == which) for which in (False, True))
     return Preservation(general, of_concepts, every, weight, most_values)
 
@@ -261,10 +262,10 @@ def test_auto_without_another_concept_says_that_there_is_none():
 
 def test_what_is_at_stake_is_told_of_concepts_that_stay():
     a, silent, under = concept("a", 1, "x"), concept("silent", 2), Entry(CONTRACT, "0.3", 3, "under", 1, "")
-    (line,) = preserve_lines(None, [a, silent, under], OWN, "dit")
+    (line,) = preserve_lines(None, [a, silent, under], OWN)
     assert "was taught a, silent; this run leaves those values alone" in line and "auto" in line
-    assert "auto" not in preserve_lines(None, [silent], OWN, "dit")[0]
-    assert preserve_lines(None, [OWN, under], OWN, "dit") == []
+    assert "auto" not in preserve_lines(None, [silent], OWN)[0]
+    assert preserve_lines(None, [OWN, under], OWN) == []
 
 
 def test_preserving_on_no_step_of_the_run_is_refused(folder):

@@ -12,10 +12,13 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_run import run, write_inputs, write_sample_models
+from tiny_run import flags, run, write_inputs, write_sample_models
+from torch.utils.tensorboard import SummaryWriter
 
-from utils import training
-from utils.selective_finetune import read_ledger
+from utils import training, training_outputs
+from utils.cli_train import parse_train
+from utils.selective_finetune import SliceError, read_ledger
+from utils.training import train
 from wan.errors import InputError
 
 BF16 = ("--mixed_precision", "bf16")
@@ -117,9 +120,76 @@ def test_a_resumed_run_writes_the_same_pictures_and_file_numbers(folder):
     run(folder, *COMMON, *samples, *saves, "--sample_every_n_epochs", "1", "--resume", str(state))
     resumed = outputs(folder / "out")
     shutil.rmtree(state)
-    before = {name for name in whole if "step00000002" in name or "_000002" in name}
-    assert len(before) == 4 and resumed == {name: content for name, content in whole.items() if name not in before}
-    assert sum(name.endswith(".png") for name in resumed) == 5
+    assert sum("step00000002" in name or "_000002" in name for name in whole) == 4  # which are made up
+    assert resumed == whole and sum(name.endswith(".png") for name in resumed) == 6
+
+
+def without_room(*_):
+    raise SliceError("no room")
+
+
+def test_what_a_full_disk_kept_from_following_a_state_is_made_up(folder, monkeypatch):
+    """After a step's state, an epoch's, the last one."""
+    saves = (*COMMON, "--save_every_n_epochs", "1", "--save_every_n_steps", "4", "--save_state")
+    run(folder, *saves)
+    whole = outputs(folder / "out")
+    (folder / "out").rename(folder / "whole")
+    for state in ("one-000001", "one-step00000004", "one"):
+        with monkeypatch.context() as patch, pytest.raises(SliceError):
+            patch.setattr(training_outputs, "write_files", without_room)
+            run(folder, *saves, *(("--resume", "latest") if (folder / "out").exists() else ()))
+        assert (folder / "out" / f"{state}-state").is_dir() and not (folder / "out" / f"{state}.safetensors").exists()
+        if state == "one":
+            told = run(folder, *saves, "--resume", "latest")
+        else:
+            with monkeypatch.context() as patch, pytest.raises(SliceError):
+                patch.setattr(training_outputs, "write_files", once(training_outputs.write_files))
+                run(folder, *saves, "--resume", "latest")
+    assert outputs(folder / "out") == whole
+    for name in whole:
+        if name.endswith(".safetensors"):
+            assert same_tensors(folder / "whole" / name, folder / "out" / name)
+    with pytest.raises(InputError, match=r"has done 6 steps and the run has 6"):
+        run(folder, *saves, "--resume", "latest")
+    assert any("saved" in line for line in told)
+
+
+def test_a_last_save_within_an_epoch_is_made_up_without_another_step(folder, monkeypatch):
+    argv = flags(folder, *COMMON, "--save_state", "--max_train_steps", "4")
+    at = argv.index("--max_train_epochs")  # which would decide
+    argv = [*argv[:at], *argv[at + 2 :]]
+    train(parse_train(argv), say=print)
+    (folder / "out").rename(folder / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SliceError):
+        patch.setattr(training_outputs, "write_files", without_room)
+        train(parse_train(argv), say=print)
+    train(parse_train([*argv, "--resume", "latest"]), say=print)
+    assert same_tensors(folder / "whole" / "one.safetensors", folder / "out" / "one.safetensors")
+
+
+def once(action):
+    """Does it the first time, then there is no room."""
+    actions = [action]
+    return lambda *given: (actions.pop() if actions else without_room)(*given)
+
+
+def test_a_full_disk_under_the_logs_stops_the_run_with_a_state(folder, monkeypatch):
+    run(folder, *COMMON)
+    (folder / "out").rename(folder / "whole")
+    logs = ("--logging_dir", str(folder / "logs"))
+    add_scalar, calls = SummaryWriter.add_scalar, []
+
+    def add_until_full(writer, *given, **more):
+        calls.append(given)
+        if len(calls) > 12:
+            raise OSError(28, "No space left on device")
+        return add_scalar(writer, *given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"logs cannot be written to \(No space left"):
+        patch.setattr(SummaryWriter, "add_scalar", add_until_full)
+        run(folder, *COMMON, *logs)
+    run(folder, *COMMON, *logs, "--resume", "latest")
+    assert same_tensors(folder / "whole" / "one.safetensors", folder / "out" / "one.safetensors")
 
 
 def test_a_state_of_other_data_or_settings_is_refused_with_what_differs(folder):

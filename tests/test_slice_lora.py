@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 def to_lora(folder, name, *more):
     out = folder / "lora.safetensors"
-    files = [folder / f"{name}.slice.safetensors", "--base", folder / "base.safetensors", "-o", out]
+    files = [folder / f"{name}.slice.safetensors", "--base", folder / "base.safetensors", "-o", out, "--overwrite"]
     main(["to-lora", *map(str, files), *more])
     return out
 

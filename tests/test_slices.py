@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
-from utils.ledger import extended, read_ledger
+from utils import slice_tools
+from utils.ledger import Entry, extended, read_ledger
 from utils.selective_finetune import slice_indices
+from utils.slice_list import ListedFile, as_json
 from utils.slice_tools import verify
 from utils.slices import main
 from wan.errors import InputError
@@ -56,6 +59,30 @@ def test_a_slice_goes_on_top_of_a_checkpoint_that_holds_another(slices, files, t
     assert (tmp_path / "both.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("steps", [*permutations(["one", "two", "three"]), ["two", "one three"], ["one three", "two"]])
+def test_slices_applied_in_any_number_of_steps_are_the_chained_checkpoint_byte_for_byte(slices, files, tmp_path, steps):
+    train_concept(files / "two.safetensors", tmp_path, "three", "0.05", 3)
+    paths = {name: folder / f"{name}.slice.safetensors" for name, folder in
+             (("one", files), ("two", files), ("three", tmp_path))}  # fmt: skip
+    base = files / "base.safetensors"
+    for number, step in enumerate(steps):
+        out = tmp_path / f"{number}.safetensors"
+        slices(f"apply {base} {' '.join(str(paths[name]) for name in step.split())} -o {out}")
+        base = out
+    assert base.read_bytes() == (tmp_path / "three.safetensors").read_bytes()
+
+
+def test_what_an_older_run_alone_told_is_told_whatever_the_order(slices, files, tmp_path):
+    told = {**metadata_of(files / "one.slice.safetensors"), "ss_training_comment": "first"}
+    save_file(load_file(files / "one.slice.safetensors"), tmp_path / "noted.safetensors", told)
+    slices("apply {base} {out}/noted.safetensors {two_slice} -o {out}/both.safetensors")
+    slices("apply {base} {two_slice} -o {out}/two.safetensors")
+    slices("apply {out}/two.safetensors {out}/noted.safetensors -o {out}/steps.safetensors")
+    assert (tmp_path / "steps.safetensors").read_bytes() == (tmp_path / "both.safetensors").read_bytes()
+    found = metadata_of(tmp_path / "both.safetensors")
+    assert (found["ss_output_name"], found["ss_training_comment"]) == ("two", "first")
+
+
 def test_an_extracted_slice_is_the_saved_one(slices, files, tmp_path):
     slices("extract {two} --base {base} -o {out}")
     assert names_of(tmp_path) == {"one.slice.safetensors", "two.slice.safetensors"}
@@ -72,13 +99,32 @@ def test_slices_are_extracted_into_a_new_folder_and_over_no_file(slices, tmp_pat
     slices("extract {one} --base {base} -o {out}/new/slices")
     path = tmp_path / "new" / "slices" / "one.slice.safetensors"
     path.write_bytes(b"another")
-    with pytest.raises(InputError, match="is there already: choose another folder, or add --overwrite"):
+    with pytest.raises(InputError, match="is there already: choose another output, or add --overwrite"):
         slices("extract {one} --base {base} -o {out}/new/slices")
     assert path.read_bytes() == b"another"
     slices("extract {one} --base {base} -o {out}/new/slices --overwrite")
     assert path.read_bytes() != b"another"
     with pytest.raises(InputError, match="cannot be made"):
         slices(f"extract {{one}} --base {{base}} -o {path}")
+
+
+OVER = {
+    "apply": "apply {base} {one_slice}",
+    "remove": "remove {one} one --base {base}",
+    "scale": "scale {one_slice} 2 --base {base}",
+    "to-lora": "to-lora {one_slice} --base {base}",
+}
+
+
+@pytest.mark.parametrize("command", OVER.values(), ids=OVER)
+def test_a_file_that_is_there_is_replaced_only_if_told(slices, tmp_path, command):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"another")
+    with pytest.raises(InputError, match=r"a\.safetensors is there already: .* add --overwrite to replace it"):
+        slices(f"{command} -o {path}")
+    assert path.read_bytes() == b"another"
+    slices(f"{command} -o {path} --overwrite")
+    assert load_file(path)
 
 
 def test_names_that_differ_by_case_alone_are_two_files_everywhere(slices, files, tmp_path):
@@ -112,6 +158,17 @@ def test_without_its_only_slice_a_checkpoint_is_its_base_byte_for_byte(slices, f
     slices("remove {one} one --base {base} -o {out}/less.safetensors")
     assert same_tensors(tmp_path / "less.safetensors", files / "base.safetensors")
     assert metadata_of(tmp_path / "less.safetensors") == METADATA
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "run"), [("one", "base", "two"), ("two", "base", None), ("two", "one", "one")]
+)
+def test_without_a_slice_the_metadata_are_those_of_the_newest_run_that_is_left_or_the_bases(
+    slices, tmp_path, name, base, run
+):
+    slices(f"remove {{two}} {name} --base {{{base}}} -o {{out}}/less.safetensors")
+    told = metadata_of(tmp_path / "less.safetensors")
+    assert told.get("ss_output_name") == run and told["num_heads"] == METADATA["num_heads"]
 
 
 @pytest.mark.parametrize("strength", ["0", "0.5", "1", "-1", "2.5"])
@@ -192,6 +249,30 @@ def test_two_overlapping_slices_are_told_by_their_files(slices, files, tmp_path)
     assert "--ffid" not in str(error.value)
 
 
+def test_a_slice_that_was_trained_over_others_goes_on_top_of_them_and_off_again_byte_for_byte(slices, files, tmp_path):
+    train_concept(files / "two.safetensors", tmp_path, "over", "0.1", 1)
+    slices("apply {two} {out}/over.slice.safetensors -o {out}/applied.safetensors")
+    slices("remove {out}/over.safetensors over --base {two} -o {out}/less.safetensors")
+    slices("extract {out}/over.safetensors --base {two} -o {out}/slices")
+    slices("apply {two} {out}/slices/over.slice.safetensors -o {out}/again.safetensors")
+    whole = (tmp_path / "over.safetensors").read_bytes()
+    assert (tmp_path / "applied.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes() == whole
+    assert (tmp_path / "less.safetensors").read_bytes() == (files / "two.safetensors").read_bytes()
+
+
+def test_a_slice_that_was_trained_over_others_goes_only_where_they_are_as_it_knew_them(slices, files, tmp_path):
+    train_concept(files / "two.safetensors", tmp_path, "over", "0.1", 1)
+    for on, holder in (("one", "one"), ("one} {two_slice", "one"), ("base} {one_slice} {two_slice", "one.slice")):
+        with pytest.raises(InputError, match=rf"{holder}\.safetensors already holds one \(ff 0\.05 ffid 2\)"):
+            slices(f"apply {{{on}}} {{out}}/over.slice.safetensors -o {{out}}/a.safetensors")
+    for command in ("remove {out}/over.safetensors over --base {one} -o {out}/a.safetensors",
+                    "remove {out}/over.safetensors two --base {two} -o {out}/a.safetensors",
+                    "extract {out}/over.safetensors --base {one} -o {out}"):  # fmt: skip
+        with pytest.raises(InputError, match="cannot be told apart"):
+            slices(command)
+    assert names_of(tmp_path) == {"over.safetensors", "over.slice.safetensors"}
+
+
 def test_another_base_is_refused_by_its_identity(slices, tmp_path):
     write_base(tmp_path / "other.safetensors", seed=1)
     for command in ("apply {out}/other.safetensors {one_slice}", "scale {one_slice} 2 --base {out}/other.safetensors",
@@ -228,6 +309,35 @@ def test_a_base_that_was_merged_or_finetuned_is_told_by_the_values_at_the_slice(
             slices(f"{command} -o {{out}}/a.safetensors")
     assert names_of(tmp_path) == {"merged.safetensors"}
     slices("apply {out}/merged.safetensors {two_slice} -o {out}/a.safetensors")  # it lies elsewhere
+
+
+@pytest.mark.parametrize(
+    "command", ["verify {one}", "remove {one} one -o {out}/a.safetensors", "extract {one} -o {out}/b"]
+)
+def test_a_base_in_fp8_is_refused_before_anything_is_read(slices, files, tmp_path, command, monkeypatch):
+    weights = load_file(files / "base.safetensors")
+    weights = {n: w.to(torch.float8_e4m3fn) if re.search(r"blocks.*\d\.weight", n) else w for n, w in weights.items()}
+    save_file(weights, tmp_path / "fp8.safetensors", METADATA)
+    for reader in ("read_slice", "base_identity", "stream"):
+        monkeypatch.setattr(slice_tools, reader, None)
+    with pytest.raises(InputError, match=r"fp8\.safetensors: blocks\..* is F8_E4M3, and slices lie in BF16, F16, F32"):
+        slices(f"{command} --base {{out}}/fp8.safetensors")
+    assert names_of(tmp_path) == {"fp8.safetensors"}
+
+
+@pytest.mark.parametrize("known", [[], ["base"], ["start"]])
+def test_a_slice_that_does_not_tell_its_base_is_used_with_a_note(slices, files, tmp_path, known, capsys):
+    told = metadata_of(files / "one.slice.safetensors")
+    (entry,) = json.loads(told["wan_slices"])
+    entry = {key: value for key, value in entry.items() if key not in {"base", "start"} - set(known)}
+    save_file(load_file(files / "one.slice.safetensors"), tmp_path / "old.safetensors",
+              {**told, "wan_slices": json.dumps([entry])})  # fmt: skip
+    for command in ("apply {base} {out}/old.safetensors", "scale {out}/old.safetensors 2 --base {base}",
+                    "to-lora {out}/old.safetensors --base {base}"):  # fmt: skip
+        slices(f"{command} -o {{out}}/a.safetensors --overwrite")
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        wanted = f"note: {tmp_path}/old.safetensors does not tell its base, so it cannot be checked that this is "
+        assert notes == ([] if known else [f"{wanted}{files}/base.safetensors"])
 
 
 def test_a_base_with_a_prefix_is_the_same_base(slices, files, tmp_path):
@@ -320,11 +430,52 @@ def test_the_list_is_a_table_with_overlaps_and_free_ids(slices, files, tmp_path,
     assert "18 of 20 ids at ff 0.05 are free, the next is --ffid 3" in told
 
 
+def test_slices_of_two_bases_neither_overlap_nor_take_each_others_ids(slices, tmp_path, capsys):
+    train_concept(write_base(tmp_path / "other.safetensors", seed=1), tmp_path, "over", "0.05", 2)
+    slices("list {one} {out}/over.safetensors")
+    told = capsys.readouterr().out
+    groups = re.findall(r"on base [0-9a-f]{12}:\nno two of these slices overlap\n19 of 20 ids at ff 0\.05 .*", told)
+    assert len(set(groups)) == 2 and "overlap:" not in told
+    slices("list {one} {out}/over.safetensors --json")
+    bases = json.loads(capsys.readouterr().out)["bases"]
+    assert len({group["base"] for group in bases}) == 2
+    assert all(group["overlaps"] == [] and group["ids"]["0.05"]["free"] == 19 for group in bases)
+
+
+def test_a_slice_that_does_not_tell_its_base_may_overlap_those_of_any():
+    def files(*entries):
+        return [
+            ListedFile(Path("a"), "slice", 1, 1, (Entry(1, "0.5", 1, name, 1, "", base),)) for name, base in entries
+        ]
+
+    told = as_json(files(("a", "1" * 64), ("b", "2" * 64), ("c", None)))["bases"]
+    assert [[labels[0][0] + labels[1][0] for labels in group["overlaps"]] for group in told] == [["ac"], ["bc"]]
+    (alone,) = as_json(files(("a", None), ("", None)))["bases"]
+    assert alone["base"] is None and len(alone["overlaps"]) == 1
+
+
+def test_saves_of_one_run_do_not_overlap_and_saves_of_two_do(slices, files, tmp_path, capsys):
+    for folder, name in (("epoch", "one"), ("run", "another")):
+        (tmp_path / folder).mkdir()
+        train_concept(files / "base.safetensors", tmp_path / folder, name, "0.050", 2)
+    slices("list {one} {out}/epoch/one.safetensors {two}")
+    told = capsys.readouterr().out
+    assert "no two of these slices overlap" in told
+    assert re.search(
+        rf"^{files}/one\.safetensors .*\n{tmp_path}/epoch/one\.safetensors .*\ntwo\.safetensors ", told, re.M
+    )
+    slices("list {one} {out}/epoch/one.safetensors {out}/run/another.safetensors")
+    told = capsys.readouterr().out
+    assert re.findall("overlap: (one|another) .* and (one|another) ", told) == [("one", "another")]
+
+
 def test_the_list_as_json_holds_the_same(slices, files, capsys):
     slices("list {two} {one_slice} --json")
     told = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in told["files"][0]["entries"]] == ["one", "two"]
-    assert told["overlaps"] == [] and told["ids"]["0.05"] == {"free": 18, "of": 20, "next": 3}
+    (on_base,) = told["bases"]
+    assert on_base["overlaps"] == [] and on_base["ids"]["0.05"] == {"free": 18, "of": 20, "next": 3}
+    assert on_base["base"] == told["files"][0]["entries"][0]["base"]
     assert [file["kind"] for file in told["files"]] == ["checkpoint", "slice"]
 
 

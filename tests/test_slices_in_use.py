@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import run, write_dataset, write_dit
 
 from utils import training
@@ -61,7 +61,7 @@ def test_save_as_writes_each_kind_at_each_turn(files):
 
 def test_the_saved_slice_on_its_base_is_the_saved_checkpoint_byte_for_byte(files, tmp_path):
     for stem in ("one", "one-step00000002"):
-        out = tmp_path / "applied.safetensors"
+        out = tmp_path / f"{stem}.safetensors"
         slices(["apply", f"{files}/base.safetensors", f"{files}/first/{stem}.slice.safetensors", "-o", str(out)])
         assert out.read_bytes() == (files / "first" / f"{stem}.safetensors").read_bytes()
 
@@ -108,6 +108,15 @@ def test_an_overlap_that_is_meant_trains_over_and_says_so(folder):
                 f"{folder}/out/less.safetensors"])  # fmt: skip
 
 
+def test_a_slice_that_was_trained_over_another_is_used_on_the_checkpoint_that_holds_it(folder, tmp_path):
+    over = ("--ff", "0.3", "--ffid", "1", "--allow_overlap", "--save_as", "checkpoint", "slice")
+    run(folder, *BF16, *dit(folder), *over)
+    on_slice = (*dit(folder), "--slices", str(folder / "out" / "two.slice.safetensors"))
+    for way, on in (("sliced", on_slice), ("chained", dit(folder, "out/two.safetensors"))):
+        run(folder, *BF16, *on, "--ffid", "5", "--output_dir", f"{tmp_path}/{way}")
+    assert same_tensors(tmp_path / "sliced" / "two.safetensors", tmp_path / "chained" / "two.safetensors")
+
+
 @pytest.mark.parametrize("on", ["checkpoint", "slice"])
 def test_a_slice_that_is_trained_further_keeps_one_entry_and_fits_its_first_base(folder, tmp_path, on):
     on_slice = ("--slices", str(folder / "first" / "one.slice.safetensors"), *dit(folder, "base.safetensors"))
@@ -122,9 +131,37 @@ def test_a_slice_that_is_trained_further_keeps_one_entry_and_fits_its_first_base
     assert not same_tensors(tmp_path / "a.safetensors", folder / "first" / "one.safetensors")
 
 
+@pytest.mark.parametrize("cast", [".", "blocks.0.self_attn.q.weight"], ids=["all of it", "one matrix"])
+def test_a_slice_of_slices_is_not_trained_further_on_a_base_that_is_cast(folder, tmp_path, cast):
+    """Its values in the files' dtype are the base's, not those of the slice below."""
+    weights = {
+        name: value.float() if cast in name else value for name, value in load_file(folder / "base.safetensors").items()
+    }
+    save_file(weights, tmp_path / "mixed.safetensors", {"num_heads": "4", "text_len": "8"})
+    on_mixed = (*BF16, "--dit", f"{tmp_path}/mixed.safetensors", "--output_dir", f"{tmp_path}/out")
+    run(folder, *on_mixed, "--save_as", "slice", "checkpoint")
+    on_slice = (*on_mixed, "--slices", f"{tmp_path}/out/one.slice.safetensors", "--output_name", "two")
+    with pytest.raises(InputError, match=r"mixed.safetensors is cast for training, so a slice of --slices cannot be"):
+        run(folder, *on_slice, "--continue_slice")
+    run(folder, *on_slice, "--ffid", "3", "--save_as", "checkpoint")
+    chained = ("--dit", f"{tmp_path}/out/one.safetensors", "--output_name", "chained")
+    run(folder, *on_mixed, *chained, "--ffid", "3", "--save_as", "checkpoint")
+    assert same_tensors(tmp_path / "out" / "two.safetensors", tmp_path / "out" / "chained.safetensors")
+
+
 def test_a_checkpoint_without_a_ledger_says_what_cannot_be_known(folder):
     assert any("has no ledger of slices" in line for line in run(folder, *BF16))
     assert not any("has no ledger" in line for line in run(folder, *BF16, *dit(folder), "--ffid", "3"))
+
+
+def test_a_slice_that_does_not_tell_its_base_is_trained_on_with_a_note(folder, tmp_path):
+    with safe_open(folder / "first" / "one.slice.safetensors", "pt") as file:
+        told = file.metadata()
+    untold = [{**entry, "base": None, "start": None} for entry in json.loads(told["wan_slices"])]
+    save_file(load_file(folder / "first" / "one.slice.safetensors"), tmp_path / "old.safetensors",
+              {**told, "wan_slices": json.dumps(untold)})  # fmt: skip
+    lines = run(folder, *BF16, "--slices", f"{tmp_path}/old.safetensors", "--ffid", "3")
+    assert any(line.startswith(f"note: {tmp_path}/old.safetensors does not tell its base") for line in lines)
 
 
 def test_a_slice_of_another_base_is_refused_before_the_model_loads(folder, monkeypatch):

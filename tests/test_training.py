@@ -13,9 +13,9 @@ from utils import training
 from utils.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents, write_text
 from utils.checkpoints import readable
 from utils.cli_train import parse_train
-from utils.dataset import build_training_dataset
+from utils.dataset import TrainingDataset, build_training_dataset
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
-from utils.selective_finetune import SliceError, slice_indices
+from utils.selective_finetune import UNFINISHED, SliceError, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
 from wan.model import WanModel
@@ -330,7 +330,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folder):
 
 
 def test_what_a_killed_run_left_is_removed_before_room_is_looked_for(folder, monkeypatch):
-    left = folder / "out" / "one.safetensors.tmp"
+    left = folder / "out" / f"one.safetensors{UNFINISHED}"
     left.parent.mkdir(exist_ok=True)
     left.touch()
     room = shutil.disk_usage(folder)
@@ -347,7 +347,7 @@ def test_an_output_that_is_the_base_is_refused(folder):
 def test_texts_that_do_not_fit_the_model_are_refused(folder, monkeypatch):
     for name, told in (("text_width", "48"), ("longest_text", "8 tokens|at most 8")):
         with monkeypatch.context() as patch:
-            patch.setattr(training.TrainingDataset, name, 100)
+            patch.setattr(TrainingDataset, name, 100)
             with pytest.raises(InputError, match=told):
                 run(folder)
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import run, write_inputs, write_sample_models
 
 from utils import training
-from utils.selective_finetune import read_header, read_ledger
+from utils.selective_finetune import UNFINISHED, read_header, read_ledger
 from wan.errors import InputError
 
 KINDS = {"checkpoint": "one.safetensors", "slice": "one.slice.safetensors", "lora": "one.lora.safetensors"}
@@ -98,7 +98,9 @@ def test_a_name_that_the_loader_takes_for_a_shard_is_refused(folder, monkeypatch
     run(folder, *name, "--save_as", "slice", "--max_train_epochs", "1")
 
 
-@pytest.mark.parametrize("name", ["one.safetensors", "one.safetensors.tmp", "one-000001.safetensors.tmp"])
+@pytest.mark.parametrize(
+    "name", ["one.safetensors", f"one.safetensors{UNFINISHED}", f"one-000001.safetensors{UNFINISHED}"]
+)
 def test_a_folder_in_the_way_of_a_file_is_told_before_training(folder, monkeypatch, name):
     (folder / "out" / name).mkdir()
     told = refusal(folder, monkeypatch, "--save_every_n_epochs", "1")

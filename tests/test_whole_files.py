@@ -15,7 +15,7 @@ from tiny_chain import METADATA, names_of, train_concept, write_base, write_chai
 
 from utils.checkpoints import KINDS, SaveConfig, remove_unfinished
 from utils.kept_answers import ENDING
-from utils.selective_finetune import SliceError, whole_file
+from utils.selective_finetune import UNFINISHED, SliceError, whole_file
 from utils.slices import main
 from utils.training_state import check_state, latest_state, load_state, save_state
 from wan.errors import InputError
@@ -93,11 +93,11 @@ class _Counted:
 def test_a_killed_state_leaves_the_old_state_or_the_new_one(tmp_path):
     folder, seen = tmp_path / "a-state", set()
     for point in range(1, 200):
-        save_state(folder, {"seed": "1"}, {"step": 1, "values": torch.zeros(1000)})
+        save_state(folder, "a", {"seed": "1"}, {"step": 1, "values": torch.zeros(1000)})
         pid = os.fork()
         if pid == 0:
             _die_at(point)
-            save_state(folder, {"seed": "2"}, {"step": 2, "values": torch.ones(1000)})
+            save_state(folder, "a", {"seed": "2"}, {"step": 2, "values": torch.ones(1000)})
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         state = load_state(folder)
@@ -112,17 +112,20 @@ def test_a_killed_state_leaves_the_old_state_or_the_new_one(tmp_path):
 
 
 def test_the_next_start_removes_what_this_run_left_and_nothing_else(tmp_path):
-    own = [f"a{stem}{end}.tmp" for stem in ("", "-000001", "-step00000007") for end in (*KINDS.values(), ENDING)]
-    others = ["ab.safetensors.tmp", "b-000001.safetensors.tmp", "a.safetensors", "a-1.safetensors.tmp", "a.tmp"]
+    stems = ("", "-000001", "-step00000007")
+    own = [f"a{stem}{end}{UNFINISHED}" for stem in stems for end in (*KINDS.values(), ENDING)]
+    others = [f"{stem}.safetensors{UNFINISHED}" for stem in ("ab", "b-000001", "a-1")]
+    others += ["a.safetensors", "a.tmp", "a.safetensors.tmp", "a.safetensors.crdownload"]
     for name in [*own, *others]:
         (tmp_path / name).touch()
     for folder in ("a-000001-state", "a-state", "b-state"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "state.pt.tmp").touch()
+        (tmp_path / folder / f"state.pt{UNFINISHED}").touch()
     (tmp_path / "a-state" / "state.pt").touch()
     remove_unfinished(SaveConfig(tmp_path, "a"))
     assert names_of(tmp_path) == {*others, "a-state", "b-state"}
-    assert names_of(tmp_path / "a-state") == {"state.pt"} and names_of(tmp_path / "b-state") == {"state.pt.tmp"}
+    assert names_of(tmp_path / "a-state") == {"state.pt"}
+    assert names_of(tmp_path / "b-state") == {f"state.pt{UNFINISHED}"}
 
 
 @posix
@@ -156,8 +159,9 @@ def test_room_is_looked_for_before_the_first_byte(tmp_path):
 
 
 def test_samples_of_a_run_whose_name_begins_alike_stay(tmp_path):
-    left = ["a_e000001_00_20260102030405_000.png.tmp", "a_000012_01_20260102030405_7.mp4.tmp"]
-    others = ["a_b_e000001_00_20260102030405_000.png.tmp", "a_000012_01_20260102030405_7.mp4"]
+    left = [f"a_e000001_00_20260102030405_000.png{UNFINISHED}", f"a_000012_01_20260102030405_7.mp4{UNFINISHED}"]
+    others = [f"a_b_e000001_00_20260102030405_000.png{UNFINISHED}", "a_000012_01_20260102030405_7.mp4"]
+    others += ["a_e000001_00_20260102030405_000.png.tmp"]
     (tmp_path / "sample").mkdir()
     for name in [*left, *others]:
         (tmp_path / "sample" / name).touch()
@@ -166,10 +170,10 @@ def test_samples_of_a_run_whose_name_begins_alike_stay(tmp_path):
 
 
 def test_what_a_killed_run_left_is_room(tmp_path, monkeypatch):
-    (tmp_path / "a.tmp").write_bytes(OLD)
+    (tmp_path / f"a{UNFINISHED}").write_bytes(OLD)
     free = shutil.disk_usage(tmp_path)._replace(free=len(NEW) - 1)
     room = shutil.disk_usage(tmp_path)._replace(free=len(NEW))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free if (tmp_path / "a.tmp").exists() else room)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free if (tmp_path / f"a{UNFINISHED}").exists() else room)
     with whole_file(tmp_path / "a", len(NEW)) as file:
         file.write(NEW)
     assert (tmp_path / "a").read_bytes() == NEW and names_of(tmp_path) == {"a"}
@@ -181,7 +185,7 @@ def test_a_folder_that_is_missing_is_made_or_told(tmp_path):
     assert (tmp_path / "b" / "c" / "a").read_bytes() == NEW
     (tmp_path / "one-state").touch()
     with pytest.raises(SliceError, match=r"state\.pt could not be written"):
-        save_state(tmp_path / "one-state", {}, {})
+        save_state(tmp_path / "one-state", "one", {}, {})
 
 
 FULL = """
@@ -197,7 +201,7 @@ SAVE_STATE = (
 import torch
 from pathlib import Path
 from utils.training_state import save_state
-run(lambda _: save_state(Path("a-state"), {}, {"values": torch.zeros(100_000)}))
+run(lambda _: save_state(Path("a-state"), "a", {}, {"values": torch.zeros(100_000)}))
 """
 )
 
@@ -207,7 +211,7 @@ def test_a_disk_that_fills_up_ends_with_one_line_and_leaves_the_old_file(tmp_pat
     write_chain(tmp_path)
     (tmp_path / "out.safetensors").write_bytes(OLD)
     before = names_of(tmp_path)
-    command = ["apply", "base.safetensors", "one.slice.safetensors", "-o", "out.safetensors"]
+    command = ["apply", "base.safetensors", "one.slice.safetensors", "-o", "out.safetensors", "--overwrite"]
     ended = subprocess.run(
         [sys.executable, "-c", APPLY, *command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
@@ -220,7 +224,7 @@ def test_a_disk_that_fills_up_ends_with_one_line_and_leaves_the_old_file(tmp_pat
 
 @posix
 def test_a_disk_that_fills_up_under_a_state_ends_with_one_line_and_leaves_the_old_one(tmp_path):
-    save_state(tmp_path / "a-state", {}, {"step": 1})
+    save_state(tmp_path / "a-state", "a", {}, {"step": 1})
     ended = subprocess.run(
         [sys.executable, "-c", SAVE_STATE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
@@ -231,27 +235,28 @@ def test_a_disk_that_fills_up_under_a_state_ends_with_one_line_and_leaves_the_ol
 
 
 def test_a_full_disk_while_a_state_is_saved_leaves_the_older_state(tmp_path, monkeypatch):
-    save_state(tmp_path / "a-state", {"seed": "1"}, {"step": 1})
+    save_state(tmp_path / "a-state", "a", {"seed": "1"}, {"step": 1})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SliceError, match="No space left on device"):
-        save_state(tmp_path / "a-state", {"seed": "1"}, {"step": 2})
+        save_state(tmp_path / "a-state", "a", {"seed": "1"}, {"step": 2})
     assert load_state(tmp_path / "a-state") == {"step": 1}
 
 
 def test_the_latest_state_is_the_one_saved_last_and_whole(tmp_path):
     with pytest.raises(InputError, match=r"--resume latest: .* holds no state of a"):
         latest_state(tmp_path, "a")
-    for number, name in enumerate(["a-000002-state", "a-step00000009-state", "a-state", "b-state"]):
-        save_state(tmp_path / name, {}, {})
-        os.utime(tmp_path / name / "state.pt", (number, number))
+    for folder, name in {"a-000002-state": "a", "a-state": "a", "a-step00000009-state": "a", "b-state": "b"}.items():
+        save_state(tmp_path / folder, name, {}, {})
+    save_state(tmp_path / "a-000003-state", "a-000003", {}, {})  # at the end of another run
     (tmp_path / "a-step00000010-state").mkdir()
-    (tmp_path / "a-step00000010-state" / "state.pt.tmp").touch()
-    assert latest_state(tmp_path, "a").name == "a-state"
-    os.utime(tmp_path / "a-000002-state" / "state.pt", (7, 7))
+    (tmp_path / "a-step00000010-state" / f"state.pt{UNFINISHED}").touch()
+    os.utime(tmp_path / "a-000002-state" / "state.pt")  # as copying does
+    assert latest_state(tmp_path, "a").name == "a-step00000009-state"
+    save_state(tmp_path / "a-000002-state", "a", {}, {})
     assert latest_state(tmp_path, "a").name == "a-000002-state"
 
 
@@ -271,15 +276,40 @@ def test_a_shard_of_the_base_is_no_output(tmp_path):
     assert shards[1].read_bytes() == before
 
 
-def test_what_a_killed_command_left_is_removed_by_the_next_one(tmp_path):
+def test_what_a_killed_command_left_is_removed_by_the_next_one_and_no_other_programs_files(tmp_path):
     base = write_base(tmp_path / "base.safetensors")
     train_concept(base, tmp_path, "one", "0.05", 2)
-    for name in ("left.safetensors.tmp", "written.safetensors.tmp", "foreign.tmp"):
+    gone, written = (f"{stem}.safetensors{UNFINISHED}" for stem in ("left", "written"))
+    foreign = {f"foreign{UNFINISHED}", "download.safetensors.tmp", "download.tmp"}
+    for name in (gone, written, *foreign):
         (tmp_path / name).write_bytes(b"half")
-    for name in ("left.safetensors.tmp", "foreign.tmp"):
+    for name in (gone, *foreign):
         os.utime(tmp_path / name, (0, 0))
     main(["apply", str(base), f"{tmp_path}/one.slice.safetensors", "-o", f"{tmp_path}/a.safetensors"])
-    assert {name for name in names_of(tmp_path) if name.endswith(".tmp")} == {"written.safetensors.tmp", "foreign.tmp"}
+    assert {name for name in names_of(tmp_path) if name.endswith(".tmp")} == {written, *foreign}
+
+
+REFUSED = [
+    "apply {other}/base.safetensors {one}.slice.safetensors -o {out}/a.safetensors",
+    "remove {one}.safetensors one --base {other}/base.safetensors -o {out}/a.safetensors",
+    "extract {one}.safetensors --base {other}/base.safetensors -o {out}",
+    "scale {one}.slice.safetensors 2 --base {other}/base.safetensors -o {out}/a.safetensors",
+    "to-lora {one}.slice.safetensors --base {other}/base.safetensors -o {out}/a.safetensors",
+]
+
+
+@pytest.mark.parametrize("command", REFUSED, ids=lambda command: command.split()[0])
+def test_a_command_that_is_refused_deletes_nothing(tmp_path, command):
+    for folder, seed in (("chain", 0), ("other", 1), ("out", 2)):
+        (tmp_path / folder).mkdir()
+        write_base(tmp_path / folder / "base.safetensors", seed=seed)
+    train_concept(tmp_path / "chain" / "base.safetensors", tmp_path / "chain", "one", "0.05", 2)
+    left = tmp_path / "out" / f"left.safetensors{UNFINISHED}"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with pytest.raises(InputError, match="is not the base of"):
+        main(command.format(out=left.parent, other=tmp_path / "other", one=tmp_path / "chain" / "one").split())
+    assert left.exists()
 
 
 def test_an_output_through_a_link_to_an_input_is_refused(tmp_path):

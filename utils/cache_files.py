@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from utils.selective_finetune import whole_file
+from utils.selective_finetune import UNFINISHED, whole_file
 from wan.errors import InputError
 from wan.safetensors_header import read_file_header
 
@@ -59,7 +59,7 @@ def text_files(folder: Path) -> list[Path]:
 
 def remove_unfinished(folder: Path, ending: str) -> None:
     """Deletes caches that a job left half written when it was killed: `ending` is _wan or _wan_te."""
-    for path in folder.glob(f"*{ending}.safetensors.tmp"):
+    for path in folder.glob(f"*{ending}.safetensors{UNFINISHED}"):
         path.unlink()
 
 

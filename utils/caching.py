@@ -85,11 +85,12 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
         for dataset in config.dataset.datasets
     ]
     for dataset, _ in plans:
-        remove_unfinished(writable_folder(dataset.cache_directory, "cache_directory"), "_wan")
+        writable_folder(dataset.cache_directory, "cache_directory")
     if config.disable_cudnn:
         torch.backends.cudnn.enabled = False
     vae = load_vae(config.vae, dtype=config.vae_dtype, device=config.device)
     for number, (dataset, sized) in enumerate(plans, 1):
+        remove_unfinished(dataset.cache_directory, "_wan")
         wanted = _cache_dataset_latents(dataset, sized, vae, config, number, say)
         if not config.keep_cache:
             _delete_others(latents_files(dataset.cache_directory), wanted, say)
@@ -102,9 +103,10 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     """
     plans = [(dataset, _captioned(dataset, config.workers, say)) for dataset in config.dataset.datasets]
     for dataset, _ in plans:
-        remove_unfinished(writable_folder(dataset.cache_directory, "cache_directory"), "_wan_te")
+        writable_folder(dataset.cache_directory, "cache_directory")
     encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
     for number, (dataset, sources) in enumerate(plans, 1):
+        remove_unfinished(dataset.cache_directory, "_wan_te")
         _cache_dataset_text(dataset, sources, encoder, config, number)
         if not config.keep_cache:
             wanted = {text_path(dataset.cache_directory, source.stem) for source in sources}

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from utils.files import writable_folder
 from utils.kept_answers import ENDING
+from utils.selective_finetune import UNFINISHED
 from wan.errors import InputError
 from wan.loading import is_shard
 
@@ -41,6 +42,11 @@ class Save:
     files: Mapping[str, Path]  # kind -> path
     state: Path | None
     expired: tuple[Path, ...] = ()
+
+    @property
+    def missing(self) -> dict[str, Path]:
+        """Those of the files that are not there."""
+        return {kind: path for kind, path in self.files.items() if not path.exists()}
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def _check_name(output: Path) -> None:
         raise InputError(
             f"{output.name} would be taken for one part of a checkpoint of several: choose another --output_name"
         )
-    for path in (output, output.with_name(f"{output.name}.tmp")):  # as whole_file names what is not whole yet
+    for path in (output, output.with_name(f"{output.name}{UNFINISHED}")):
         if path.is_dir():
             raise InputError(
                 f"{path} is a folder, in the way of a file that the run writes: move it, or choose another "
@@ -161,15 +167,16 @@ def _check_name(output: Path) -> None:
 def remove_unfinished(config: SaveConfig) -> None:
     """Deletes what a run of this name left half written when it was killed."""
     stem = re.escape(config.name) + r"(-\d{6}|-step\d{8})?"
-    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})\\.tmp")
+    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})")
     # As training_samples names them; another run's name may begin with this one's and an underscore.
-    sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)\.tmp")
-    for path in config.folder.glob("sample/*.tmp"):
-        if sample.fullmatch(path.name) and not path.is_dir():
+    sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)")
+    for path in config.folder.glob(f"sample/*{UNFINISHED}"):
+        if sample.fullmatch(path.name.removesuffix(UNFINISHED)) and not path.is_dir():
             path.unlink()
-    for path in [*config.folder.glob("*.tmp"), *config.folder.glob(f"*{STATE}/*.tmp")]:
+    for path in [*config.folder.glob(f"*{UNFINISHED}"), *config.folder.glob(f"*{STATE}/*{UNFINISHED}")]:
         in_state = re.fullmatch(stem + STATE, path.parent.name) and path.parent != config.folder
-        if (in_state or half_written.fullmatch(path.name)) and not path.is_dir():
+        own = in_state or half_written.fullmatch(path.name.removesuffix(UNFINISHED))
+        if own and not path.is_dir():
             path.unlink()
             if in_state and not any(path.parent.iterdir()):
                 path.parent.rmdir()

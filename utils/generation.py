@@ -81,7 +81,6 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
 
     InputError, before anything is encoded or written, if a file does not fit.
     """
-    outputs.remove_unfinished(config.save_path)
     if config.device.type == "cuda" and config.device.index is not None:
         torch.cuda.set_device(config.device)  # for what knows no device: kernels of libraries, new events
     if config.latent_paths:
@@ -138,6 +137,8 @@ def _read_expert(
     own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     told = "".join(f", with {entry.label}" for entry in own.entries)
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{told}")
+    for line in own.notes:
+        say(line)
     return _Expert(path, own, dtype, mapped, widths, guidance_scale, t_end)
 
 
@@ -174,6 +175,7 @@ def _sample_all(
     for sample in samples:
         say(_describe(sample))
     texts = _encode(config, experts, samples)
+    outputs.remove_unfinished(config.save_path)
     denoisings = [Denoising(sample) for sample in samples]
     with tqdm(total=sum(sample.steps for sample in samples), desc="steps", unit="step") as bar:
         for expert in experts:
@@ -289,6 +291,7 @@ def _save_decoded(config: GenerateConfig, vae: WanVAE, latent_CFHW: Tensor, stem
 def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
     loaded = [outputs.load_latent(path) for path in config.latent_paths]
     vae = load_vae(config.vae, config.vae_dtype, config.device)
+    outputs.remove_unfinished(config.save_path)
     stems = _free_stems(config.save_path, [metadata.get("seeds", "0") for _, metadata in loaded])
     paths = []
     for source, stem, (latent_CFHW, _) in zip(config.latent_paths, stems, loaded, strict=True):

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from utils.base_model import BaseModel
 from utils.ledger import ANSWERS_KEY, KEY, Entry, ledger_text, read_ledger
 from utils.selective_finetune import StoredTensor, write_safetensors
 from wan.configs import WanConfig
@@ -62,10 +63,10 @@ class OldPrompt:
     text_SD: Tensor | None = None
 
 
-def read_answers(path: Path, base: str, model: WanConfig) -> list[OldPrompt]:
+def read_answers(path: Path, base: BaseModel, model: WanConfig) -> list[OldPrompt]:
     """The prompts of an answers file, mapped from it; InputError if it is none, or of another base or kind of model.
 
-    `base` is the base's identity. InputError also for values that are not finite.
+    InputError also for values that are not finite.
     """
     entries, told = _read(path)
     contents = mapped_bytes(path)
@@ -78,8 +79,11 @@ def read_answers(path: Path, base: str, model: WanConfig) -> list[OldPrompt]:
         raise InputError(f"{path} is damaged: its list of answers ({ANSWERS_KEY}) cannot be read") from None
     if len({old.text for old in prompts}) < len(prompts):
         raise InputError(f"{path} is damaged: it lists a prompt twice")
-    if told["base"] != base or not all(_fits(old, model) for old in prompts):
-        raise InputError(f"{path} holds the answers of another base model than --dit's: leave it out")
+    if not (told["base"].is_same(base) and all(_fits(old, model) for old in prompts)):
+        raise InputError(
+            f"{path} holds the answers of another base model than --dit's (merged, or otherwise finetuned?): leave it "
+            "out"
+        )
     for key, values in tensors.items():
         _check_finite(values, key, path)
     return prompts
@@ -98,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, TensorEntry], dict]:
         raise InputError(f"{path} holds no kept answers: give a file that a run wrote as NAME{ENDING}")
     try:
         told = json.loads(metadata[ANSWERS_KEY])
-        version, told["base"] = told["version"], str(told["base"])
+        version, told["base"] = told["version"], BaseModel(str(told["base"]), tuple(told.get("base_values", ())))
     except (ValueError, TypeError, LookupError, RecursionError):
         raise InputError(f"{path} is damaged: its list of answers ({ANSWERS_KEY}) cannot be read") from None
     if type(version) is not int or version != _VERSION:
@@ -115,7 +119,7 @@ def _fits(old: OldPrompt, model: WanConfig) -> bool:
 
 
 def write_answers(
-    path: Path, base: str, run: str, asked: Sequence[tuple[OldPrompt, Sequence[Question]]], new: Iterator[Answer]
+    path: Path, base: BaseModel, run: str, asked: Sequence[tuple[OldPrompt, Sequence[Question]]], new: Iterator[Answer]
 ) -> None:
     """Writes the encoded prompts, each with what is kept of it, then its questions' answers, in order from `new`.
 
@@ -131,7 +135,8 @@ def write_answers(
         }
         for (old, _), row in zip(asked, rows, strict=True)
     ]
-    told = {"version": _VERSION, "base": base, "run": run, "concepts": ledger_text(concepts), "prompts": prompts}
+    told = {"version": _VERSION, "base": base.identity, "base_values": base.values, "run": run}
+    told |= {"concepts": ledger_text(concepts), "prompts": prompts}
     texts = [old.text_SD.bfloat16() for old, _ in asked]
     tensors = {}
     for number, (text_SD, row) in enumerate(zip(texts, rows, strict=True)):

@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from utils.selective_finetune import whole_file
+from utils.selective_finetune import UNFINISHED, whole_file
 from wan.errors import InputError
 from wan.state_dict_files import read_state_dict
 
 LATENT_KEY = "latent"
 _GONE = 600  # seconds without a byte
-_UNFINISHED = re.compile(r"\d{8}-\d{6}-\d{3}_.*\.(png|mp4|safetensors)\.tmp")  # the names of generation
+_NAME = re.compile(r"\d{8}-\d{6}-\d{3}_.*\.(png|mp4|safetensors)")  # the names of generation
 
 
 def to_frames(video_3THW: Tensor) -> np.ndarray:
@@ -89,8 +89,8 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 def remove_unfinished(folder: Path) -> None:
     """Deletes half-written outputs in `folder` whose writers are surely gone: others may be at work in it."""
-    for path in [*folder.glob("*.tmp"), *folder.glob("*/*.tmp")]:
-        if _UNFINISHED.fullmatch(path.name) and time.time() - path.stat().st_mtime > _GONE:
+    for path in [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")]:
+        if _NAME.fullmatch(path.name.removesuffix(UNFINISHED)) and time.time() - path.stat().st_mtime > _GONE:
             path.unlink()
 
 

@@ -262,7 +262,7 @@ def _check_same_encoder(known: OldPrompt, again_SD: Tensor, config: PreserveConf
         )
 
 
-def preserve_lines(preserved: Preservation | None, ledger: Sequence[Entry], own: Entry, dit: Path) -> list[str]:
+def preserve_lines(preserved: Preservation | None, ledger: Sequence[Entry], own: Entry) -> list[str]:
     """What is preserved; or, where concepts were taught beside the one that trains and nothing is, what is at stake."""
     if preserved is not None:
         when = "every step" if preserved.every == 1 else f"one step in {preserved.every}"
@@ -277,6 +277,6 @@ def preserve_lines(preserved: Preservation | None, ledger: Sequence[Entry], own:
     auto = any(entry.captions for entry in beside)
     advice = "--preserve_prompts auto (and a file of prompts)" if auto else "--preserve_prompts and a file of prompts"
     return [
-        f"note: {dit} was taught {names}; this run leaves those values alone but changes what comes out: {advice} "
+        f"note: the model was taught {names}; this run leaves those values alone but changes what comes out: {advice} "
         "keeps it"
     ]

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 CONTRACT = 1
 ROW_GROUPS = 8
 LEDGER_KEY = "wan_slices"
+UNFINISHED = ".wan.tmp"  # what the names of half-written files end in: ours alone, since they are deleted
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHARE = re.compile(r"\+?([0-9]+/[0-9]+|([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?)")
 _LONGEST_SHARE = 40  # characters
@@ -422,7 +423,6 @@ class TrainedSlice(nn.Module):
         tensors, known = read_header(base, self.name_of)
         start, final = self.stored_values(base)
         ledger = _extended(read_ledger(known), self.ledger_entry(base, start, concept, steps))
-        known.pop(LEDGER_KEY, None)  # so that it comes last
         told = {**known, **(metadata or {}), LEDGER_KEY: json.dumps(ledger)}
         write_safetensors(path, tensors, told, stream(tensors.values(), self.patches(start, final)))
 
@@ -441,9 +441,8 @@ class TrainedSlice(nn.Module):
         """What the base's files hold of the slice, and what a checkpoint will: by name, on the CPU."""
         dtypes = self.stored_dtypes(base)
         start = {name: matrix.start.cpu() for name, matrix in self.matrices.items()}
-        if any(dtypes[name] != values.dtype for name, values in start.items()):  # it was cast to be trained
-            units = {name: matrix.units.to("cpu") for name, matrix in self.matrices.items()}
-            start = read_slice(base, units, self.name_of)
+        cast = [name for name, values in start.items() if dtypes[name] != values.dtype]  # to be trained
+        start |= read_slice(base, {name: self.matrices[name].units.to("cpu") for name in cast}, self.name_of)
         return start, {n: _moved(start[n], m.difference.detach().cpu(), 1.0) for n, m in self.matrices.items()}
 
     def stored_dtypes(self, base: Files) -> dict[str, torch.dtype]:
@@ -620,7 +619,8 @@ def write_safetensors(
     path: str | Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], chunks: Iterable
 ) -> None:
     """Writes tensors, whose bytes `chunks` gives in their order, to `path`."""
-    table, size = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    # Sorted, so that slices give one file in whatever order they came.
+    table, size = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}, 0
     for key, tensor in tensors.items():
         offsets = [size, size := size + tensor.size]
         table[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
@@ -639,7 +639,7 @@ def whole_file(path: Path, size: int = 0) -> Iterator:
 
     SliceError if it cannot be written.
     """
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(path.name + UNFINISHED)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.unlink(missing_ok=True)  # what a killed run left there takes room

@@ -19,6 +19,7 @@ from utils.selective_finetune import (
     base_identity,
     contract_name,
     is_block_matrix,
+    read_slice,
     slice_digest,
     slice_units,
     value_digest,
@@ -28,7 +29,7 @@ from wan.loading import CheckpointHeader
 from wan.safetensors_header import TensorEntry, read_file_header
 from wan.stored_tensors import read_tensor
 
-_SLICED_DTYPES = ("BF16", "F16", "F32")
+SLICED_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SliceFile:
     @property
     def digest(self) -> str:
         """SHA-256 over the final values."""
-        return slice_digest({name: value_digest(self.values(name)) for name in self.tensors})
+        return values_digest({name: self.values(name) for name in self.tensors})
 
     def values(self, name: str) -> Tensor:
         """The final values in the matrix `name`, in line order."""
@@ -61,7 +62,7 @@ def read_slice_file(path: Path) -> SliceFile:
             f"{path} follows slice contract {entries[0].contract}, this program knows {CONTRACT}: update it"
         )
     for name, tensor in tensors.items():
-        if tensor.dtype not in _SLICED_DTYPES or not tensor.numel or name != contract_name(name):
+        if tensor.dtype not in SLICED_DTYPES or not tensor.numel or name != contract_name(name):
             raise InputError(f"{path}: {name[:80]} {tensor.dtype[:20]} is no tensor of a slice")
     return SliceFile(path, entries[0], tensors, {key: text for key, text in metadata.items() if key != KEY})
 
@@ -94,6 +95,11 @@ def scaled(start: Tensor, final: Tensor, strength: float) -> Tensor:
     return moved
 
 
+def values_digest(values: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a slice's values by matrix, as the ledger has it."""
+    return slice_digest({name: value_digest(own) for name, own in values.items()})
+
+
 def same_bits(a: Tensor, b: Tensor) -> Tensor:
     """Where two tensors of one dtype hold the same bits."""
     bits = {2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
@@ -104,33 +110,41 @@ class SlicesOnBase:
     """Slices that fit a base and each other, ready to be put into its matrices.
 
     `files` are the slices, oldest first; by a matrix's contract name `patches` change it as stored, and `units` are
-    where the slices lie; `entries` are the ledger that the result has; `metadata` is what the slices' runs said.
+    where the slices lie; `entries` are the ledger that the result has, oldest first; `metadata` is what the slices'
+    runs said, except what a newer run in the base said.
     """
 
     def __init__(self, header: CheckpointHeader, slices: Sequence[SliceFile], strengths: Sequence[float]):
-        # One order, by date, whatever order they are given in: so the file that comes out is one, too.
+        # One order, by date, whatever order they are given or were applied in: so the file that comes out is one, too.
         pairs = sorted(zip(slices, strengths, strict=True), key=lambda pair: pair[0].entry.age)
         self.header = header
         self.patches: dict[str, Patch] = {}
         self.units: dict[str, list[SliceUnits]] = {}
-        self.entries = read_ledger(header.metadata, header.files[0])
+        self.entries = below = read_ledger(header.metadata, header.files[0])
         self.metadata: dict[str, str] = {}
-        self._held = [(header.files[0], self.entries)]
         self._starts: dict[Path, dict[str, bytes]] = {file.path: {} for file, _ in pairs}
         self.files = [file for file, _ in pairs]
         # Of matrices of which not all rows have passed: the values that the base had, those that come there.
         self._passing: dict[tuple[Path, str], tuple[Tensor, Tensor]] = {}
         identity = base_identity(header.files) if pairs else None
-        for file, strength in pairs:
-            self._refuse_overlap(file)
+        for number, (file, strength) in enumerate(pairs):
             units_of_name = units_of(header, file.entry)
             _check_fits(file, header, identity, {name: units.count for name, units in units_of_name.items()})
-            self.entries = [*self.entries, at_strength(file.entry, strength)]
-            self._held.append((file.path, [file.entry]))
-            self.metadata |= file.metadata
+            _refuse_overlap_with_base(file, header, below, units_of_name)
+            _refuse_overlap_with_slices(file, self.files[:number])
+            others = [entry for entry in self.entries if not entry.is_slice_of(file.entry)]
+            self.entries = sorted([*others, at_strength(file.entry, strength)], key=lambda entry: entry.age)
+            told = header.metadata if any(file.entry.age < entry.age for entry in below) else {}
+            self.metadata |= {key: text for key, text in file.metadata.items() if key not in told}
             for name, units in units_of_name.items():
                 self.units.setdefault(name, []).append(units)
                 self.patches[name] = partial(self._patch, self.patches.get(name), file, strength, name, units)
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines on slices that may be another base's."""
+        base, untold = self.header.files[0], [f for f in self.files if not f.entry.base and not f.entry.start]
+        return [f"note: {f.path} does not tell its base, so it cannot be checked that this is {base}" for f in untold]
 
     def check_starts(self) -> None:
         """To be called once every matrix was patched; InputError if the base held other values than a slice knew."""
@@ -140,12 +154,6 @@ class SlicesOnBase:
                     f"{self.header.files[0]} is not the base of {file.path}: it holds other values where the slice "
                     "lies (merged, or otherwise finetuned?); give the base that the slice was trained on"
                 )
-
-    def _refuse_overlap(self, file: SliceFile) -> None:
-        for path, entries in self._held:
-            if met := meetings(entries, file.entry):
-                other = f", or {path}" if path != self.header.files[0] else ""
-                raise InputError(f"{path} already holds {met}. Leave out {file.path}{other}")
 
     def _patch(
         self,
@@ -179,6 +187,21 @@ def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str)
     if len(given) != 1 and len(given) != slices:
         raise InputError(f"{flag} {' '.join(map(str, given))}: give one number, or one for each of the {slices} slices")
     return given * slices if len(given) == 1 else given
+
+
+def _refuse_overlap_with_base(
+    file: SliceFile, header: CheckpointHeader, below: Sequence[Entry], units: Mapping[str, SliceUnits]
+) -> None:
+    met = meetings(below, file.entry)
+    # A slice that was trained over what the base holds (--allow_overlap) began with the values that it has there.
+    if met and (not file.entry.start or values_digest(read_slice(header.files, units)) != file.entry.start):
+        raise InputError(f"{header.files[0]} already holds {met}. Leave out {file.path}")
+
+
+def _refuse_overlap_with_slices(file: SliceFile, others: Sequence[SliceFile]) -> None:
+    for other in others:
+        if met := meetings([other.entry], file.entry):
+            raise InputError(f"{other.path} already holds {met}. Leave out {file.path}, or {other.path}")
 
 
 def _check_fits(file: SliceFile, header: CheckpointHeader, identity: str, counts: Mapping[str, int]) -> None:

@@ -34,7 +34,7 @@ def _parser() -> Parser:
     _add_base(command)
     command.add_argument("--name", nargs="+", default=[], help="only these slices (names, or FF:FFID)")
     command.add_argument("-o", "--output", type=Path, default=Path(), help="folder (default: this one)")
-    command.add_argument("--overwrite", action="store_true", help="replace slice files that are there already")
+    _add_overwrite(command)
     command.set_defaults(command=_extract)
 
     command = commands.add_parser("apply", help="a checkpoint from a base and slice files, in any order")
@@ -83,6 +83,11 @@ def _add_base(command: Parser) -> None:
 
 def _add_output(command: Parser) -> None:
     command.add_argument("-o", "--output", type=Path, required=True, help="new .safetensors file")
+    _add_overwrite(command)
+
+
+def _add_overwrite(command: Parser) -> None:
+    command.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
 
 
 def _strength(text: str) -> float:
@@ -112,27 +117,28 @@ def _apply(flags: Namespace) -> None:
     from utils.slice_tools import apply
 
     strengths = one_strength_each(flags.strength, len(flags.slices), "--strength")
-    entries = apply(flags.base, flags.slices, strengths, flags.output)
+    entries = apply(flags.base, flags.slices, strengths, flags.output, flags.overwrite, print)
     print(f"saved {flags.output} with {', '.join(entry.label for entry in entries)}")
 
 
 def _remove(flags: Namespace) -> None:
     from utils.slice_tools import remove
 
-    entry = remove(flags.checkpoint, flags.name, flags.base, flags.output)
+    entry = remove(flags.checkpoint, flags.name, flags.base, flags.output, flags.overwrite)
     print(f"saved {flags.output} without {entry.label}")
 
 
 def _scale(flags: Namespace) -> None:
     from utils.slice_tools import scale
 
-    print(f"saved {flags.output}: {scale(flags.slice, flags.base, flags.strength, flags.output).label}")
+    entry = scale(flags.slice, flags.base, flags.strength, flags.output, flags.overwrite, print)
+    print(f"saved {flags.output}: {entry.label}")
 
 
 def _to_lora(flags: Namespace) -> None:
     from utils.slice_tools import to_lora
 
-    to_lora(flags.slice, flags.base, flags.output, flags.names, flags.dtype, print)
+    to_lora(flags.slice, flags.base, flags.output, flags.names, flags.dtype, print, flags.overwrite)
 
 
 def _verify(flags: Namespace) -> None:

@@ -7,93 +7,41 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 
-import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from utils.base_model import base_model
 from utils.block_inputs import BlockInputs
 from utils.block_swap import checkpoint_blocks, memory_line, place_model
-from utils.checkpoint_metadata import checkpoint_metadata
-from utils.checkpoints import (
-    Save,
-    remove_expired,
-    remove_unfinished,
-    save_after_epoch,
-    save_after_step,
-    save_at_end,
-    stop_state,
-)
-from utils.dataset import TrainingDataset, build_training_dataset, make_loader
+from utils.checkpoints import remove_unfinished, save_after_epoch, save_after_step, save_at_end, stop_state
+from utils.dataset import build_training_dataset, make_loader
 from utils.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.interrupts import StopRequest
 from utils.lr_schedules import build_scheduler
 from utils.optimizers import build_optimizer, learning_rates
-from utils.outputs import to_frames
-from utils.preservation import Preservation, Targets, most_frequent, preserve_lines
-from utils.selective_finetune import TrainedSlice, attach_slice
-from utils.slice_files import SlicesOnBase
+from utils.preservation import Targets, preserve_lines
+from utils.selective_finetune import attach_slice
 from utils.slice_overlay import load_with_slices, start_from_overlays
 from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_debug import TrainingDebug
-from utils.training_plan import TrainingPlan, first_items, plan_training
+from utils.training_outputs import draw_turn, draws_after_step, epoch_text, log, log_step, make_up, save_turn, step_text
+from utils.training_plan import first_items, plan_training
 from utils.training_preservation import encode_old_prompts, keep_answers, plan_asking, read_old_prompts
 from utils.training_report import input_bytes, inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
-from utils.training_samples import PreparedSamples, draw_samples, due_after_epoch, due_after_step, prepare_samples
+from utils.training_run import Place, Run, resume, state_of
+from utils.training_samples import due_after_epoch, prepare_samples
 from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
-from utils.training_slices import ledger_lines, own_entry, read_slices, write_files
-from utils.training_state import check_state, load_state, save_state
+from utils.training_slices import ledger_lines, own_entry, read_slices
+from utils.training_state import check_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.loading import CheckpointHeader, file_dtype
-from wan.model import WanModel
-
-_FRAMES_LOGGED = 4  # of a clip, in TensorBoard
-
-
-@dataclass
-class _Place:
-    """Where the run is: its epoch (from 0), this process's next batch in it, the steps done, the last losses."""
-
-    epoch: int
-    batch: int
-    step: int
-    losses: deque[float]  # of as many steps as an epoch has
-
-    def average_loss(self) -> float:
-        return sum(self.losses) / len(self.losses)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the loop works with, all of it ready."""
-
-    config: TrainConfig
-    accelerator: Accelerator
-    seed: int
-    header: CheckpointHeader
-    below: SlicesOnBase  # slices on top of the header's files, under the one that trains
-    dataset: TrainingDataset
-    plan: TrainingPlan
-    settings: Mapping[str, str]  # those that decide the run's numbers
-    metadata: Mapping[str, str]  # those, with the rest
-    model: WanModel
-    trained: TrainedSlice
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    scaler: torch.amp.GradScaler
-    samples: PreparedSamples | None
-    preserved: Preservation | None
-    debug: TrainingDebug | None
-    say: Callable[[str], None]
+from wan.loading import file_dtype
 
 
 def train(config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -114,14 +62,15 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
     identity = base_settings(header, below)
-    prompts = read_old_prompts(config, identity["base_sha256"], model_config, below, dataset)
+    base = base_model(header, below.entries)
+    prompts = read_old_prompts(config, base, model_config, below, dataset)
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | identity
     if config.resume:
         check_state(config.resume, settings)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what is half written takes room, which every process looks for
-    asking = plan_asking(config, model_config, prompts, dataset, batches, seed)
+    asking = plan_asking(config, base, model_config, prompts, dataset, batches, seed)
     saving_lines = check_plan(config, header, plan, asking)
     say_what_is_read(config, header, dataset, say)
     for line in asking.lines() if asking else ():
@@ -157,7 +106,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
 
     watches = config.training_debug and accelerator.is_main_process
     applied = [file.entry for file in below.files]
-    run = _Run(
+    run = Run(
         config=config,
         accelerator=accelerator,
         seed=seed,
@@ -177,9 +126,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         debug=TrainingDebug(trained, len(model.blocks), header.files, applied) if watches else None,
         say=say,
     )
-    place = _resume(run) if config.resume else _Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
+    place = resume(run) if config.resume else Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
     lines = [*ledger_lines(config, header, below), *slice_lines(trained, model, below.entries)]
-    lines += preserve_lines(preserved, below.entries, own_entry(config), config.dit)
+    lines += preserve_lines(preserved, below.entries, own_entry(config))
     lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
     if inputs is not None:
         lines.append(inputs_line(len(model.blocks), input_size))
@@ -217,51 +166,14 @@ def _agree_on_seed(config: TrainConfig, accelerator: Accelerator, say: Callable[
     return drawn[0]
 
 
-def _resume(run: _Run) -> _Place:
-    """Puts the run where the state was saved."""
-    folder = run.config.resume
-    check_state(folder, run.settings)
-    state = load_state(folder)
-    run.trained.load_state_dict(state["trained"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    run.scaler.load_state_dict(state["scaler"])
-    place = _Place(state["epoch"], state["batch"], state["step"], deque(state["losses"], run.plan.steps_per_epoch))
-    if place.step >= run.plan.steps:
-        raise InputError(
-            f"--resume {folder} has done {place.step} steps and the run has {run.plan.steps}: raise --max_train_epochs "
-            "or --max_train_steps to go on"
-        )
-    run.say(f"continues from {folder}: epoch {place.epoch + 1}, step {place.step}")
-    if state["planned_steps"] != run.plan.steps:
-        run.say(
-            f"note: the learning rate now follows {run.plan.steps} steps, before it followed {state['planned_steps']}"
-        )
-    return place
-
-
-def _state(run: _Run, place: _Place) -> dict:
-    return {
-        "trained": run.trained.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "epoch": place.epoch,
-        "batch": place.batch,
-        "step": place.step,
-        "losses": list(place.losses),
-        "planned_steps": run.plan.steps,
-    }
-
-
-def _start_trackers(run: _Run) -> None:
+def _start_trackers(run: Run) -> None:
     log = run.config.log
     if log.trackers:
         settings = dict(run.metadata) if log.with_settings else None
         run.accelerator.init_trackers(log.tracker_name, config=settings, init_kwargs=dict(log.tracker_settings))
 
 
-def _loop(run: _Run, place: _Place, stop: StopRequest) -> None:
+def _loop(run: Run, place: Place, stop: StopRequest) -> None:
     config, plan, accelerator = run.config, run.plan, run.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
     loader = make_loader(
@@ -269,14 +181,16 @@ def _loop(run: _Run, place: _Place, stop: StopRequest) -> None:
     )
     bar = tqdm(total=plan.steps, initial=place.step, desc="steps", disable=not accelerator.is_main_process)
     if config.samples and config.samples.at_first and place.step == 0:
-        _sample(run, place, "e000000")
+        draw_turn(run, place, epoch_text(0))
+    if place.step > 0:
+        make_up(run, place)
     for epoch in range(place.epoch, plan.epochs):
         skipped = place.batch if epoch == place.epoch else 0
         place.epoch = epoch
         loader.sampler.set_epoch(epoch, skipped)
         starts = first_items(run.dataset.epoch_batches(run.seed, epoch), rank, processes)
         losses_of_step, stops = torch.zeros(2, device=accelerator.device), False
-        for number, batch in enumerate(loader, start=skipped):
+        for number, batch in enumerate(loader if place.step < plan.steps else (), start=skipped):
             first_item = epoch * plan.items_per_epoch + starts[number]
             batches_done = epoch * plan.batches_per_epoch + number
             preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
@@ -293,46 +207,40 @@ def _loop(run: _Run, place: _Place, stop: StopRequest) -> None:
             place.losses.append(loss)
             losses_of_step = torch.zeros_like(losses_of_step)
             shown = {"loss/preserve": preserve_loss} if preserves else {}
-            _show_step(run, place, {**shown, **rates, "grad_norm": grad_norm}, bar)
-            if run.debug and (lines := run.debug.after_step(place.step, accelerator.trackers)):
-                _say_beside_bar(run, *lines)
-            if save := save_after_step(config.save, place.step):
-                _save(run, place, save)
-            # An epoch's own samples come at its end; twice the same would help nobody.
-            ends_epoch = place.batch == plan.batches_per_epoch
-            if due_after_step(config.samples, place.step) and not (
-                ends_epoch and due_after_epoch(config.samples, epoch + 1)
-            ):
-                _sample(run, place, f"{place.step:06d}")
-            if stops and not ends_epoch:
+            log_step(run, place, {**shown, **rates, "grad_norm": grad_norm}, bar)
+            if turn := save_after_step(config.save, place.step):
+                save_turn(run, place, turn)
+            if draws_after_step(run, place):
+                draw_turn(run, place, step_text(place.step))
+            if stops and place.batch < plan.batches_per_epoch:
                 return _stop(run, place, bar)
             if place.step == plan.steps:
                 break
-        accelerator.log({"loss/epoch": place.average_loss()}, step=place.step)
+        log(run, place, {"loss/epoch": place.average_loss()})
         if place.batch == plan.batches_per_epoch:
             place.epoch, place.batch = epoch + 1, 0
-        if save := save_after_epoch(config.save, epoch + 1, plan.epochs):
-            _save(run, place, save)
+        if turn := save_after_epoch(config.save, epoch + 1, plan.epochs):
+            save_turn(run, place, turn)
         if due_after_epoch(config.samples, epoch + 1):
-            _sample(run, place, f"e{epoch + 1:06d}")
+            draw_turn(run, place, epoch_text(epoch + 1))
         if stops:
             return _stop(run, place, bar)
-    _save(run, place, save_at_end(config.save))
+    save_turn(run, place, save_at_end(config.save))
     bar.close()
 
 
-def _stop(run: _Run, place: _Place, bar: tqdm) -> None:
+def _stop(run: Run, place: Place, bar: tqdm) -> None:
     """Ends a run that was interrupted, with a state to go on from."""
     folder = stop_state(run.config.save, place.step)
     if run.accelerator.is_main_process:
-        save_state(folder, run.settings, _state(run, place))
+        save_state(folder, run.config.save.name, run.settings, state_of(run, place))
     bar.close()
     run.accelerator.wait_for_everyone()
     run.say(f"stopped after step {place.step}; the same command with --resume latest goes on (or --resume {folder})")
 
 
 def _backward(
-    run: _Run, batch: Mapping, batches_done: int, first_item: int, batches_of_step: int, preserves: bool
+    run: Run, batch: Mapping, batches_done: int, first_item: int, batches_of_step: int, preserves: bool
 ) -> Tensor:
     """Adds the batch's share of its step's gradient; its share of the loss and of the preservation loss come back.
 
@@ -365,7 +273,7 @@ def _backward(
     return losses
 
 
-def _update(run: _Run) -> float:
+def _update(run: Run) -> float:
     """One optimizer step on the gradients of all processes; the gradient's norm before clipping comes back."""
     if run.accelerator.num_processes > 1:
         run.trained.reduce_gradients()
@@ -394,70 +302,3 @@ def _checked_losses(losses: Tensor, step: int) -> list[float]:
             "with it"
         )
     return values
-
-
-def _show_step(run: _Run, place: _Place, values: dict[str, float], bar: tqdm) -> None:
-    device = run.accelerator.device
-    values = {
-        "loss/current": place.losses[-1],
-        "loss/average": place.average_loss(),
-        **values,
-        "memory/host_gb": psutil.Process().memory_info().rss / 1e9,
-    }
-    if device.type == "cuda":
-        values["memory/device_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    run.accelerator.log(values, step=place.step)
-    bar.set_postfix(loss=f"{place.losses[-1]:.4f}", average=f"{place.average_loss():.4f}", refresh=False)
-    bar.update()
-
-
-def _save(run: _Run, place: _Place, save: Save) -> None:
-    """The state first: it is small, and the more useful one if the disk fills up."""
-    if run.accelerator.is_main_process:
-        if save.state:
-            save_state(save.state, run.settings, _state(run, place))
-        name, timesteps = run.config.save.name, run.config.timesteps
-        progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
-        timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
-        metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
-        concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
-        lines = write_files(save.files, run.trained, run.header, run.below, metadata, concept)
-        if run.debug:
-            lines += run.debug.after_save(save.files.get("checkpoint"), place.step, run.accelerator.trackers)
-        lines += remove_expired(save)
-        paths = [*map(str, save.files.values()), *([save.state.name] if save.state else [])]
-        for line in [*lines, f"saved {' and '.join(paths)}"]:
-            _say_beside_bar(run, line)
-    run.accelerator.wait_for_everyone()
-
-
-def _captions(run: _Run) -> list[str]:
-    """For a later run's --preserve_prompts auto; part of the settings that --no_metadata leaves out."""
-    return most_frequent(run.dataset.shown_captions) if run.config.metadata.settings else []
-
-
-def _sample(run: _Run, place: _Place, when: str) -> None:
-    if run.accelerator.is_main_process:
-        config = run.config
-        stem = f"{config.save.name}_{when}"
-        count = sum(sample.steps for sample in run.samples.samples)
-        with tqdm(total=count, desc="sampling", leave=False) as bar:
-            folder = config.save.folder / "sample"
-            saved = draw_samples(run.samples, run.model, run.accelerator.device, folder, stem, bar.update)
-        for number, sample in enumerate(saved):
-            frames = to_frames(sample.video_3THW)
-            shown = frames[:: -(-len(frames) // _FRAMES_LOGGED)]
-            for tracker in run.accelerator.trackers:
-                tracker.log_images({f"sample/{number:02d}": shown}, step=place.step, **_layout(tracker))
-            _say_beside_bar(run, f"sampled {sample.path}")
-    run.accelerator.wait_for_everyone()
-
-
-def _layout(tracker) -> dict:
-    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-
-
-def _say_beside_bar(run: _Run, *lines: str) -> None:
-    with tqdm.external_write_mode():
-        for line in lines:
-            run.say(line)

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.base_model import BaseModel
 from utils.cache_files import latents_shape, read_latents
 from utils.cached_items import Item
 from utils.checkpoints import readable
@@ -59,6 +60,7 @@ class AskingPlan:
     asked: tuple[tuple[OldPrompt, tuple[Question, ...]], ...]
     most_values: int  # of latents, in the run's largest batch
     notes: tuple[str, ...]
+    base: BaseModel
     model: WanConfig
 
     @property
@@ -93,7 +95,7 @@ class AskingPlan:
 
 
 def read_old_prompts(
-    config: TrainConfig, base: str, model: WanConfig, below: SlicesOnBase, dataset: TrainingDataset
+    config: TrainConfig, base: BaseModel, model: WanConfig, below: SlicesOnBase, dataset: TrainingDataset
 ) -> OldPrompts:
     """What the run preserves; InputError if there is nothing, or if --preserve_answers cannot be used."""
     if config.preserve is None:
@@ -105,6 +107,7 @@ def read_old_prompts(
 
 def plan_asking(
     config: TrainConfig,
+    base: BaseModel,
     model: WanConfig,
     prompts: OldPrompts,
     dataset: TrainingDataset,
@@ -121,7 +124,7 @@ def plan_asking(
     )
     sizes = [sum(math.prod(items[entry % len(items)][1]) for entry in batch) for batch in batches]
     path = config.save.folder / f"{config.save.name}{ENDING}"
-    return AskingPlan(path, asked, max(sizes), prompts.notes, model)
+    return AskingPlan(path, asked, max(sizes), prompts.notes, base, model)
 
 
 def _questions(
@@ -175,12 +178,12 @@ def keep_answers(
         new = _answers(plan, model, accelerator.device)
         if accelerator.is_main_process:
             with tqdm(new, total=plan.questions, desc="asking", leave=False) as bar:
-                write_answers(plan.path, settings["base_sha256"], run, plan.asked, iter(bar))
+                write_answers(plan.path, plan.base, run, plan.asked, iter(bar))
         else:
             for _ in new:  # as long as the main one, which others could not wait for: collectives time out
                 pass
     accelerator.wait_for_everyone()
-    kept = read_answers(plan.path, settings["base_sha256"], model.config)
+    kept = read_answers(plan.path, plan.base, model.config)
     general = tuple(old for old in kept if old.concept is None)
     of_concepts = tuple(old for old in kept if old.concept)
     return Preservation(general, of_concepts, config.every, config.weight, plan.most_values)

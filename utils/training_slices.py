@@ -9,12 +9,13 @@ from torch import Tensor
 
 from utils.ledger import CONTRACT, KEY, Entry, extended, ledger_text, refuse_overlap
 from utils.selective_finetune import Patch, TrainedSlice, write_slice
-from utils.slice_files import SlicesOnBase, read_slice_file
+from utils.slice_files import SlicesOnBase, read_slice_file, units_of
 from utils.slice_lora import write_lora
 from utils.slice_tools import write_patched
 from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from wan.errors import InputError
-from wan.loading import CheckpointHeader, file_dtype
+from wan.loading import CheckpointHeader
+from wan.stored_tensors import DTYPES
 
 _LORA_DTYPE = torch.float32  # exact
 
@@ -34,8 +35,9 @@ def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
         met = others if config.continue_slice else below.entries
         advice = "To train the same slice further add --continue_slice; " if same else ""
         refuse_overlap(met, own, _sources(config), f"{advice}--allow_overlap trains over what is there")
-    cast = file_dtype(header) != COMPUTE_DTYPES[config.mixed_precision]
-    if cast and any(entry.overlaps(own) for entry in below.entries[len(below.entries) - len(config.slices) :]):
+    stored = {DTYPES[header.tensors[name].dtype] for name in units_of(header, own)}
+    cast = stored != {COMPUTE_DTYPES[config.mixed_precision]}
+    if cast and any(file.entry.overlaps(own) for file in below.files):
         raise InputError(
             f"{config.dit} is cast for training, so a slice of --slices cannot be trained further on it: make one file "
             "of them first (python -m utils.slices apply)"
@@ -46,6 +48,7 @@ def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
 def ledger_lines(config: TrainConfig, header: CheckpointHeader, below: SlicesOnBase) -> list[str]:
     """What is known of the slices that the run trains beside or over."""
     lines = [f"on top of {config.dit}: {file.entry.label} from {file.path}" for file in below.files]
+    lines += below.notes
     if KEY not in header.metadata:
         lines.append(
             f"note: {config.dit} has no ledger of slices (an original model, or a file of another tool): if something "

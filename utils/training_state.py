@@ -3,7 +3,11 @@
 import io
 import pickle
 import re
-from collections.abc import Mapping
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,16 +16,19 @@ from torch import Tensor
 from utils.selective_finetune import whole_file
 from wan.errors import InputError
 
-_FORMAT = 3
+_FORMAT = 4
 _FILE = "state.pt"
+# What zipfile and torch.load raise for files that are not what they wrote.
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
-def save_state(folder: Path, settings: Mapping[str, str], state: Mapping) -> None:
-    """Writes `state` (tensors, numbers, containers) and the `settings` that it is valid for into `folder`.
+def save_state(folder: Path, name: str, settings: Mapping[str, str], state: Mapping) -> None:
+    """Writes the `state` (tensors, numbers, containers) of a run called `name` and its deciding `settings` to `folder`.
 
     SliceError if it cannot be written; a state that was there before is then as it was.
     """
-    content = _on_cpu({"format": _FORMAT, "settings": dict(settings), "state": dict(state)})
+    told = {"format": _FORMAT, "name": name, "saved_at": time.time_ns()}
+    content = told | _on_cpu({"settings": dict(settings), "state": dict(state)})
     # In memory, because torch tells of a file that takes no more as of an error of its own.
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -46,26 +53,46 @@ def load_state(folder: Path) -> dict:
 
 
 def latest_state(folder: Path, name: str) -> Path:
-    """The state of runs called `name` that was saved last; InputError if `folder` holds none."""
+    """The state of runs called `name` that was saved last; InputError if `folder` holds none.
+
+    By what the states themselves tell: copied files have other times, and the names of two runs may meet.
+    """
     names = re.compile(re.escape(name) + r"(-\d{6}|-step\d{8})?-state")
-    found = [file for file in folder.glob(f"*/{_FILE}") if names.fullmatch(file.parent.name)]
+    folders = [file.parent for file in folder.glob(f"*/{_FILE}") if names.fullmatch(file.parent.name)]
+    told = {path: _read(path, mmap=True) for path in folders}
+    found = [path for path in folders if told[path]["name"] == name]
     if not found:
         raise InputError(f"--resume latest: {folder} holds no state of {name}; leave it out to begin")
-    return max(found, key=lambda file: (file.stat().st_mtime_ns, file.parent.name)).parent
+    return max(found, key=lambda path: told[path]["saved_at"])
 
 
 def _load(folder: Path, mmap: bool) -> dict:
+    """The file's content, once its checksums say that all its bytes are what was written."""
+    with _readable(folder) as path, zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} is damaged")
+    return _read(folder, mmap)
+
+
+def _read(folder: Path, mmap: bool) -> dict:
+    with _readable(folder) as path:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise InputError(f"--resume {folder} was written by another version of this program; train without it")
+    return content
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[Path]:
+    """The state's file; InputError where it is missing, or what is done with it fails."""
     path = folder / _FILE
     if not path.is_file():
         raise InputError(f"--resume {folder} is no state folder: it has no {_FILE} (they are named ...-state)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        yield path
+    except _UNREADABLE as error:
         reason = str(error).partition("\n")[0][:200]
         raise InputError(f"--resume {folder}: {_FILE} cannot be read ({reason}); use an older state") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise InputError(f"--resume {folder} was written by another version of this program; train without it")
-    return content
 
 
 def _on_cpu(value):
