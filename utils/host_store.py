@@ -5,10 +5,9 @@ file itself; the kernel keeps of it what fits. From the latter two a thread copi
 """
 
 import mmap
-import threading
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from utils.checkpoints import readable
 from utils.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead, share_with_forks
 from utils.swap_backend import CudaBackend, HostBackend
+from utils.worker_thread import WorkerThread
 from wan.errors import InputError
 
 MODES = ("auto", "pinned", "staged", "mapped")
@@ -152,11 +152,6 @@ def as_weight(memory: Tensor, weight: Tensor) -> Tensor:
     return memory[: weight.nbytes].view(weight.dtype).view(weight.shape)
 
 
-def _begin_thread(backend: HostBackend | CudaBackend, own: list[int]) -> None:
-    own.append(threading.get_ident())
-    backend.begin_thread()
-
-
 class BackgroundCopies:
     """A link from ordinary memory, or a mapped file, to a device: a thread does what would keep the host waiting.
 
@@ -169,10 +164,8 @@ class BackgroundCopies:
         self._buffers = [backend.host_buffer(STAGING_BYTES) for _ in range(2)] if backend.page_locks else []
         self._read = [backend.mark() for _ in self._buffers]  # when the device has read each
         self._turn = 0
-        self._own: list[int] = []  # the thread's identifier
-        # Not a method: the thread would hold on to this object.
-        self._thread = ThreadPoolExecutor(1, "copies", initializer=_begin_thread, initargs=(backend, self._own))
-        self._ahead = ThreadPoolExecutor(1, "read-ahead")
+        self._thread = WorkerThread("copies", backend.begin_thread)
+        self._ahead = WorkerThread("read-ahead")
 
     def copy(self, target: Tensor, source: Tensor, after) -> Future:
         """Copies in the background, once event `after` has passed on the device."""
@@ -185,13 +178,10 @@ class BackgroundCopies:
         self.backend.wait(copied.result())
 
     def drain(self) -> None:
-        """The host waits for all copies; there can be none after."""
-        # The garbage collector may run this in the thread itself, which cannot wait for its own end.
-        inside = threading.get_ident() in self._own
-        try:
-            self._thread.shutdown(wait=not inside, cancel_futures=inside)
-        finally:
-            self.backend.drain()
+        """The host waits for all copies; there can be none after. The garbage collector may call it anywhere."""
+        self._ahead.end(drop=True)
+        self._thread.end()
+        self.backend.drain()
 
     def _copy(self, target: Tensor, source: Tensor, after):
         target, source = (tensor.view(-1).view(torch.uint8) for tensor in (target, source))
