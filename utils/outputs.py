@@ -64,7 +64,9 @@ def save_video(path: Path, video_3THW: Tensor, fps: int) -> Path:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            # Converted here: the encoder's own conversion (PyAV 18) gave a frame other bits now and then, under load.
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=stream.pix_fmt)
+            container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     return path
 
