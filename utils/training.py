@@ -62,7 +62,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     batches = dataset.epoch_batches(seed, 0)
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
     identity = base_settings(header, below)
-    base = base_model(header, below.entries)
+    base = config.preserve and base_model(header, below.entries)
     prompts = read_old_prompts(config, base, model_config, below, dataset)
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | identity
     if config.resume:

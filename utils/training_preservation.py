@@ -95,7 +95,7 @@ class AskingPlan:
 
 
 def read_old_prompts(
-    config: TrainConfig, base: BaseModel, model: WanConfig, below: SlicesOnBase, dataset: TrainingDataset
+    config: TrainConfig, base: BaseModel | None, model: WanConfig, below: SlicesOnBase, dataset: TrainingDataset
 ) -> OldPrompts:
     """What the run preserves; InputError if there is nothing, or if --preserve_answers cannot be used."""
     if config.preserve is None:
@@ -107,7 +107,7 @@ def read_old_prompts(
 
 def plan_asking(
     config: TrainConfig,
-    base: BaseModel,
+    base: BaseModel | None,
     model: WanConfig,
     prompts: OldPrompts,
     dataset: TrainingDataset,
