@@ -269,6 +269,12 @@ def test_slices_beside_mapped_weights_are_not_written_into_these_and_count_on_th
     assert run.placement.device_bytes - plain.placement.device_bytes == pytest.approx(values, rel=0.01)
 
 
+def test_slices_beside_the_weights_count_in_their_budget():
+    budget = {"weights_vram": SIZES.small + 2 * SIZES.block, "host_weights": "mapped"}
+    plain, run = (Run(lay_over=lay_over, **budget).placement for lay_over in (None, other_slice))
+    assert run.device_bytes <= budget["weights_vram"] and run.buffer_bytes < plain.buffer_bytes
+
+
 def test_nothing_is_written_into_the_masters():
     run = Run(FakeDevice("lazy"), BLOCKS)
     before = {name: parameter.clone() for name, parameter in tiny_model().named_parameters()}

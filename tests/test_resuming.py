@@ -167,6 +167,22 @@ def test_a_last_save_within_an_epoch_is_made_up_without_another_step(folder, mon
     assert same_tensors(folder / "whole" / "one.safetensors", folder / "out" / "one.safetensors")
 
 
+def test_an_older_file_of_the_same_name_does_not_pass_for_what_was_to_follow_a_state(folder, monkeypatch):
+    saves = (*COMMON, "--save_state", "--save_every_n_epochs", "1")
+    run(folder, *saves, "--learning_rate", "2e-2")
+    (folder / "out").rename(folder / "whole")
+    for state in ("one-000001", "one"):
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        shutil.copytree(folder / "whole", folder / "out")
+        with monkeypatch.context() as patch, pytest.raises(SliceError):
+            first = training_outputs.write_files
+            patch.setattr(training_outputs, "write_files", once(first) if state == "one" else without_room)
+            run(folder, *saves)
+        assert same_tensors(folder / "whole" / f"{state}.safetensors", folder / "out" / f"{state}.safetensors")
+        run(folder, *saves, "--resume", str(folder / "out" / f"{state}-state"))
+        assert not same_tensors(folder / "whole" / f"{state}.safetensors", folder / "out" / f"{state}.safetensors")
+
+
 def once(action):
     """Does it the first time, then there is no room."""
     actions = [action]

@@ -131,11 +131,16 @@ def test_a_slice_that_is_trained_further_keeps_one_entry_and_fits_its_first_base
     assert not same_tensors(tmp_path / "a.safetensors", folder / "first" / "one.safetensors")
 
 
-@pytest.mark.parametrize("cast", [".", "blocks.0.self_attn.q.weight"], ids=["all of it", "one matrix"])
+@pytest.mark.parametrize(
+    "cast",
+    [".", "blocks.0.self_attn.q.weight", ("blocks.0", "blocks.1.ffn", "blocks.1.cross")],
+    ids=["all of it", "one matrix", "most of it"],
+)
 def test_a_slice_of_slices_is_not_trained_further_on_a_base_that_is_cast(folder, tmp_path, cast):
     """Its values in the files' dtype are the base's, not those of the slice below."""
     weights = {
-        name: value.float() if cast in name else value for name, value in load_file(folder / "base.safetensors").items()
+        name: value.float() if any(part in name for part in ([cast] if isinstance(cast, str) else cast)) else value
+        for name, value in load_file(folder / "base.safetensors").items()
     }
     save_file(weights, tmp_path / "mixed.safetensors", {"num_heads": "4", "text_len": "8"})
     on_mixed = (*BF16, "--dit", f"{tmp_path}/mixed.safetensors", "--output_dir", f"{tmp_path}/out")
@@ -143,7 +148,7 @@ def test_a_slice_of_slices_is_not_trained_further_on_a_base_that_is_cast(folder,
     on_slice = (*on_mixed, "--slices", f"{tmp_path}/out/one.slice.safetensors", "--output_name", "two")
     with pytest.raises(InputError, match=r"mixed.safetensors is cast for training, so a slice of --slices cannot be"):
         run(folder, *on_slice, "--continue_slice")
-    run(folder, *on_slice, "--ffid", "3", "--save_as", "checkpoint")
+    run(folder, *on_slice, "--ffid", "3", "--save_as", "checkpoint", "--blocks_to_swap", "1")
     chained = ("--dit", f"{tmp_path}/out/one.safetensors", "--output_name", "chained")
     run(folder, *on_mixed, *chained, "--ffid", "3", "--save_as", "checkpoint")
     assert same_tensors(tmp_path / "out" / "two.safetensors", tmp_path / "out" / "chained.safetensors")

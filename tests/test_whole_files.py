@@ -248,16 +248,29 @@ def test_a_full_disk_while_a_state_is_saved_leaves_the_older_state(tmp_path, mon
 
 def test_the_latest_state_is_the_one_saved_last_and_whole(tmp_path):
     with pytest.raises(InputError, match=r"--resume latest: .* holds no state of a"):
-        latest_state(tmp_path, "a")
+        latest_state(tmp_path, "a", print)
     for folder, name in {"a-000002-state": "a", "a-state": "a", "a-step00000009-state": "a", "b-state": "b"}.items():
         save_state(tmp_path / folder, name, {}, {})
     save_state(tmp_path / "a-000003-state", "a-000003", {}, {})  # at the end of another run
     (tmp_path / "a-step00000010-state").mkdir()
     (tmp_path / "a-step00000010-state" / f"state.pt{UNFINISHED}").touch()
     os.utime(tmp_path / "a-000002-state" / "state.pt")  # as copying does
-    assert latest_state(tmp_path, "a").name == "a-step00000009-state"
+    assert latest_state(tmp_path, "a", print).name == "a-step00000009-state"
     save_state(tmp_path / "a-000002-state", "a", {}, {})
-    assert latest_state(tmp_path, "a").name == "a-000002-state"
+    assert latest_state(tmp_path, "a", print).name == "a-000002-state"
+
+
+def test_a_state_that_cannot_be_read_is_told_and_keeps_no_run_from_its_latest(tmp_path):
+    for folder in ("a-000001-state", "a-000002-state"):
+        save_state(tmp_path / folder, "a", {}, {})
+    (tmp_path / "a-000001-state" / "state.pt").write_bytes(b"cut")
+    torch.save({"format": 3}, tmp_path / "a-000002-state" / "state.pt")
+    told = []
+    with pytest.raises(InputError, match="holds no state of a"):
+        latest_state(tmp_path, "a", told.append)
+    save_state(tmp_path / "a-state", "a", {}, {})
+    assert latest_state(tmp_path, "a", told.append).name == "a-state"
+    assert len(told) == 4 and "cannot be read" in "".join(told) and "another version" in "".join(told)
 
 
 def test_a_shard_of_the_base_is_no_output(tmp_path):

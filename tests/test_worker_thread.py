@@ -1,6 +1,7 @@
 """The thread behind background copies: its jobs in order, its end in the middle of anything."""
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -31,6 +32,34 @@ def test_a_failure_is_told_to_whoever_asks_and_the_next_job_is_done():
     with pytest.raises(ZeroDivisionError):
         failed.result(SOON)
     assert fine.result(SOON) == 7
+
+
+def test_where_its_beginning_fails_so_does_every_job():
+    worker = WorkerThread("a", lambda: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            worker.submit(print).result(SOON)
+    worker.end()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_of_its_process_does_not_wait_for_a_thread_that_it_has_not():
+    program = """
+import gc, os, sys
+sys.path.insert(0, sys.argv[1])
+from utils.worker_thread import WorkerThread
+worker = WorkerThread("a")
+worker.submit(lambda: None).result()
+child = os.fork()
+del worker
+gc.collect()
+if child:
+    os.waitpid(child, 0)
+    print("ended")
+os._exit(0) if not child else None
+"""
+    command = [sys.executable, "-c", program, str(__file__).rpartition("tests")[0]]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=SOON).stdout == "ended\n"
 
 
 @pytest.mark.parametrize("drop", [False, True])

@@ -6,7 +6,7 @@ and passes without gradient in between are all right by construction.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,9 @@ def place_model(
     swap.weights_vram is too little.
     """
     device, swap, overlays = torch.device(device), swap or SwapConfig(), overlays or {}
+    if swap.weights_vram is not None:  # which they may lie in
+        beside = sum(overlay.nbytes for overlay in overlays.values())
+        swap = replace(swap, weights_vram=swap.weights_vram - beside)
     backend = backend or make_backend(device)
     plan = plan_swap(weight_sizes(model), blocks_to_swap, swap)
     streamed = _streamed_linears(model, plan)

@@ -43,10 +43,9 @@ class Save:
     state: Path | None
     expired: tuple[Path, ...] = ()
 
-    @property
-    def missing(self) -> dict[str, Path]:
-        """Those of the files that are not there."""
-        return {kind: path for kind, path in self.files.items() if not path.exists()}
+    def missing(self, since: int) -> dict[str, Path]:
+        """Those of the files that were not written since that time (ns): an older one is another run's."""
+        return {kind: path for kind, path in self.files.items() if not is_written(path, since)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,11 @@ class DiskUse:
     states: int
     written: int  # bytes, in all
     kept: int  # bytes, what is left at the end
+
+
+def is_written(path: Path, since: int) -> bool:
+    """Whether the file is there, and not older than that time (ns)."""
+    return path.exists() and path.stat().st_mtime_ns >= since
 
 
 def save_after_step(config: SaveConfig, step: int) -> Save | None:

@@ -1,10 +1,12 @@
 """What the command lines share: a parser whose mistakes are one line, refused flags, one way to end."""
 
 import argparse
+import errno
 import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from wan.errors import InputError
 
@@ -45,8 +47,8 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         print(end="", flush=True)  # here, where a reader that is gone can be told from a mistake
     except _users_errors() as error:
         sys.exit(_one_line(error))
-    except BrokenPipeError:
-        if not _reader_is_gone():
+    except OSError as error:
+        if not (_is_unread(error) and _reader_is_gone()):
             raise
         sys.exit(1)
     except KeyboardInterrupt:
@@ -57,8 +59,8 @@ def say(line: str) -> None:
     """Prints a line at once; a job of hours goes on without a reader (Ctrl-C, which stops it, ends `| tee` at once)."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
-        if not _reader_is_gone():
+    except OSError as error:
+        if not (_is_unread(error) and _reader_is_gone()):
             raise
 
 
@@ -67,13 +69,33 @@ def _print_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _Unread(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
+
+
+class _Unread(io.TextIOWrapper):
+    """A stream that progress bars write to: that nobody reads it any more is no reason to end."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def _is_unread(error: OSError) -> bool:
+    """Whether it is what writing to a pipe without a reader raises (EINVAL on Windows)."""
+    return error.errno in (errno.EPIPE, errno.EINVAL)
 
 
 def _reader_is_gone() -> bool:
     """Whether stdout is a pipe that nobody reads, as after `| head`; what is left for it then goes nowhere."""
     try:
         print(flush=True)  # a line, since an unbuffered stream has nothing left to flush
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from utils.checkpoint_metadata import MetadataConfig
 from utils.checkpoints import KINDS, SaveConfig
-from utils.cli import Parser, refuse_flags
+from utils.cli import Parser, refuse_flags, say
 from utils.dataset_config import read_dataset_config
 from utils.files import existing_file, read_toml
 from utils.flow_matching import TimestepConfig
@@ -211,7 +211,7 @@ def _save(flags: Namespace) -> SaveConfig:
 
 
 def _resume(flags: Namespace) -> Path | None:
-    return latest_state(flags.output_dir, flags.output_name) if flags.resume == Path("latest") else flags.resume
+    return latest_state(flags.output_dir, flags.output_name, say) if flags.resume == Path("latest") else flags.resume
 
 
 def _timesteps(flags: Namespace) -> TimestepConfig:

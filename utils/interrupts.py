@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 
 # accelerate's launcher ends at the first Ctrl-C, and the terminal's next one goes to the shell.
 _TOLD = (
@@ -31,7 +32,8 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(2, _TOLD.format(pid=os.getpid()).encode())  # print may be at work where the signal came in
+        with suppress(OSError):  # Ctrl-C ends `| tee` as well
+            os.write(2, _TOLD.format(pid=os.getpid()).encode())  # print may be at work where the signal came in
 
 
 def ignore_interrupts(*_) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from utils.selective_finetune import SliceUnits, TrainedSlice, block_linears
 from utils.slice_files import SlicesOnBase
-from wan.loading import load_dit
+from wan.loading import file_dtype, load_dit
 from wan.model import WanModel
 from wan.stored_tensors import DTYPES
 
@@ -44,7 +44,8 @@ def load_with_slices(path: Path, dtype: torch.dtype, slices: SlicesOnBase) -> tu
     Weights that are cast at load are copies, and hold the slices already. InputError if it is not the slices' base.
     """
     stored = {name: DTYPES[slices.header.tensors[name].dtype] for name in slices.patches}
-    cast = {name: patch for name, patch in slices.patches.items() if stored[name] != dtype}
+    is_cast = file_dtype(slices.header) != dtype  # most of it: what is not would be no file to place_model, either
+    cast = {name: patch for name, patch in slices.patches.items() if is_cast or stored[name] != dtype}
     model = load_dit(path, dtype, read_only=True, patches=cast)
     linears = {f"{name}.weight": linear for name, linear in block_linears(model).items()}
     overlays = {linears[name]: _overlay(slices, name, linears[name]) for name in slices.patches.keys() - cast.keys()}

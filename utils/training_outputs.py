@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from utils.checkpoint_metadata import checkpoint_metadata
-from utils.checkpoints import Save, remove_expired, save_after_epoch, save_after_step, stop_state
+from utils.checkpoints import Save, is_written, remove_expired, save_after_epoch, save_after_step, stop_state
 from utils.outputs import to_frames
 from utils.preservation import most_frequent
 from utils.training_run import Place, Run, state_of
@@ -70,8 +70,7 @@ def save_turn(run: Run, place: Place, turn: Save) -> None:
         concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
         lines = write_files(turn.files, run.trained, run.header, run.below, metadata, concept)
         if run.debug:
-            with _stops_without_room(run, place):
-                lines += run.debug.after_save(turn.files.get("checkpoint"), place.step, run.accelerator.trackers)
+            lines += run.debug.after_save(turn.files.get("checkpoint"), place.step, run.accelerator.trackers)
         lines += remove_expired(turn)
         paths = [*map(str, turn.files.values()), *([turn.state.name] if turn.state else [])]
         say_beside_bar(run, *lines, f"saved {' and '.join(paths)}")
@@ -116,7 +115,7 @@ def make_up(run: Run, place: Place) -> None:
         turn, when = save_after_step(saves, place.step), step_text(place.step)
         draws = draws_after_step(run, place)
     # What the main process sees, before it writes: all have to take the same way.
-    missing = [turn.missing if turn else {}, draws and not _are_drawn(run, when)]
+    missing = [turn.missing(place.saved_at) if turn else {}, draws and not _are_drawn(run, when, place.saved_at)]
     broadcast_object_list(missing)
     files, samples = missing
     if files or samples:
@@ -135,10 +134,11 @@ def epoch_text(epoch: int) -> str:
     return f"e{epoch:06d}"
 
 
-def _are_drawn(run: Run, when: str) -> bool:
+def _are_drawn(run: Run, when: str, since: int) -> bool:
     stem, folder = glob.escape(f"{run.config.save.name}_{when}"), run.config.save.folder / "sample"
     numbers = range(len(run.config.samples.prompts))
-    return all(any(folder.glob(f"{stem}_{number:02d}_*")) for number in numbers)
+    drawn = {number: folder.glob(f"{stem}_{number:02d}_*") for number in numbers}
+    return all(any(is_written(path, since) for path in paths) for paths in drawn.values())
 
 
 @contextmanager

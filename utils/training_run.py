@@ -1,11 +1,13 @@
 """A training run in memory: what its loop works with, where it is, what of it a state keeps."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -26,12 +28,16 @@ from wan.model import WanModel
 
 @dataclass
 class Place:
-    """Where the run is: its epoch (from 0), this process's next batch in it, the steps done, the last losses."""
+    """Where the run is: its epoch (from 0), this process's next batch in it, the steps done, the last losses.
+
+    `saved_at` is when the state was saved that the run goes on from, in ns since 1970.
+    """
 
     epoch: int
     batch: int
     step: int
     losses: deque[float]  # of as many steps as an epoch has
+    saved_at: int = 0
 
     def average_loss(self) -> float:
         return sum(self.losses) / len(self.losses)
@@ -70,9 +76,12 @@ def resume(run: Run) -> Place:
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.scaler.load_state_dict(state["scaler"])
-    place = Place(state["epoch"], state["batch"], state["step"], deque(state["losses"], run.plan.steps_per_epoch))
-    ended = place.step >= run.plan.steps and not save_at_end(run.config.save).missing
-    if ended or place.step > run.plan.steps:
+    losses = deque(state["losses"], run.plan.steps_per_epoch)
+    place = Place(state["epoch"], state["batch"], state["step"], losses, state["saved_at"])
+    # As the main process sees it, before it writes: all have to take the same way.
+    ended = [place.step >= run.plan.steps and not save_at_end(run.config.save).missing(place.saved_at)]
+    broadcast_object_list(ended)
+    if ended[0] or place.step > run.plan.steps:
         raise InputError(
             f"--resume {folder} has done {place.step} steps and the run has {run.plan.steps}: raise --max_train_epochs "
             "or --max_train_steps to go on"
@@ -96,4 +105,5 @@ def state_of(run: Run, place: Place) -> dict:
         "step": place.step,
         "losses": list(place.losses),
         "planned_steps": run.plan.steps,
+        "saved_at": time.time_ns(),
     }

@@ -6,7 +6,7 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,15 +52,21 @@ def load_state(folder: Path) -> dict:
     return _load(folder, mmap=False)["state"]
 
 
-def latest_state(folder: Path, name: str) -> Path:
+def latest_state(folder: Path, name: str, say: Callable[[str], None]) -> Path:
     """The state of runs called `name` that was saved last; InputError if `folder` holds none.
 
-    By what the states themselves tell: copied files have other times, and the names of two runs may meet.
+    By what the states themselves tell: copied files have other times, and the names of two runs may meet. Those that
+    cannot be read are said and left out.
     """
     names = re.compile(re.escape(name) + r"(-\d{6}|-step\d{8})?-state")
     folders = [file.parent for file in folder.glob(f"*/{_FILE}") if names.fullmatch(file.parent.name)]
-    told = {path: _read(path, mmap=True) for path in folders}
-    found = [path for path in folders if told[path]["name"] == name]
+    told = {}
+    for path in folders:
+        try:
+            told[path] = _read(path, mmap=True)
+        except InputError as error:
+            say(f"note: {error}")
+    found = [path for path, content in told.items() if content["name"] == name]
     if not found:
         raise InputError(f"--resume latest: {folder} holds no state of {name}; leave it out to begin")
     return max(found, key=lambda path: told[path]["saved_at"])

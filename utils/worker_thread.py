@@ -4,6 +4,7 @@ A ThreadPoolExecutor is no such thing: to end it takes locks of Python's own thr
 that holds them, which then waits for itself.
 """
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 
 class WorkerThread:
-    """The thread; `begin` is its first job. It ends with this object, too, and with the program."""
+    """The thread; `begin` is its first job, and where that fails, all others do. It ends with this object, too."""
 
     def __init__(self, name: str, begin: Callable[[], object] | None = None):
         self._jobs = _Jobs()
@@ -42,6 +43,7 @@ class _Jobs:
 
     def __init__(self):
         self.queue = SimpleQueue()
+        self.process = os.getpid()  # in a fork of it there is no thread
         self.thread: int | None = None
         self.ended = False
         self.dropped = False
@@ -49,23 +51,29 @@ class _Jobs:
 
 def _work(jobs: _Jobs, begin: Callable[[], object] | None) -> None:
     jobs.thread = threading.get_ident()
-    if begin is not None:
-        begin()
+    begun = Future()
+    _do(begun, begin or (lambda: None))
     while isinstance(job := jobs.queue.get(), tuple):
         future, action, given = job
-        if not jobs.dropped:
-            try:
-                future.set_result(action(*given))
-            except Exception as error:  # whoever asks for the result is to hear of it
-                future.set_exception(error)
-        else:
+        if jobs.dropped:
             future.cancel()
+        elif error := begun.exception():
+            future.set_exception(error)
+        else:
+            _do(future, action, *given)
         del job, future, action, given  # their memory is not to wait for the next job
     job.release()
 
 
+def _do(future: Future, action: Callable, *given: Any) -> None:
+    try:
+        future.set_result(action(*given))
+    except Exception as error:  # whoever asks for the result is to hear of it
+        future.set_exception(error)
+
+
 def _end(jobs: _Jobs, drop: bool) -> None:
-    if jobs.ended:
+    if jobs.ended or jobs.process != os.getpid():
         return
     inside = threading.get_ident() == jobs.thread
     jobs.ended, jobs.dropped = True, drop or inside
