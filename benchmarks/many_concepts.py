@@ -28,6 +28,13 @@ LEARN = {
     "lora-2": functools.partial(methods.lora, rank=2),
     "full": methods.everything,
 }
+LABELS = {
+    "slices": "disjoint slices (ours)",
+    "one-slice": "one slice reused, ff 0.02",
+    "one-slice-0.1": "one slice reused, ff 0.1",
+    "lora-2": "LoRA, rank 2",
+    "full": "all block matrices",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,14 @@ def report(folder: Path) -> None:
         if part_file(folder, variant.part).exists():
             result = read_part(folder, variant.part)
             newest = "all" if variant.remembered == COUNT else variant.remembered
-            shown = [variant.method, variant.listed, newest, variant.every, variant.steps, f"{result['rate']:g}"]
+            shown = [
+                LABELS[variant.method],
+                variant.listed,
+                newest,
+                variant.every,
+                variant.steps,
+                f"{result['rate']:g}",
+            ]
             shown.append(f"{mean(result['right_after']):.2f}")
             shown += [f"{mean(result['marks'][str(mark)]):.2f}" for mark in MARKS]
             shown += [f"{result['known'][which]['drift']:.3f}" for which in ("listed", "unlisted")]
