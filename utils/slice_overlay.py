@@ -44,11 +44,11 @@ def load_with_slices(path: Path, dtype: torch.dtype, slices: SlicesOnBase) -> tu
     Weights that are cast at load are copies, and hold the slices already. InputError if it is not the slices' base.
     """
     stored = {name: DTYPES[slices.header.tensors[name].dtype] for name in slices.patches}
-    is_cast = file_dtype(slices.header) != dtype  # most of it: what is not would be no file to place_model, either
+    is_cast = file_dtype(slices.header) != dtype  # most of it: place_model takes the rest for private memory then, too
     cast = {name: patch for name, patch in slices.patches.items() if is_cast or stored[name] != dtype}
     model = load_dit(path, dtype, read_only=True, patches=cast)
     linears = {f"{name}.weight": linear for name, linear in block_linears(model).items()}
-    overlays = {linears[name]: _overlay(slices, name, linears[name]) for name in slices.patches.keys() - cast.keys()}
+    overlays = {linears[name]: _overlay(slices, name, linears[name]) for name in slices.patches if name not in cast}
     slices.check_starts()
     return model, overlays
 
