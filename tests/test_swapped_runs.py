@@ -187,9 +187,9 @@ print(json.dumps(anonymous() - before))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_mapped_model_with_a_slice_of_a_file_takes_no_memory_of_its_own(tmp_path):
-    """540 MB of weights in 20 blocks: two of them in buffers, and what a step needs besides."""
+    """320 MB of weights in 12 blocks: two of them in buffers, and what a step needs besides."""
     path = tmp_path / "base.safetensors"
-    config = CONFIG.__class__("t2v", 1024, 2048, 8, 20, 16, 16, text_dim=64, freq_dim=256, text_len=8)
+    config = CONFIG.__class__("t2v", 1024, 2048, 8, 12, 16, 16, text_dim=64, freq_dim=256, text_len=8)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in WanModel(config).state_dict().items()}
     save_file({name: torch.ones(shape).mul_(0.01).bfloat16() for name, shape in shapes.items()}, path)
@@ -199,4 +199,4 @@ def test_a_mapped_model_with_a_slice_of_a_file_takes_no_memory_of_its_own(tmp_pa
     assert done.returncode == 0, done.stderr
     written = path.stat().st_size
     path.unlink()
-    assert written > 500e6 and json.loads(done.stdout) < written / 2
+    assert written > 300e6 and json.loads(done.stdout) < written / 2
