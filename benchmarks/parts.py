@@ -23,6 +23,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_parts(options: argparse.Namespace, stages: Sequence[Sequence[str]], work: Callable[[str, Path], dict]) -> bool:
     """Does all parts of each stage before the next; False in a part's own process, where the caller is to end."""
+    if options.report and not any(options.folder.glob("*.json")):
+        sys.exit(f"error: {options.folder} holds no results yet")
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.part:
         result = work(options.part, options.folder)

@@ -181,7 +181,7 @@ def test_a_chains_run_takes_the_steps_of_plain_autograd(folder, every, window):
             at = slice_indices(name, weight.shape, "0.1", 4)
             weight.data.view(-1)[at] -= 0.1 * grad.reshape(-1)[at]
     assert mixed  # sizes in one batch
-    trained = load_state(folder / "out" / "three-state")["trained"]
+    trained = load_state(folder / "out" / "three-state")[0]["trained"]
     for name, weight in weights.items():
         at = slice_indices(name, weight.shape, "0.1", 4)
         moved = (weight - start.get_parameter(name)).flatten()[at]

@@ -1,6 +1,5 @@
 """A training run in memory: what its loop works with, where it is, what of it a state keeps."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,13 +70,13 @@ def resume(run: Run) -> Place:
     """Puts the run where the state was saved."""
     folder = run.config.resume
     check_state(folder, run.settings)
-    state = load_state(folder)
+    state, saved_at = load_state(folder)
     run.trained.load_state_dict(state["trained"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.scaler.load_state_dict(state["scaler"])
     losses = deque(state["losses"], run.plan.steps_per_epoch)
-    place = Place(state["epoch"], state["batch"], state["step"], losses, state["saved_at"])
+    place = Place(state["epoch"], state["batch"], state["step"], losses, saved_at)
     # As the main process sees it, before it writes: all have to take the same way.
     ended = [place.step >= run.plan.steps and not save_at_end(run.config.save).missing(place.saved_at)]
     broadcast_object_list(ended)
@@ -105,5 +104,4 @@ def state_of(run: Run, place: Place) -> dict:
         "step": place.step,
         "losses": list(place.losses),
         "planned_steps": run.plan.steps,
-        "saved_at": time.time_ns(),
     }

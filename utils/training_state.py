@@ -47,9 +47,10 @@ def check_state(folder: Path, settings: Mapping[str, str]) -> None:
         )
 
 
-def load_state(folder: Path) -> dict:
-    """The tensors, numbers and containers of save_state, on the CPU; InputError if the file cannot be read."""
-    return _load(folder, mmap=False)["state"]
+def load_state(folder: Path) -> tuple[dict, int]:
+    """What save_state was given, on the CPU, and when (ns since 1970); InputError if the file cannot be read."""
+    content = _load(folder, mmap=False)
+    return content["state"], content["saved_at"]
 
 
 def latest_state(folder: Path, name: str, say: Callable[[str], None]) -> Path:
