@@ -8,7 +8,7 @@ from fake_device import TIMINGS, FakeDevice
 from torch import nn
 
 from utils.block_swap import checkpoint_blocks, memory_line, place_model, weight_sizes
-from utils.checkpoints import readable
+from utils.files import readable
 from utils.selective_finetune import attach_slice, block_linears, slice_units
 from utils.slice_overlay import Overlay
 from utils.swap_plan import SwapConfig

@@ -16,12 +16,12 @@ from utils.checkpoints import (
     check_saves,
     disk_use,
     planned_saves,
-    readable,
     remove_expired,
     save_after_epoch,
     save_after_step,
     save_at_end,
 )
+from utils.files import readable
 from utils.training_plan import first_items, plan_training
 from utils.training_state import check_state, load_state, save_state
 from wan.errors import InputError

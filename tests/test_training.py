@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from utils import training
 from utils.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents, write_text
-from utils.checkpoints import readable
 from utils.cli_train import parse_train
 from utils.dataset import TrainingDataset, build_training_dataset
+from utils.files import readable
 from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.selective_finetune import UNFINISHED, SliceError, slice_indices
 from wan.errors import InputError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.block_inputs import BlockInputs
-from utils.checkpoints import readable
+from utils.files import readable
 from utils.host_store import BackgroundCopies, HostStore, aligned, make_host_store
 from utils.selective_finetune import SlicedMatrix, TrainedSlice
 from utils.slice_overlay import Overlay

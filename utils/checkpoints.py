@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from utils.files import writable_folder
+from utils.files import readable, writable_folder
 from utils.kept_answers import ENDING
 from utils.selective_finetune import UNFINISHED
 from wan.errors import InputError
@@ -198,12 +198,6 @@ def remove_expired(save: Save) -> list[str]:
         except OSError as error:  # on Windows, what another program has open
             lines.append(f"could not delete {path} ({error.strerror}): delete it by hand")
     return lines
-
-
-def readable(count: int) -> str:
-    """Bytes for a person to read, in decimal units: 28.6 GB."""
-    unit, size = next(((u, s) for u, s in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)) if count >= s), ("kB", 1000))
-    return f"{count / size:.1f} {unit}"
 
 
 def _save(config: SaveConfig, stem, number: int, expired: tuple[int | None, int | None]) -> Save:

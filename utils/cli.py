@@ -36,6 +36,14 @@ def refuse_flags(parser: argparse.ArgumentParser, reasons: Mapping[str, str]) ->
         parser.add_argument(flag, action=_Refuse, reason=reason)
 
 
+def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str) -> list[float]:
+    """One strength a slice, from none (all 1), one, or as many; InputError names the flag."""
+    given = list(strengths or [1.0])
+    if len(given) != 1 and len(given) != slices:
+        raise InputError(f"{flag} {' '.join(map(str, given))}: give one number, or one for each of the {slices} slices")
+    return given * slices if len(given) == 1 else given
+
+
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Runs a script's main(); a user's mistake becomes one line on stderr, exit code 2.
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import Parser, refuse_flags
+from utils.cli import Parser, one_strength_each, refuse_flags
 from utils.files import existing_file
 from utils.generation import OUTPUT_TYPES, GenerateConfig
 from utils.prompts import SamplePrompt, check_prompt, read_prompt_file
 from utils.sampling import SOLVERS
-from utils.slice_files import one_strength_each
 from utils.swap_flags import add_swap_flags, read_swap
 from wan.configs import TASKS, WanTask
 from wan.errors import InputError

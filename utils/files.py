@@ -1,4 +1,4 @@
-"""Users' files and folders: there, readable, writable, or one line that says what is wrong."""
+"""Users' files and folders, checked before they are used; sizes as text."""
 
 import os
 import sys
@@ -38,3 +38,9 @@ def writable_folder(path: Path, flag: str) -> Path:
     if not os.access(path, os.W_OK):
         raise InputError(f"{flag} {path} is not writable")
     return path
+
+
+def readable(count: int) -> str:
+    """Bytes for a person to read, in decimal units: 28.6 GB."""
+    unit, size = next(((u, s) for u, s in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)) if count >= s), ("kB", 1000))
+    return f"{count / size:.1f} {unit}"

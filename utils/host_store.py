@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints import readable
+from utils.files import readable
 from utils.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead, share_with_forks
 from utils.swap_backend import CudaBackend, HostBackend
 from utils.worker_thread import WorkerThread

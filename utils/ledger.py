@@ -84,6 +84,11 @@ class Entry:
         return (self.contract, self.interval) == (other.contract, other.interval)
 
 
+def own_entry(ff: str, ffid: int, name: str) -> Entry:
+    """The slice that a run trains, before its first step."""
+    return Entry(CONTRACT, ff, ffid, name, 0, "")
+
+
 def read_ledger(metadata: Mapping[str, str], source: object) -> list[Entry]:
     """The entries of a file's metadata, oldest first, none where there is no ledger; InputError names the `source`."""
     try:

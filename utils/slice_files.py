@@ -181,14 +181,6 @@ class SlicesOnBase:
             self._starts[file.path][name] = value_digest(start)
 
 
-def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str) -> list[float]:
-    """One strength a slice, from none (all 1), one, or as many; InputError names the flag."""
-    given = list(strengths or [1.0])
-    if len(given) != 1 and len(given) != slices:
-        raise InputError(f"{flag} {' '.join(map(str, given))}: give one number, or one for each of the {slices} slices")
-    return given * slices if len(given) == 1 else given
-
-
 def _refuse_overlap_with_base(
     file: SliceFile, header: CheckpointHeader, below: Sequence[Entry], units: Mapping[str, SliceUnits]
 ) -> None:

@@ -9,7 +9,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import Parser, run
+from utils.cli import Parser, one_strength_each, run
 from utils.slice_list import as_json, list_files, table
 from wan.errors import InputError
 
@@ -113,7 +113,6 @@ def _extract(flags: Namespace) -> None:
 
 
 def _apply(flags: Namespace) -> None:
-    from utils.slice_files import one_strength_each
     from utils.slice_tools import apply
 
     strengths = one_strength_each(flags.strength, len(flags.slices), "--strength")

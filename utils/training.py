@@ -22,6 +22,7 @@ from utils.checkpoints import remove_unfinished, save_after_epoch, save_after_st
 from utils.dataset import build_training_dataset, make_loader
 from utils.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.interrupts import StopRequest
+from utils.ledger import own_entry
 from utils.lr_schedules import build_scheduler
 from utils.optimizers import build_optimizer, learning_rates
 from utils.preservation import Targets, preserve_lines
@@ -37,7 +38,7 @@ from utils.training_report import input_bytes, inputs_line, plan_line, slice_lin
 from utils.training_run import Place, Run, resume, state_of
 from utils.training_samples import due_after_epoch, prepare_samples
 from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
-from utils.training_slices import ledger_lines, own_entry, read_slices
+from utils.training_slices import ledger_lines, read_slices
 from utils.training_state import check_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
@@ -128,7 +129,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     )
     place = resume(run) if config.resume else Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
     lines = [*ledger_lines(config, header, below), *slice_lines(trained, model, below.entries)]
-    lines += preserve_lines(preserved, below.entries, own_entry(config))
+    lines += preserve_lines(preserved, below.entries, own_entry(config.ff, config.ffid, config.save.name))
     lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
     if inputs is not None:
         lines.append(inputs_line(len(model.blocks), input_size))

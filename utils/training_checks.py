@@ -11,7 +11,7 @@ from utils.block_swap import check_swap
 from utils.checkpoints import Save, check_saves, disk_use, planned_files, planned_saves
 from utils.dataset import TrainingDataset
 from utils.flow_matching import check_timesteps
-from utils.ledger import Entry, read_ledger
+from utils.ledger import Entry, own_entry, read_ledger
 from utils.lr_schedules import check_schedule
 from utils.optimizers import check_optimizer
 from utils.selective_finetune import check_slice
@@ -21,7 +21,6 @@ from utils.training_config import COMPUTE_DTYPES, TrainConfig
 from utils.training_plan import TrainingPlan
 from utils.training_preservation import AskingPlan
 from utils.training_report import expert_line, saving_lines
-from utils.training_slices import own_entry
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import (
@@ -91,7 +90,7 @@ def check_plan(
             f"--preserve_every {config.preserve.every}: the run has {plan.steps} steps, so none would preserve; take "
             f"{plan.steps} at the most"
         )
-    units = units_of(header, own_entry(config))
+    units = units_of(header, own_entry(config.ff, config.ffid, config.save.name))
     values = sum(own.count for own in units.values())
     every = {
         "checkpoint": sum(file.stat().st_size for file in header.files),
@@ -104,7 +103,7 @@ def check_plan(
     if asking:
         others[asking.path] = asking.size
     check_saves(saves, config.save, inputs, sizes, others)
-    replaced = _replaced_lines(saves, own_entry(config))
+    replaced = _replaced_lines(saves, own_entry(config.ff, config.ffid, config.save.name))
     free = shutil.disk_usage(config.save.folder).free
     use = disk_use(saves, sizes, values * _STATE_BYTES)
     return [*replaced, *saving_lines(use, sizes, config.save.folder, free)]

@@ -20,14 +20,14 @@ from tqdm import tqdm
 from utils.base_model import BaseModel
 from utils.cache_files import latents_shape, read_latents
 from utils.cached_items import Item
-from utils.checkpoints import readable
 from utils.dataset import TrainingDataset
+from utils.files import readable
 from utils.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sigmas_of
 from utils.kept_answers import ENDING, Answer, OldPrompt, answer_bytes, is_of_run, read_answers, write_answers
+from utils.ledger import own_entry
 from utils.preservation import OldPrompts, Preservation, PreserveConfig, encoded, old_prompts
 from utils.slice_files import SlicesOnBase
 from utils.training_config import TrainConfig
-from utils.training_slices import own_entry
 from wan.configs import WanConfig
 from wan.model import WanModel
 
@@ -102,7 +102,9 @@ def read_old_prompts(
         return OldPrompts()
     kept = read_answers(config.preserve.answers, base, model) if config.preserve.answers else []
     captions = {item.caption for item in dataset.items}
-    return old_prompts(config.preserve, below.entries, own_entry(config), kept, captions)
+    return old_prompts(
+        config.preserve, below.entries, own_entry(config.ff, config.ffid, config.save.name), kept, captions
+    )
 
 
 def plan_asking(

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from utils.cached_items import Item
-from utils.checkpoints import DiskUse, readable
+from utils.checkpoints import DiskUse
 from utils.dataset import TrainingDataset
+from utils.files import readable
 from utils.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
-from utils.ledger import CONTRACT, Entry, ids_line
+from utils.ledger import Entry, ids_line, own_entry
 from utils.selective_finetune import TrainedSlice
 from utils.training_plan import TrainingPlan
 from wan.configs import WanTask
@@ -21,7 +22,7 @@ def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry])
     """How much trains and where, and which ids are left after it."""
     blocks = {name.split(".")[1] for name in trained.matrices}
     total = sum(parameter.numel() for parameter in model.parameters())
-    own = Entry(CONTRACT, trained.ff, trained.ffid, "", 0, "")
+    own = own_entry(trained.ff, trained.ffid, "")
     return [
         f"slice ff {trained.ff} ffid {trained.ffid}: {trained.count:,} of {total:,} values train "
         f"({100 * trained.count / total:.4f} %), in {len(trained.matrices)} matrices of {len(blocks)} of "

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.ledger import CONTRACT, KEY, Entry, extended, ledger_text, refuse_overlap
+from utils.ledger import KEY, Entry, extended, ledger_text, own_entry, refuse_overlap
 from utils.selective_finetune import Patch, TrainedSlice, write_slice
 from utils.slice_files import SlicesOnBase, read_slice_file, units_of
 from utils.slice_lora import write_lora
@@ -23,7 +23,7 @@ _LORA_DTYPE = torch.float32  # exact
 def read_slices(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
     """--slices, checked against --dit; InputError if one does not fit, or if the asked slice lies over another one."""
     below = SlicesOnBase(header, [read_slice_file(path) for path in config.slices], [1.0] * len(config.slices))
-    own = own_entry(config)
+    own = own_entry(config.ff, config.ffid, config.save.name)
     same = [entry for entry in below.entries if entry.is_slice_of(own)]
     others = [entry for entry in below.entries if not entry.is_slice_of(own)]
     if config.continue_slice and not same:
@@ -54,7 +54,7 @@ def ledger_lines(config: TrainConfig, header: CheckpointHeader, below: SlicesOnB
             f"note: {config.dit} has no ledger of slices (an original model, or a file of another tool): if something "
             "was trained into it before, it cannot be known where"
         )
-    own = own_entry(config)
+    own = own_entry(config.ff, config.ffid, config.save.name)
     lines += [
         f"WARNING: {entry.label} is in the same values of this checkpoint: the run trains over it"
         for entry in below.entries
@@ -91,11 +91,6 @@ def write_files(
         if report.different:
             lines.append(report.line)
     return lines
-
-
-def own_entry(config: TrainConfig) -> Entry:
-    """The slice that the run trains, before its first step."""
-    return Entry(CONTRACT, config.ff, config.ffid, config.save.name, 0, "")
 
 
 def _sources(config: TrainConfig) -> str:
