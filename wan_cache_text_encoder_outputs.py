@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from utils.caching import cache_text
-from utils.cli import run
-from utils.cli_cache import parse_cache_text
+from utils.cli.cache import parse_cache_text
+from utils.cli.command import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from utils.cli import run
-from utils.cli_generate import parse_generate
+from utils.cli.command import run
+from utils.cli.generate import parse_generate
 from utils.generation import generate
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from utils.cli import run, say
-from utils.cli_train import parse_train
+from utils.cli.command import run, say
+from utils.cli.train import parse_train
 from utils.training import train
 
 

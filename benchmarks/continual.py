@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from parts import add_flags, read_part, run_parts
 from tiny_world import KNOWN, World, fixed_inputs, velocities
 
-from utils.outputs import save_image
+from utils.sampling.writers import save_image
 from utils.selective_finetune import block_linears, slice_indices
 
 Learn = Callable[..., methods.Learner]  # of a model and the concept's number

@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 from tiny_world import World, shifted
 from torch import Tensor, nn
 
-from utils.kept_answers import Answer, OldPrompt
-from utils.preservation import Preservation
+from utils.preserve.answers_file import Answer, OldPrompt
+from utils.preserve.old_prompts import Preservation
 from utils.selective_finetune import attach_slice, block_linears
 from wan.model import WanModel
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from step_cost import DTYPES, FFS, FULL, QUICK, Blocks, Size, adamw, machine_line
 from torch import nn
 
-from utils.saved_changes import compare_save
 from utils.selective_finetune import TrainedSlice, attach_slice
+from utils.slices.compare import compare_save
 from utils.training_debug import DRAW_EVERY, READ_EVERY, TrainingDebug
 
 STEPS = (100, 10_000, 50_000)  # of a run, when it draws

@@ -93,7 +93,7 @@ def main() -> None:
     print("\n".join(report(base, slices, rows, slice_saved, own_list_time(slices))))
 
 
-COMMAND = [sys.executable, "-m", "utils.slices"]
+COMMAND = [sys.executable, "-m", "utils.cli.slices"]
 
 
 def parse() -> argparse.Namespace:
@@ -131,9 +131,9 @@ def write_random_slice(base: Path, path: Path, ffid: int) -> None:
     """A slice of random values that fits the base."""
     import torch
 
-    from utils.ledger import CONTRACT, KEY, Entry, ledger_text
     from utils.selective_finetune import base_identity, read_slice, slice_digest, value_digest, write_slice
-    from utils.slice_files import units_of
+    from utils.slices.ledger import CONTRACT, KEY, Entry, ledger_text
+    from utils.slices.on_base import units_of
     from wan.loading import read_checkpoint_header
 
     header = read_checkpoint_header(base)
@@ -169,7 +169,7 @@ def save(base: Path, out: Path, method: str) -> tuple[float, float]:
 
 def own_list_time(files: Sequence[Path]) -> float:
     """Seconds of the listing itself, without the start of Python."""
-    from utils.slice_list import list_files, table
+    from utils.slices.listing import list_files, table
 
     return best(lambda: table(list_files(files)))
 

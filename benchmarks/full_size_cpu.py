@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.cache_files import image_latents_path, text_path, write_latents, write_text  # noqa: E402
+from utils.data.cache_files import image_latents_path, text_path, write_latents, write_text  # noqa: E402
 from utils.selective_finetune import slice_indices  # noqa: E402
 from wan.configs import TASKS, WanConfig  # noqa: E402
 from wan.loading import read_checkpoint_header  # noqa: E402

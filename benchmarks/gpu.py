@@ -29,13 +29,13 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.block_inputs import BlockInputs  # noqa: E402
-from utils.block_swap import Placement, checkpoint_blocks, memory_line, place_model  # noqa: E402
-from utils.host_memory import available_bytes  # noqa: E402
-from utils.optimizers import OptimizerConfig, build_optimizer  # noqa: E402
+from utils.learning.optimizers import OptimizerConfig, build_optimizer  # noqa: E402
 from utils.selective_finetune import TrainedSlice, attach_slice  # noqa: E402
-from utils.swap_backend import CudaBackend, HostBackend  # noqa: E402
-from utils.swap_plan import SwapConfig  # noqa: E402
+from utils.swap.backend import CudaBackend, HostBackend  # noqa: E402
+from utils.swap.block_inputs import BlockInputs  # noqa: E402
+from utils.swap.host_memory import available_bytes  # noqa: E402
+from utils.swap.placement import Placement, checkpoint_blocks, memory_line, place_model  # noqa: E402
+from utils.swap.plan import SwapConfig  # noqa: E402
 from wan.configs import TASKS, WanConfig  # noqa: E402
 from wan.errors import InputError  # noqa: E402
 from wan.model import WanModel  # noqa: E402

@@ -21,12 +21,12 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from live_bytes import LiveBytes  # noqa: E402
 
 import wan.model  # noqa: E402
-from utils.block_inputs import BlockInputs  # noqa: E402
-from utils.block_swap import checkpoint_blocks, place_model  # noqa: E402
 from utils.selective_finetune import attach_slice  # noqa: E402
-from utils.swap_backend import HostBackend  # noqa: E402
-from utils.swap_plan import SwapConfig  # noqa: E402
-from utils.weight_streamer import Traffic  # noqa: E402
+from utils.swap.backend import HostBackend  # noqa: E402
+from utils.swap.block_inputs import BlockInputs  # noqa: E402
+from utils.swap.placement import checkpoint_blocks, place_model  # noqa: E402
+from utils.swap.plan import SwapConfig  # noqa: E402
+from utils.swap.streamer import Traffic  # noqa: E402
 from wan.configs import TASKS  # noqa: E402
 
 META = torch.device("meta")

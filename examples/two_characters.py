@@ -26,7 +26,7 @@ from emoji_pictures import HELD_OUT, moving, nearest, psnr  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from utils.outputs import save_image, save_video  # noqa: E402
+from utils.sampling.writers import save_image, save_video  # noqa: E402
 from utils.selective_finetune import slice_indices  # noqa: E402
 
 CHARACTERS = {"character1": "owl", "character2": "nesting dolls"}

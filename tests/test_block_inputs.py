@@ -7,9 +7,9 @@ import torch
 from fake_device import TIMINGS, FakeDevice
 from test_block_swap import BLOCKS, loss_of, tiny_model
 
-from utils.block_inputs import BlockInputs
-from utils.block_swap import checkpoint_blocks, place_model
 from utils.selective_finetune import attach_slice
+from utils.swap.block_inputs import BlockInputs
+from utils.swap.placement import checkpoint_blocks, place_model
 
 U = 2 * 4 * 48 * 2  # bytes of one block's input: two samples of four tokens
 

@@ -7,12 +7,12 @@ import torch
 from fake_device import TIMINGS, FakeDevice
 from torch import nn
 
-from utils.block_swap import checkpoint_blocks, memory_line, place_model, weight_sizes
 from utils.files import readable
 from utils.selective_finetune import attach_slice, block_linears, slice_units
-from utils.slice_overlay import Overlay
-from utils.swap_plan import SwapConfig
-from utils.weight_streamer import WeightStreamer
+from utils.slices.overlay import Overlay
+from utils.swap.placement import checkpoint_blocks, memory_line, place_model, weight_sizes
+from utils.swap.plan import SwapConfig
+from utils.swap.streamer import WeightStreamer
 from wan.configs import WanConfig
 from wan.model import WanModel
 

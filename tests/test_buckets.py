@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.buckets import bucket_sizes, choose_bucket
-from utils.sources import ImageDataset, Source
+from utils.data.sizes import bucket_sizes, choose_bucket
+from utils.data.sources import ImageDataset, Source
 from wan.errors import InputError
 
 SOURCE = Source(Path("a.png"), "")

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from utils import cache_files
-from utils.cache_files import CachedClip
+from utils.data import cache_files
+from utils.data.cache_files import CachedClip
 from wan.errors import InputError
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import utils.caching as caching
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-from utils.cli_cache import parse_cache_latents, parse_cache_text
-from utils.media import read_image
+from utils.cli.cache import parse_cache_latents, parse_cache_text
+from utils.data.media import read_image
 from utils.selective_finetune import UNFINISHED
 from wan.errors import InputError
 from wan.vae import load_vae

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.checkpoint_metadata import MetadataConfig, checkpoint_metadata
-from utils.checkpoints import (
+from utils.files import readable
+from utils.run.fingerprint import MetadataConfig, checkpoint_metadata
+from utils.run.plan import first_items, plan_training
+from utils.run.save_schedule import (
     KINDS,
     Save,
     SaveConfig,
@@ -21,9 +23,7 @@ from utils.checkpoints import (
     save_after_step,
     save_at_end,
 )
-from utils.files import readable
-from utils.training_plan import first_items, plan_training
-from utils.training_state import check_state, load_state, save_state
+from utils.run.state import check_state, load_state, save_state
 from wan.errors import InputError
 
 SIZES = {"checkpoint": 1}

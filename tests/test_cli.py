@@ -9,7 +9,7 @@ import pytest
 from tiny_chain import write_base
 
 ROOT = Path(__file__).parents[1]
-RUN = "from utils.cli import run, say\nimport sys\n"
+RUN = "from utils.cli.command import run, say\nimport sys\n"
 
 
 @pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"], autouse=True)

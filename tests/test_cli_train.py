@@ -9,10 +9,10 @@ import torch
 from tiny_run import write_dataset
 
 import wan_train_network
-from utils.cli import run
-from utils.cli_train import parse_train
+from utils.cli.command import run
+from utils.cli.train import parse_train
+from utils.cli.train_flags import REFUSED
 from utils.selective_finetune import SliceError
-from utils.train_flags import REFUSED
 from wan.errors import InputError
 
 COMMAND = shlex.split("""

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from utils.cache_files import clip_latents_path, image_latents_path, text_path, write_latents, write_text
-from utils.dataset import build_training_dataset, make_loader
-from utils.dataset_config import read_dataset_config
+from utils.data.cache_files import clip_latents_path, image_latents_path, text_path, write_latents, write_text
+from utils.data.config import read_dataset_config
+from utils.data.dataset import build_training_dataset, make_loader
 from wan.errors import InputError
 
 LATENTS = {"a": (40, 32), "b": (32, 32), "c": (64, 64), "d": (16, 64), "e": (16, 64)}

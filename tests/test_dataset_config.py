@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.dataset_config import read_dataset_config
-from utils.sources import ImageDataset, VideoDataset
+from utils.data.config import read_dataset_config
+from utils.data.sources import ImageDataset, VideoDataset
 from wan.errors import InputError
 
 IMAGES = '[[datasets]]\nimage_directory = "pics"\ncaption_extension = ".txt"\n'

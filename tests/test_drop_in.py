@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from test_selective_finetune import TINY, tiny_model
 from transformers import BertConfig, BertModel
 
-from utils.ledger import read_ledger
 from utils.selective_finetune import (
     SliceError,
     attach_slice,
@@ -22,6 +21,7 @@ from utils.selective_finetune import (
     read_header,
     slice_indices,
 )
+from utils.slices.ledger import read_ledger
 
 PATCH = Path(__file__).parents[1] / "utils" / "selective_finetune.py"
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.flow_matching import (
+from utils.learning.flow_matching import (
     SAMPLINGS,
     TimestepConfig,
     add_noise,

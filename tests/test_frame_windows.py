@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.frame_windows import clip_windows, frames_needed
-from utils.sources import VideoDataset
+from utils.data.sizes import clip_windows, frames_needed
+from utils.data.sources import VideoDataset
 
 
 def _windows(available, extraction, frames=(5,), **settings):

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from utils import generation
-from utils.outputs import to_frames
-from utils.prompts import SamplePrompt
-from utils.sampling import decode_latent, encode_samples, resolve_sample, sample_prompt
+from utils.sampling.denoising import decode_latent, encode_samples, resolve_sample, sample_prompt
+from utils.sampling.prompts import SamplePrompt
+from utils.sampling.writers import to_frames
 from utils.selective_finetune import UNFINISHED, attach_slice
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig
 from wan.errors import InputError

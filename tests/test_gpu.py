@@ -13,13 +13,13 @@ from test_selective_finetune import TINY, cut, tiny_model
 from test_training_debug import events, rows_of
 from tiny_run import run, write_dataset, write_dit
 
-from utils.block_inputs import BlockInputs
-from utils.block_swap import checkpoint_blocks, place_model
-from utils.host_store import LockedMemory
-from utils.optimizers import OptimizerConfig, build_optimizer
+from utils.learning.optimizers import OptimizerConfig, build_optimizer
 from utils.selective_finetune import attach_slice, block_linears
-from utils.swap_backend import CudaBackend
-from utils.swap_plan import SwapConfig
+from utils.swap.backend import CudaBackend
+from utils.swap.block_inputs import BlockInputs
+from utils.swap.host_store import LockedMemory
+from utils.swap.placement import checkpoint_blocks, place_model
+from utils.swap.plan import SwapConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.heat_map import WIDTH, History, heat_map
+from utils.training_debug import WIDTH, History, heat_map
 
 
 def test_a_heat_map_is_bright_where_values_are_large():

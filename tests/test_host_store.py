@@ -10,8 +10,8 @@ import torch
 from fake_device import TIMINGS, FakeDevice
 from torch import nn
 
-from utils import host_memory, host_store
-from utils.host_store import BackgroundCopies, LockedMemory, choose_mode, make_host_store
+from utils.swap import host_memory, host_store
+from utils.swap.host_store import BackgroundCopies, LockedMemory, choose_mode, make_host_store
 from wan.errors import InputError
 
 GB = 10**9

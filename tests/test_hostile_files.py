@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, write_chain
 
-from utils.ledger import read_ledger
+from utils.cli.slices import main
+from utils.run.state import check_state, save_state
 from utils.selective_finetune import SliceError
-from utils.slice_files import SlicesOnBase, read_slice_file
-from utils.slice_list import as_json, list_files, table
-from utils.slices import main
-from utils.training_state import check_state, save_state
+from utils.slices.ledger import read_ledger
+from utils.slices.listing import as_json, list_files, table
+from utils.slices.on_base import SlicesOnBase, read_slice_file
 from wan.errors import InputError
 from wan.loading import read_checkpoint_header
 from wan.safetensors_header import read_file_header

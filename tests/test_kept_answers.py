@@ -15,17 +15,17 @@ from test_preservation import SGD, kept_by, logged, t5
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 from torch.nn import functional as F
 
-from utils.base_model import BaseModel
-from utils.cli_train import parse_train
-from utils.dataset import build_training_dataset
-from utils.flow_matching import draw_generator, sigmas_of
-from utils.kept_answers import Answer, OldPrompt, read_answers, write_answers
-from utils.ledger import CONTRACT, Entry
-from utils.preservation import Preservation
+from utils.cli.train import parse_train
+from utils.data.dataset import build_training_dataset
+from utils.learning.flow_matching import draw_generator, sigmas_of
+from utils.preserve.answers_file import Answer, OldPrompt, read_answers, write_answers
+from utils.preserve.old_prompts import Preservation
+from utils.run.state import load_state
 from utils.selective_finetune import base_identity, slice_indices
-from utils.slice_list import list_files, table
-from utils.slice_tools import apply, remove, scale
-from utils.training_state import load_state
+from utils.slices.base_identity import BaseModel
+from utils.slices.commands import apply, remove, scale
+from utils.slices.ledger import CONTRACT, Entry
+from utils.slices.listing import list_files, table
 from wan.errors import InputError
 from wan.loading import load_dit
 from wan.model import WanModel
@@ -233,7 +233,7 @@ def test_a_resumed_or_swapped_run_keeps_the_same_answers(folder, more):
 def test_a_run_that_is_begun_again_does_not_ask_again(folder):
     common = (*third(folder), "--max_train_epochs", "1")
     run(folder, *common)
-    with patch("utils.training_preservation.write_answers") as writing:
+    with patch("utils.preserve.asking.write_answers") as writing:
         run(folder, *common)
         assert not writing.called
         with pytest.raises(InputError, match="no safetensors file"):
@@ -384,7 +384,7 @@ def test_what_the_run_reads_is_not_written_over(folder):
 def test_a_disk_without_room_for_the_answers_is_told_before_the_model_loads(folder):
     free = SimpleNamespace(free=(folder / "base.safetensors").stat().st_size + 1000)
     with (
-        patch("utils.checkpoints.shutil.disk_usage", return_value=free),
+        patch("utils.run.save_schedule.shutil.disk_usage", return_value=free),
         patch("utils.training.load_with_slices") as loading,
     ):
         with pytest.raises(InputError, match=r"one save \(checkpoint, three.answers.safetensors\) needs"):

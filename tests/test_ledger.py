@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import ledger, selective_finetune
-from utils.ledger import Entry, extended, free_ids, is_concept_name, ledger_text, read_ledger
+from utils import selective_finetune
 from utils.selective_finetune import SliceError, check_slice, exact_fraction
-from utils.slice_files import scaled
+from utils.slices import ledger
+from utils.slices.ledger import Entry, extended, free_ids, is_concept_name, ledger_text, read_ledger
+from utils.slices.on_base import scaled
 from wan.errors import InputError
 
 fractions = st.fractions(Fraction(1, 40), 1, max_denominator=40)

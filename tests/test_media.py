@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.media import count_frames, image_size, read_image, read_video, resize_and_crop, video_size
+from utils.data.media import count_frames, image_size, read_image, read_video, resize_and_crop, video_size
 from wan.errors import InputError
 
 RNG = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_selective_finetune import loss_of, tiny_model
 from torch import nn
 
-from utils.block_swap import checkpoint_blocks
 from utils.selective_finetune import SliceError, attach_slice, block_linears, read_ledger, slice_indices
+from utils.swap.placement import checkpoint_blocks
 
 UTILS = str(Path(__file__).parents[1] / "utils")
 STEPS = 3

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from utils.lr_schedules import SCHEDULES, ScheduleConfig, build_scheduler, check_schedule, steps_of
-from utils.optimizers import OptimizerConfig, build_optimizer, check_optimizer, learning_rates
+from utils.learning.lr_schedules import SCHEDULES, ScheduleConfig, build_scheduler, check_schedule, steps_of
+from utils.learning.optimizers import OptimizerConfig, build_optimizer, check_optimizer, learning_rates
 from wan.errors import InputError
 
 CLASSES = {

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from utils.outputs import load_latent, remove_unfinished, save_frames, save_latent, save_sample, to_frames
+from utils.sampling.writers import load_latent, remove_unfinished, save_frames, save_latent, save_sample, to_frames
 from utils.selective_finetune import UNFINISHED, SliceError
 from wan.errors import InputError
 

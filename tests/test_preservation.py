@@ -16,14 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 
 from utils import training
-from utils.base_model import BaseModel
-from utils.cli_train import parse_train
-from utils.dataset import build_training_dataset
-from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
-from utils.kept_answers import Answer, OldPrompt, read_answers
-from utils.ledger import CONTRACT, Entry
-from utils.preservation import CAPTIONS_KEPT, Preservation, most_frequent, old_prompts, preserve_lines
+from utils.cli.train import parse_train
+from utils.data.dataset import build_training_dataset
+from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
+from utils.preserve.answers_file import Answer, OldPrompt, read_answers
+from utils.preserve.old_prompts import CAPTIONS_KEPT, Preservation, most_frequent, old_prompts, preserve_lines
 from utils.selective_finetune import base_identity, read_ledger, slice_indices
+from utils.slices.base_identity import BaseModel
+from utils.slices.ledger import CONTRACT, Entry
 from wan.errors import InputError
 from wan.loading import load_dit
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.prompts import SamplePrompt, parse_prompt_line, read_prompt_file
+from utils.sampling.prompts import SamplePrompt, parse_prompt_line, read_prompt_file
 from wan.errors import InputError
 
 DEFAULTS = SamplePrompt("")

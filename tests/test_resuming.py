@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from tiny_run import flags, run, write_inputs, write_sample_models
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import training, training_outputs
-from utils.cli_train import parse_train
+from utils import training
+from utils.cli.train import parse_train
+from utils.run import turns
 from utils.selective_finetune import SliceError, read_ledger
 from utils.training import train
 from wan.errors import InputError
@@ -136,14 +137,14 @@ def test_what_a_full_disk_kept_from_following_a_state_is_made_up(folder, monkeyp
     (folder / "out").rename(folder / "whole")
     for state in ("one-000001", "one-step00000004", "one"):
         with monkeypatch.context() as patch, pytest.raises(SliceError):
-            patch.setattr(training_outputs, "write_files", without_room)
+            patch.setattr(turns, "write_files", without_room)
             run(folder, *saves, *(("--resume", "latest") if (folder / "out").exists() else ()))
         assert (folder / "out" / f"{state}-state").is_dir() and not (folder / "out" / f"{state}.safetensors").exists()
         if state == "one":
             told = run(folder, *saves, "--resume", "latest")
         else:
             with monkeypatch.context() as patch, pytest.raises(SliceError):
-                patch.setattr(training_outputs, "write_files", once(training_outputs.write_files))
+                patch.setattr(turns, "write_files", once(turns.write_files))
                 run(folder, *saves, "--resume", "latest")
     assert outputs(folder / "out") == whole
     for name in whole:
@@ -161,7 +162,7 @@ def test_a_last_save_within_an_epoch_is_made_up_without_another_step(folder, mon
     train(parse_train(argv), say=print)
     (folder / "out").rename(folder / "whole")
     with monkeypatch.context() as patch, pytest.raises(SliceError):
-        patch.setattr(training_outputs, "write_files", without_room)
+        patch.setattr(turns, "write_files", without_room)
         train(parse_train(argv), say=print)
     train(parse_train([*argv, "--resume", "latest"]), say=print)
     assert same_tensors(folder / "whole" / "one.safetensors", folder / "out" / "one.safetensors")
@@ -175,8 +176,8 @@ def test_an_older_file_of_the_same_name_does_not_pass_for_what_was_to_follow_a_s
         shutil.rmtree(folder / "out", ignore_errors=True)
         shutil.copytree(folder / "whole", folder / "out")
         with monkeypatch.context() as patch, pytest.raises(SliceError):
-            first = training_outputs.write_files
-            patch.setattr(training_outputs, "write_files", once(first) if state == "one" else without_room)
+            first = turns.write_files
+            patch.setattr(turns, "write_files", once(first) if state == "one" else without_room)
             run(folder, *saves)
         assert same_tensors(folder / "whole" / f"{state}.safetensors", folder / "out" / f"{state}.safetensors")
         run(folder, *saves, "--resume", str(folder / "out" / f"{state}-state"))

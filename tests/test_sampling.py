@@ -8,8 +8,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from utils.prompts import SamplePrompt
-from utils.sampling import (
+from utils.sampling.denoising import (
     Denoising,
     advance,
     encode_samples,
@@ -18,6 +17,7 @@ from utils.sampling import (
     resolve_sample,
     sample_prompt,
 )
+from utils.sampling.prompts import SamplePrompt
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig
 from wan.model import WanModel
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_dit
 from torch import nn
 
-from utils import saved_changes
-from utils.ledger import Entry
-from utils.saved_changes import SavedChanges, compare_save
 from utils.selective_finetune import attach_slice, slice_indices
+from utils.slices import compare
+from utils.slices.compare import SavedChanges, compare_save
+from utils.slices.ledger import Entry
 from wan.loading import load_dit
 
 
@@ -59,7 +59,7 @@ def test_only_where_slices_of_other_files_lie_may_anything_differ(files, trained
 
 @pytest.mark.parametrize("chunk", [7, 100, 1 << 20])
 def test_a_save_that_differs_in_its_slice_alone_has_every_change_counted(files, trained, monkeypatch, chunk):
-    monkeypatch.setattr(saved_changes, "_CHUNK", chunk)
+    monkeypatch.setattr(compare, "_CHUNK", chunk)
     base, saved = load_file(files / "base.safetensors"), load_file(files / "trained.safetensors")
     changed = sum((base[name] != saved[name]).sum() for name in base)
     assert changed == trained.count
@@ -70,7 +70,7 @@ def test_a_save_that_differs_in_its_slice_alone_has_every_change_counted(files, 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 @pytest.mark.parametrize("name", ["blocks.0.ffn.0.weight", "blocks.1.self_attn.k.weight"])
 def test_values_beside_the_slice_are_counted_and_the_first_is_named(files, trained, monkeypatch, name, chunk):
-    monkeypatch.setattr(saved_changes, "_CHUNK", chunk)
+    monkeypatch.setattr(compare, "_CHUNK", chunk)
     shape = load_file(files / "base.safetensors")[name].shape
     # The neighbours of slice 2 on its line, and every matrix's last value.
     beside = [slice_indices(name, shape, "0.1", 1)[-1].item(), slice_indices(name, shape, "0.1", 3)[0].item()]

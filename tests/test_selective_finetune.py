@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.block_swap import checkpoint_blocks, place_model
 from utils.selective_finetune import (
     SliceError,
     attach_slice,
@@ -25,6 +24,7 @@ from utils.selective_finetune import (
     slice_indices,
     slice_units,
 )
+from utils.swap.placement import checkpoint_blocks, place_model
 from wan.configs import WanConfig
 from wan.model import WanModel
 

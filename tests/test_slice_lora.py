@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_chain import CONFIG, train_concept, write_base
 
-from utils.ledger import Entry
+from utils.cli.slices import main
 from utils.selective_finetune import slice_units
-from utils.slice_lora import write_lora
-from utils.slices import main
+from utils.slices.ledger import Entry
+from utils.slices.lora import write_lora
 
 
 @pytest.fixture(scope="module")

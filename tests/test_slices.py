@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
-from utils import slice_tools
-from utils.ledger import Entry, extended, read_ledger
+from utils.cli.slices import main
 from utils.selective_finetune import slice_indices
-from utils.slice_list import ListedFile, as_json
-from utils.slice_tools import verify
-from utils.slices import main
+from utils.slices import commands
+from utils.slices.commands import verify
+from utils.slices.ledger import Entry, extended, read_ledger
+from utils.slices.listing import ListedFile, as_json
 from wan.errors import InputError
 
 
@@ -319,7 +319,7 @@ def test_a_base_in_fp8_is_refused_before_anything_is_read(slices, files, tmp_pat
     weights = {n: w.to(torch.float8_e4m3fn) if re.search(r"blocks.*\d\.weight", n) else w for n, w in weights.items()}
     save_file(weights, tmp_path / "fp8.safetensors", METADATA)
     for reader in ("read_slice", "base_identity", "stream"):
-        monkeypatch.setattr(slice_tools, reader, None)
+        monkeypatch.setattr(commands, reader, None)
     with pytest.raises(InputError, match=r"fp8\.safetensors: blocks\..* is F8_E4M3, and slices lie in BF16, F16, F32"):
         slices(f"{command} --base {{out}}/fp8.safetensors")
     assert names_of(tmp_path) == {"fp8.safetensors"}

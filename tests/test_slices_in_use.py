@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny_run import run, write_dataset, write_dit
 
 from utils import training
-from utils.block_swap import place_model
-from utils.slice_files import SlicesOnBase, read_slice_file
-from utils.slice_overlay import load_with_slices
-from utils.slices import main as slices
+from utils.cli.slices import main as slices
+from utils.slices.on_base import SlicesOnBase, read_slice_file
+from utils.slices.overlay import load_with_slices
+from utils.swap.placement import place_model
 from wan.errors import InputError
 from wan.loading import load_dit, read_checkpoint_header
 

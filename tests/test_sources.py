@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.sources import ImageDataset, Source, VideoDataset, list_sources
+from utils.data.sources import ImageDataset, Source, VideoDataset, list_sources
 from wan.errors import InputError
 
 

@@ -6,8 +6,8 @@ A stand-in for the measurement on a GPU (benchmarks/gpu.py). Time is counted in 
 import pytest
 import torch
 
-from utils.swap_plan import SwapConfig, WeightSizes, plan_swap
-from utils.weight_streamer import StreamedWeight, WeightStreamer
+from utils.swap.plan import SwapConfig, WeightSizes, plan_swap
+from utils.swap.streamer import StreamedWeight, WeightStreamer
 
 BLOCKS = 40
 SQUARE, TALL = 2 * 5120 * 5120, 2 * 5120 * 13824

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny_chain import names_of, train_concept, write_base, write_chain
 
 from utils import selective_finetune
+from utils.cli.slices import main
 from utils.selective_finetune import (
     SliceError,
     attach_slice,
@@ -16,7 +17,6 @@ from utils.selective_finetune import (
     slice_units,
     stream,
 )
-from utils.slices import main
 from wan.errors import InputError
 from wan.loading import load_dit
 

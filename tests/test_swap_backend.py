@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from utils.swap_backend import CudaBackend, HostBackend, make_backend
+from utils.swap.backend import CudaBackend, HostBackend, make_backend
 
 DEVICE = torch.device("cuda")
 

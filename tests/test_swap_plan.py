@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.host_store import aligned
-from utils.swap_plan import SwapConfig, WeightSizes, plan_swap
-from utils.weight_order import WeightOrder, evictions
+from utils.swap.host_store import aligned
+from utils.swap.order import WeightOrder, evictions
+from utils.swap.plan import SwapConfig, WeightSizes, plan_swap
 from wan.errors import InputError
 
 SQUARE, TALL = 2 * 5120 * 5120, 2 * 5120 * 13824

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from tiny_run import CONFIG, flags, run, write_dit, write_inputs, write_sample_models
 
 from utils import training
-from utils.block_swap import weight_sizes
-from utils.cli_train import parse_train
-from utils.swap_flags import add_swap_flags, read_swap, size
-from utils.swap_plan import SwapConfig
+from utils.cli.swap_flags import add_swap_flags, read_swap, size
+from utils.cli.train import parse_train
+from utils.swap.placement import weight_sizes
+from utils.swap.plan import SwapConfig
 from wan.errors import InputError
 from wan.model import WanModel
 
@@ -157,10 +157,10 @@ def read_tensors(path):
 PROBE = """
 import json, sys, torch
 from pathlib import Path
-from utils.block_swap import checkpoint_blocks, place_model
+from utils.swap.placement import checkpoint_blocks, place_model
 from utils.selective_finetune import attach_slice
-from utils.slice_files import SlicesOnBase, read_slice_file
-from utils.slice_overlay import load_with_slices
+from utils.slices.on_base import SlicesOnBase, read_slice_file
+from utils.slices.overlay import load_with_slices
 from wan.loading import load_dit, read_checkpoint_header
 
 def anonymous():

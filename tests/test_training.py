@@ -10,11 +10,11 @@ from tiny_run import ITEMS, flags, run, write_dataset, write_dit, write_inputs, 
 from torch.nn import functional as F
 
 from utils import training
-from utils.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents, write_text
-from utils.cli_train import parse_train
-from utils.dataset import TrainingDataset, build_training_dataset
+from utils.cli.train import parse_train
+from utils.data.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents, write_text
+from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.files import readable
-from utils.flow_matching import draw_generator, draw_uniforms, sigmas_of
+from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.selective_finetune import UNFINISHED, SliceError, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit

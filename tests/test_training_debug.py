@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from tiny_run import CONFIG, run, write_inputs
 from torch import nn
 
-from utils import training, training_debug, training_outputs
-from utils.heat_map import heat_map
-from utils.optimizers import OptimizerConfig, build_optimizer
+from utils import training, training_debug
+from utils.learning.optimizers import OptimizerConfig, build_optimizer
+from utils.run import turns
 from utils.selective_finetune import attach_slice, slice_indices
-from utils.training_debug import DRAW_EVERY, READ_EVERY, TrainingDebug
+from utils.training_debug import DRAW_EVERY, READ_EVERY, TrainingDebug, heat_map
 from wan.model import WanModel
 
 DEBUG = ("--mixed_precision", "bf16", "--training_debug")
@@ -283,7 +283,7 @@ class FakeTracker:
 
 
 def test_a_run_ends_with_a_save_that_is_wrong_and_keeps_it_aside(folder, monkeypatch):
-    write_files = training_outputs.write_files
+    write_files = turns.write_files
 
     def save_wrongly(files, *more):
         lines, path = write_files(files, *more), files["checkpoint"]
@@ -296,7 +296,7 @@ def test_a_run_ends_with_a_save_that_is_wrong_and_keeps_it_aside(folder, monkeyp
             file.write(bytes([last ^ 1]))
         return lines
 
-    monkeypatch.setattr(training_outputs, "write_files", save_wrongly)
+    monkeypatch.setattr(turns, "write_files", save_wrongly)
     keep = ("--save_every_n_epochs", "1", "--save_last_n_epochs", "1")
     with pytest.raises(RuntimeError, match=r"ERROR: one-000002.safetensors differs .* 1 values, the first is \S+ \["):
         run(folder, *DEBUG, *keep, "--max_train_epochs", "3")

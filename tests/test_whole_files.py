@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
 
-from utils.checkpoints import KINDS, SaveConfig, remove_unfinished
-from utils.kept_answers import ENDING
+from utils.cli.slices import main
+from utils.preserve.answers_file import ENDING
+from utils.run.save_schedule import KINDS, SaveConfig, remove_unfinished
+from utils.run.state import check_state, latest_state, load_state, save_state
 from utils.selective_finetune import UNFINISHED, SliceError, whole_file
-from utils.slices import main
-from utils.training_state import check_state, latest_state, load_state, save_state
 from wan.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -192,15 +192,15 @@ FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-from utils.cli import run
+from utils.cli.command import run
 """
-APPLY = FULL + "from utils.slices import main; run(main)"
+APPLY = FULL + "from utils.cli.slices import main; run(main)"
 SAVE_STATE = (
     FULL
     + """
 import torch
 from pathlib import Path
-from utils.training_state import save_state
+from utils.run.state import save_state
 run(lambda _: save_state(Path("a-state"), "a", {}, {"values": torch.zeros(100_000)}))
 """
 )

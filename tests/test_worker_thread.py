@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from utils.worker_thread import WorkerThread
+from utils.swap.worker_thread import WorkerThread
 
 SOON = 20  # seconds, far more than anything takes here
 
@@ -47,7 +47,7 @@ def test_a_fork_of_its_process_does_not_wait_for_a_thread_that_it_has_not():
     program = """
 import gc, os, sys
 sys.path.insert(0, sys.argv[1])
-from utils.worker_thread import WorkerThread
+from utils.swap.worker_thread import WorkerThread
 worker = WorkerThread("a")
 worker.submit(lambda: None).result()
 child = os.fork()
@@ -109,7 +109,7 @@ def test_the_collector_may_end_it_in_code_that_holds_any_lock_of_pythons_threads
     program = """
 import concurrent.futures.thread as pools, threading, sys
 sys.path.insert(0, sys.argv[1])
-from utils.worker_thread import WorkerThread
+from utils.swap.worker_thread import WorkerThread
 worker = WorkerThread("a")
 worker.submit(lambda: None).result()
 kind = type(threading.Lock())
@@ -130,7 +130,7 @@ def test_a_program_that_ends_waits_for_the_job_that_is_done_and_no_other():
     program = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from utils.worker_thread import WorkerThread
+from utils.swap.worker_thread import WorkerThread
 worker = WorkerThread("a")
 worker.submit(lambda: (time.sleep(0.3), print("done", flush=True)))
 worker.submit(lambda: print("not done", flush=True))

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from utils.cache_files import image_latents_path, text_path, write_latents, write_text
-from utils.cli_train import parse_train
+from utils.cli.train import parse_train
+from utils.data.cache_files import image_latents_path, text_path, write_latents, write_text
 from utils.training import train
 from wan.configs import WanConfig
 from wan.model import WanModel

@@ -14,22 +14,22 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from utils.buckets import SizedSource, sized_sources
-from utils.cache_files import (
+from utils.data.cache_files import (
     clip_latents_path,
     image_latents_path,
     latents_files,
+    latents_problem,
     remove_unfinished,
     text_files,
     text_path,
+    text_problem,
     write_latents,
     write_text,
 )
+from utils.data.media import read_image, read_video
+from utils.data.sizes import SizedSource, clip_windows, frames_needed, sized_sources
+from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
 from utils.files import writable_folder
-from utils.frame_windows import clip_windows, frames_needed
-from utils.media import read_image, read_video
-from utils.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
-from utils.stale_caches import latents_problem, text_problem
 from wan.errors import InputError
 from wan.text_encoder import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae

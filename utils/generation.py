@@ -15,14 +15,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import outputs
-from utils.block_swap import check_swap, memory_line, place_model
-from utils.prompts import SamplePrompt, parse_prompt_line
-from utils.sampling import TIMESTEPS, Denoising, Sample, advance, decode_latent, encode_samples, resolve_sample
+from utils.sampling import writers
+from utils.sampling.denoising import (
+    TIMESTEPS,
+    Denoising,
+    Sample,
+    advance,
+    decode_latent,
+    encode_samples,
+    resolve_sample,
+)
+from utils.sampling.prompts import SamplePrompt, parse_prompt_line
 from utils.selective_finetune import base_identity
-from utils.slice_files import SliceFile, SlicesOnBase, read_slice_file
-from utils.slice_overlay import load_with_slices
-from utils.swap_plan import SwapConfig
+from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file
+from utils.slices.overlay import load_with_slices
+from utils.swap.placement import check_swap, memory_line, place_model
+from utils.swap.plan import SwapConfig
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, read_checkpoint_header
@@ -175,7 +183,7 @@ def _sample_all(
     for sample in samples:
         say(_describe(sample))
     texts = _encode(config, experts, samples)
-    outputs.remove_unfinished(config.save_path)
+    writers.remove_unfinished(config.save_path)
     denoisings = [Denoising(sample) for sample in samples]
     with tqdm(total=sum(sample.steps for sample in samples), desc="steps", unit="step") as bar:
         for expert in experts:
@@ -239,7 +247,7 @@ def _save_all(
         for stem, denoising in zip(stems, denoisings, strict=True):
             metadata = _latent_metadata(denoising.sample) if config.write_metadata else {}
             path = config.save_path / f"{stem}_latent.safetensors"
-            paths.append(outputs.save_latent(path, denoising.latent_CFHW, metadata))
+            paths.append(writers.save_latent(path, denoising.latent_CFHW, metadata))
     if vae is not None:
         vae.to(config.device)
         paths += [
@@ -284,14 +292,14 @@ def _latent_metadata(sample: Sample) -> dict[str, str]:
 def _save_decoded(config: GenerateConfig, vae: WanVAE, latent_CFHW: Tensor, stem: str) -> Path:
     video_3THW = decode_latent(vae, latent_CFHW)
     if config.output_type in _FRAME_OUTPUTS:
-        return outputs.save_frames(config.save_path, stem, video_3THW)
-    return outputs.save_sample(config.save_path, stem, video_3THW, config.fps)
+        return writers.save_frames(config.save_path, stem, video_3THW)
+    return writers.save_sample(config.save_path, stem, video_3THW, config.fps)
 
 
 def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
-    loaded = [outputs.load_latent(path) for path in config.latent_paths]
+    loaded = [writers.load_latent(path) for path in config.latent_paths]
     vae = load_vae(config.vae, config.vae_dtype, config.device)
-    outputs.remove_unfinished(config.save_path)
+    writers.remove_unfinished(config.save_path)
     stems = _free_stems(config.save_path, [metadata.get("seeds", "0") for _, metadata in loaded])
     paths = []
     for source, stem, (latent_CFHW, _) in zip(config.latent_paths, stems, loaded, strict=True):

@@ -15,31 +15,31 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.base_model import base_model
-from utils.block_inputs import BlockInputs
-from utils.block_swap import checkpoint_blocks, memory_line, place_model
-from utils.checkpoints import remove_unfinished, save_after_epoch, save_after_step, save_at_end, stop_state
-from utils.dataset import build_training_dataset, make_loader
-from utils.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
+from utils.data.dataset import build_training_dataset, make_loader
 from utils.interrupts import StopRequest
-from utils.ledger import own_entry
-from utils.lr_schedules import build_scheduler
-from utils.optimizers import build_optimizer, learning_rates
-from utils.preservation import Targets, preserve_lines
+from utils.learning.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
+from utils.learning.lr_schedules import build_scheduler
+from utils.learning.optimizers import build_optimizer, learning_rates
+from utils.preserve.asking import encode_old_prompts, keep_answers, plan_asking, read_old_prompts
+from utils.preserve.old_prompts import Targets, preserve_lines
+from utils.run.checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
+from utils.run.config import COMPUTE_DTYPES, TrainConfig
+from utils.run.fingerprint import base_settings, deciding_settings, other_settings, start_hash
+from utils.run.opening_lines import input_bytes, inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
+from utils.run.plan import first_items, plan_training
+from utils.run.run import Place, Run, resume, state_of
+from utils.run.samples import due_after_epoch, prepare_samples
+from utils.run.save_schedule import remove_unfinished, save_after_epoch, save_after_step, save_at_end, stop_state
+from utils.run.state import check_state, save_state
+from utils.run.turns import draw_turn, draws_after_step, epoch_text, log, log_step, make_up, save_turn, step_text
+from utils.run.write import ledger_lines, read_slices
 from utils.selective_finetune import attach_slice
-from utils.slice_overlay import load_with_slices, start_from_overlays
-from utils.training_checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
-from utils.training_config import COMPUTE_DTYPES, TrainConfig
+from utils.slices.base_identity import base_model
+from utils.slices.ledger import own_entry
+from utils.slices.overlay import load_with_slices, start_from_overlays
+from utils.swap.block_inputs import BlockInputs
+from utils.swap.placement import checkpoint_blocks, memory_line, place_model
 from utils.training_debug import TrainingDebug
-from utils.training_outputs import draw_turn, draws_after_step, epoch_text, log, log_step, make_up, save_turn, step_text
-from utils.training_plan import first_items, plan_training
-from utils.training_preservation import encode_old_prompts, keep_answers, plan_asking, read_old_prompts
-from utils.training_report import input_bytes, inputs_line, plan_line, slice_lines, slice_memory, timestep_lines
-from utils.training_run import Place, Run, resume, state_of
-from utils.training_samples import due_after_epoch, prepare_samples
-from utils.training_settings import base_settings, deciding_settings, other_settings, start_hash
-from utils.training_slices import ledger_lines, read_slices
-from utils.training_state import check_state, save_state
 from wan.configs import TASKS
 from wan.errors import InputError
 from wan.loading import file_dtype

@@ -1,0 +1,1 @@
+"""From a folder to a batch: dataset files, sources, sizes, caches, items, batches."""

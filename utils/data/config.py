@@ -1,0 +1,198 @@
+"""The dataset file (toml or json) as frozen dataclasses, every mistake in it named."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from utils.data.sizes import STEP, nearest_multiples
+from utils.data.sources import FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
+from utils.files import existing_file, read_toml
+from wan.errors import InputError
+
+
+def read_dataset_config(path: Path) -> DatasetConfig:
+    """All datasets of the file; a key that a dataset lacks comes from [general], else it has its default.
+
+    InputError names the table and the key, and what is allowed there.
+    """
+    tables = _read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+    unknown = sorted(set(tables) - {"general", "datasets"})
+    if unknown:
+        raise InputError(f"{path}: unknown {_names(unknown)}; a dataset file has [general] and [[datasets]] only")
+    general = _values(_table(tables.get("general", {}), f"{path} [general]"), _GENERAL, f"{path} [general]")
+    entries = tables.get("datasets", [])
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path} has no [[datasets]] table, one at least is needed")
+    datasets = [
+        _dataset(_table(entry, where), general, where)
+        for number, entry in enumerate(entries, 1)
+        for where in [f"{path} [[datasets]] number {number}"]
+    ]
+    _refuse_shared_caches(datasets, path)
+    return DatasetConfig(path, tuple(datasets))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return _table(json.loads(existing_file(path, "dataset file").read_text(encoding="utf-8-sig")), str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def _table(value, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must be a table of keys, not {value!r}")
+    return value
+
+
+def _dataset(table: dict, general: dict, where: str) -> AnyDataset:
+    is_video = bool({"video_directory", "video_jsonl_file"} & set(table))
+    kind = "video" if is_video else "image"
+    values = {**general, **_values(table, _VIDEO if is_video else _IMAGE, where)}
+    folder, lines = values.get(f"{kind}_directory"), values.get(f"{kind}_jsonl_file")
+    if (folder is None) == (lines is None):
+        keys = "image_directory, image_jsonl_file, video_directory, video_jsonl_file"
+        raise InputError(f"{where} needs one of {keys}, it has {'none' if folder is None else 'two'}")
+    if folder is not None and values.get("caption_extension") is None:
+        raise InputError(f'{where}: {kind}_directory needs caption_extension, for example ".txt"')
+    if lines is not None and values.get("cache_directory") is None:
+        raise InputError(f"{where}: {kind}_jsonl_file needs cache_directory, the folder for its cache files")
+    values["cache_directory"] = values.get("cache_directory", folder)
+    dataset = (VideoDataset if is_video else ImageDataset)(**values)
+    _check_resolution(dataset, where)
+    return dataset
+
+
+def _values(table: Mapping, schema: Mapping[str, Callable], where: str) -> dict:
+    for key in table:
+        if key not in schema:
+            _refuse_key(key, schema, where)
+    return {key: schema[key](value, f"{where}: {key}") for key, value in table.items()}
+
+
+def _refuse_key(key: str, schema: Mapping[str, Callable], where: str) -> None:
+    if key in _UNSUPPORTED:
+        raise InputError(f"{where}: {key} is not supported: {_UNSUPPORTED[key]}; leave it out")
+    if key in _VIDEO or key in _IMAGE:
+        place = "[[datasets]] tables" if schema is _GENERAL else "video datasets" if key in _VIDEO else "image datasets"
+        raise InputError(f"{where}: {key} belongs in {place}; allowed here: {_names(schema)}")
+    raise InputError(f"{where}: unknown key {key}; allowed here: {_names(schema)}")
+
+
+def _names(keys) -> str:
+    return ", ".join(sorted(map(str, keys)))
+
+
+def _check_resolution(dataset: AnyDataset, where: str) -> None:
+    # With buckets the resolution is only an area; without them it is the size itself.
+    wrong = [side for side in dataset.resolution if side % STEP]
+    if wrong and not dataset.enable_bucket:
+        raise InputError(
+            f"{where}: resolution {list(dataset.resolution)} must be multiples of {STEP}: instead of {wrong[0]} use "
+            f"{nearest_multiples(wrong[0])}, or set enable_bucket = true"
+        )
+
+
+def _refuse_shared_caches(datasets: list[AnyDataset], path: Path) -> None:
+    folders = [dataset.cache_directory.resolve() for dataset in datasets]
+    for number, folder in enumerate(folders):
+        first = folders.index(folder)
+        if first < number:
+            raise InputError(
+                f"{path}: datasets {first + 1} and {number + 1} share one cache folder, {folder}; each needs its own: "
+                "set cache_directory"
+            )
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _count(value, where: str) -> int:
+    if not _is_count(value):
+        raise InputError(f"{where} must be a whole number from 1 up, not {value!r}")
+    return value
+
+
+def _flag(value, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{where} must be true or false, not {value!r}")
+    return value
+
+
+def _text(value, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where} must be text in quotes, not {value!r}")
+    return value
+
+
+def _path(value, where: str) -> Path:
+    return Path(_text(value, where))
+
+
+def _resolution(value, where: str) -> tuple[int, int]:
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2 or not all(_is_count(side) and side >= STEP for side in sides):
+        raise InputError(f"{where} must be one whole number or [width, height], each from {STEP} up, not {value!r}")
+    return sides[0], sides[1]
+
+
+def _target_frames(value, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where} must be a list of whole numbers, for example [1, 25, 45], not {value!r}")
+    for frames in value:
+        if _count(frames, where) % 4 != 1:
+            below = (frames - 1) // 4 * 4 + 1
+            raise InputError(f"{where} must be of the form 4n+1: instead of {frames} use {below} or {below + 4}")
+    return tuple(sorted(set(value)))
+
+
+def _extraction(value, where: str) -> str:
+    if value not in FRAME_EXTRACTIONS:
+        raise InputError(f"{where} must be one of {', '.join(FRAME_EXTRACTIONS)}, not {value!r}")
+    return value
+
+
+def _fps(value, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"{where} must be a number above 0, for example 30, not {value!r}")
+    return float(value)
+
+
+_GENERAL = {
+    "resolution": _resolution,
+    "caption_extension": _text,
+    "batch_size": _count,
+    "num_repeats": _count,
+    "enable_bucket": _flag,
+    "bucket_no_upscale": _flag,
+}
+_IMAGE = {**_GENERAL, "image_directory": _path, "image_jsonl_file": _path, "cache_directory": _path}
+_VIDEO = {
+    **_GENERAL,
+    "video_directory": _path,
+    "video_jsonl_file": _path,
+    "cache_directory": _path,
+    "target_frames": _target_frames,
+    "frame_extraction": _extraction,
+    "frame_stride": _count,
+    "frame_sample": _count,
+    "max_frames": _count,
+    "source_fps": _fps,
+}
+_CONTROL = "control pictures and videos are for image-to-video and control models, this trains text-to-video"
+_FRAME_PACK = "it is for FramePack's one-frame training, this trains Wan"
+_EDIT_MODEL = "it is for picture-editing models, this trains Wan"
+_UNSUPPORTED = {
+    "control_directory": _CONTROL,
+    "multiple_target": _EDIT_MODEL,
+    "no_resize_control": _CONTROL,
+    "control_resolution": _CONTROL,
+    "fp_latent_window_size": _FRAME_PACK,
+    "fp_1f_clean_indices": _FRAME_PACK,
+    "fp_1f_target_index": _FRAME_PACK,
+    "fp_1f_no_post": _FRAME_PACK,
+    "flux_kontext_no_resize_control": _EDIT_MODEL,
+    "qwen_image_edit_no_resize_control": _EDIT_MODEL,
+    "qwen_image_edit_control_resolution": _EDIT_MODEL,
+}

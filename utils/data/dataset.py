@@ -1,0 +1,206 @@
+"""The training dataset: cached latents with their captions' tokens, in batches of one size.
+
+B batch, C channels, F H W latent frames, height, width, S text tokens, D text width.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils.data.cache_files import read_latents, read_text
+from utils.data.items import CachedItems, Item, Problem, cached_items
+from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset
+from utils.interrupts import ignore_interrupts
+from wan.errors import InputError
+
+_COMMANDS = {
+    "latents": "python wan_cache_latents.py --dataset_config {path} --vae VAE",
+    "text": "python wan_cache_text_encoder_outputs.py --dataset_config {path} --t5 T5",
+}
+_NAMED_PROBLEMS = 3
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """The items of one dataset that share a size and a number of frames."""
+
+    items: tuple[int, ...]
+    num_repeats: int
+    batch_size: int
+
+
+class TrainingDataset(Dataset):
+    """All items of all datasets; indexed by a batch, a tuple of entries.
+
+    An entry is one of the times that an epoch shows an item: the item's number, plus len(items) for each repeat.
+    """
+
+    def __init__(self, items: Sequence[Item], buckets: Sequence[_Bucket], lines: Sequence[str]):
+        self.items = tuple(items)
+        self._buckets = tuple(buckets)
+        self._lines = tuple(lines)
+
+    def describe(self) -> list[str]:
+        """What is trained on, one line per dataset, one more for what is left out."""
+        return list(self._lines)
+
+    @property
+    def text_width(self) -> int:
+        """The width of the encoded tokens, the same in all items."""
+        return self.items[0].text_shape[1]
+
+    @property
+    def longest_text(self) -> int:
+        """The tokens of the longest caption."""
+        return max(item.text_shape[0] for item in self.items)
+
+    @property
+    def shown_captions(self) -> list[str]:
+        """The caption of every entry of an epoch, in the order of the items."""
+        shown = [(number, bucket.num_repeats) for bucket in self._buckets for number in bucket.items]
+        return [self.items[number].caption for number, repeats in sorted(shown) for _ in range(repeats)]
+
+    def epoch_batches(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
+        """The epoch's batches of entries: each item num_repeats times, a bucket's last one may be short.
+
+        Depends on the items, `seed` and `epoch` alone.
+        """
+        generator = torch.Generator().manual_seed(_epoch_seed(seed, epoch))
+        batches = []
+        for bucket in self._buckets:
+            repeats = range(bucket.num_repeats)
+            entries = [number + repeat * len(self.items) for repeat in repeats for number in bucket.items]
+            shuffled = _shuffled(entries, generator)
+            size = bucket.batch_size
+            batches += [tuple(shuffled[start : start + size]) for start in range(0, len(shuffled), size)]
+        return _shuffled(batches, generator)
+
+    def __getitem__(self, batch: tuple[int, ...]) -> dict:
+        """{"latents": [B, 16, F, H, W] float32, "t5": list of [S, D] in the caches' dtype, "names", "entries"}."""
+        items = [self.items[entry % len(self.items)] for entry in batch]
+        return {
+            "latents": torch.stack([read_latents(item.latents).float() for item in items]),
+            # Copies, so that no file stays mapped while the batch lives.
+            "t5": [read_text(item.text).clone() for item in items],
+            "names": [item.name for item in items],
+            "entries": list(batch),
+        }
+
+
+class EpochSampler:
+    """Yields one process's batches of an epoch; set_epoch moves a loader on without new worker processes."""
+
+    def __init__(self, dataset: TrainingDataset, seed: int, epoch: int, skip: int, rank: int, world: int):
+        self._dataset, self._seed, self._rank, self._world = dataset, seed, rank, world
+        self.set_epoch(epoch, skip)
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """The next iteration goes over `epoch`, without its first `skip` batches of this process."""
+        batches = self._dataset.epoch_batches(self._seed, epoch)
+        per_rank = -(-len(batches) // self._world)
+        # Wrapped, because processes that disagree on the number of steps wait for each other for ever.
+        mine = range(self._rank, per_rank * self._world, self._world)
+        self._batches = [batches[number % len(batches)] for number in mine][skip:]
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
+    """The datasets with all their caches; InputError names what is missing or stale and the command that makes it."""
+    found = [cached_items(dataset) for dataset in config.datasets]
+    problems = [problem for cached in found for problem in cached.problems]
+    if problems:
+        raise InputError(_problem_line(problems, config))
+    items = [item for cached in found for item in cached.items]
+    if not items:
+        raise InputError(
+            f"{config.path}: no video is as long as the smallest of its target_frames, nothing to train on"
+        )
+    _check_text_widths(items)
+    lines = [
+        line
+        for number, (dataset, cached) in enumerate(zip(config.datasets, found, strict=True), 1)
+        for line in _describe(number, dataset, cached)
+    ]
+    return TrainingDataset(items, _buckets(config.datasets, found), lines)
+
+
+def make_loader(
+    dataset: TrainingDataset,
+    seed: int,
+    epoch: int,
+    skip: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    persistent: bool = False,
+) -> DataLoader:
+    """A loader of this process's batches from batch `skip` on, every process as many.
+
+    Its `.sampler.set_epoch(epoch, skip=0)` moves it on to another epoch, with the same workers if they are persistent.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=EpochSampler(dataset, seed, epoch, skip, rank, world),
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        worker_init_fn=ignore_interrupts,
+        # Its own, because a loader draws a number from the global generator otherwise.
+        generator=torch.Generator(),
+    )
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"batches {seed} {epoch}".encode()).digest()[:8], "little") >> 1
+
+
+def _shuffled(values: Sequence, generator: torch.Generator) -> list:
+    return [values[number] for number in torch.randperm(len(values), generator=generator).tolist()]
+
+
+def _problem_line(problems: Sequence[Problem], config: DatasetConfig) -> str:
+    named = [f"{problem.source.name} {problem.text}" for problem in problems[:_NAMED_PROBLEMS]]
+    more = len(problems) - len(named)
+    named += [f"and {more} more"] if more else []
+    caches = sorted({problem.cache for problem in problems})
+    commands = " ; then ".join(_COMMANDS[cache].format(path=config.path) for cache in caches)
+    return f"{'; '.join(named)}. Run: {commands}"
+
+
+def _check_text_widths(items: Sequence[Item]) -> None:
+    widths = sorted({item.text_shape[1] for item in items})
+    if len(widths) > 1:
+        raise InputError(f"the text caches are of different text encoders, their widths are {widths}: make them again")
+
+
+def _buckets(datasets: Sequence[AnyDataset], found: Sequence[CachedItems]) -> list[_Bucket]:
+    buckets, number = [], 0
+    for dataset, cached in zip(datasets, found, strict=True):
+        members = defaultdict(list)
+        for item in cached.items:
+            members[item.bucket, item.frames].append(number)
+            number += 1
+        buckets += [_Bucket(tuple(members[key]), dataset.num_repeats, dataset.batch_size) for key in sorted(members)]
+    return buckets
+
+
+def _describe(number: int, dataset: AnyDataset, cached: CachedItems) -> list[str]:
+    what = "pictures" if isinstance(dataset, ImageDataset) else "clips"
+    sizes = Counter((item.bucket, item.frames) for item in cached.items)
+    listed = ", ".join(f"{w}x{h}x{frames}: {count}" for ((w, h), frames), count in sorted(sizes.items()))
+    repeats = f", {dataset.num_repeats} times an epoch" if dataset.num_repeats > 1 else ""
+    lines = [f"dataset {number}: {len(cached.items)} {what} ({listed}), batch size {dataset.batch_size}{repeats}"]
+    if cached.left_out:
+        why = "without a caption" if isinstance(dataset, ImageDataset) else "shorter than their target_frames"
+        names = ", ".join(path.name for path in cached.left_out[:_NAMED_PROBLEMS])
+        lines.append(f"dataset {number}: {len(cached.left_out)} files {why} are left out: {names}")
+    return lines

@@ -1,0 +1,111 @@
+"""The size that a picture or video is brought to, and which frames of a video become clips."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
+
+import numpy as np
+
+from utils.data.media import image_size, video_size
+from utils.data.sources import AnyDataset, ImageDataset, Source, VideoDataset
+from wan.errors import InputError
+
+# The VAE shrinks by 8, the transformer's patches by 2.
+STEP = 16
+
+
+@dataclass(frozen=True)
+class SizedSource:
+    """A source with its own size and the bucket that it is brought to, both (width, height) in pixels."""
+
+    source: Source
+    size: tuple[int, int]
+    bucket: tuple[int, int]
+
+
+def sized_sources(dataset: AnyDataset, sources: Sequence[Source], workers: int) -> list[SizedSource]:
+    """The sources with their sizes, read by `workers` threads; InputError names one that cannot be opened."""
+    size_of = image_size if isinstance(dataset, ImageDataset) else video_size
+    with ThreadPoolExecutor(workers) as pool:
+        sizes = list(pool.map(size_of, [source.path for source in sources]))
+    return [
+        SizedSource(source, size, choose_bucket(dataset, source, size))
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+
+
+def choose_bucket(dataset: AnyDataset, source: Source, size: tuple[int, int]) -> tuple[int, int]:
+    """The (width, height) in pixels that a source of `size` is trained at, both multiples of 16.
+
+    Without buckets it is the dataset's resolution. InputError if a picture kept at its own size has a side below 16.
+    """
+    if not dataset.enable_bucket:
+        return dataset.resolution
+    width, height = size
+    if dataset.bucket_no_upscale and width * height <= dataset.resolution[0] * dataset.resolution[1]:
+        return _own_size(source, width, height)
+    aspect = width / height
+    return min(bucket_sizes(dataset.resolution), key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
+
+
+@lru_cache
+def bucket_sizes(resolution: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Every bucket (width, height) of the area of `resolution`, sorted: aspect ratios from about 1:4 to 4:1."""
+    area = resolution[0] * resolution[1]
+    root = isqrt(area)
+    sizes = set()
+    for width in range(max(STEP, _floor(root // 2)), root + STEP, STEP):
+        height = _floor(area // width)
+        if height:
+            sizes |= {(width, height), (height, width)}
+    return tuple(sorted(sizes))
+
+
+def nearest_multiples(value: int) -> str:
+    """The allowed sides around `value`, as words for an error message."""
+    below = _floor(value)
+    return f"{below} or {below + STEP}" if below else f"{STEP}"
+
+
+def _floor(value: int) -> int:
+    return value - value % STEP
+
+
+def _own_size(source: Source, width: int, height: int) -> tuple[int, int]:
+    bucket = _floor(width), _floor(height)
+    if 0 in bucket:
+        raise InputError(
+            f"{source.path} is {width}x{height}, smaller than {STEP}x{STEP} (bucket_no_upscale keeps it so)"
+        )
+    return bucket
+
+
+def clip_windows(dataset: VideoDataset, available: int) -> list[tuple[int, int]]:
+    """The clips (first frame, number of frames) of a video of `available` frames; empty if it is too short."""
+    if dataset.frame_extraction == "full":
+        frames = longest_full_clip(dataset, available)
+        return [(0, frames)] if frames > 0 else []
+    return [(start, frames) for frames in dataset.target_frames for start in _starts(dataset, available, frames)]
+
+
+def longest_full_clip(dataset: VideoDataset, available: int) -> int:
+    """The frames of the one clip that "full" makes: 4n+1, because the VAE drops what is over in silence."""
+    return (min(available, dataset.max_frames) - 1) // 4 * 4 + 1
+
+
+def frames_needed(dataset: VideoDataset) -> int | None:
+    """The most frames that the extraction looks at, None if it is all of them."""
+    return {"head": max(dataset.target_frames), "full": dataset.max_frames}.get(dataset.frame_extraction)
+
+
+def _starts(dataset: VideoDataset, available: int, frames: int) -> list[int]:
+    last = available - frames
+    if last < 0:
+        return []
+    if dataset.frame_extraction == "head":
+        return [0]
+    if dataset.frame_extraction == "uniform":
+        return np.unique(np.linspace(0, last, dataset.frame_sample, dtype=int)).tolist()
+    return list(range(0, last + 1, frames if dataset.frame_extraction == "chunk" else dataset.frame_stride))

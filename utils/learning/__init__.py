@@ -1,0 +1,1 @@
+"""The maths of a step: timesteps and loss, optimizers, learning-rate schedules."""

@@ -1,0 +1,205 @@
+"""What a run preserves: the old prompts of its files and ledger, asked before its first step, answers kept in a file.
+
+Shapes: B batch, C latent channels, F H W latent frames, height, width, S text tokens, D text width.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.data.cache_files import latents_shape, read_latents
+from utils.data.dataset import TrainingDataset
+from utils.data.items import Item
+from utils.files import readable
+from utils.learning.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sigmas_of
+from utils.preserve.answers_file import ENDING, Answer, OldPrompt, answer_bytes, is_of_run, read_answers, write_answers
+from utils.preserve.old_prompts import OldPrompts, Preservation, PreserveConfig, encoded, old_prompts
+from utils.run.config import TrainConfig
+from utils.slices.base_identity import BaseModel
+from utils.slices.ledger import own_entry
+from utils.slices.on_base import SlicesOnBase
+from wan.configs import WanConfig
+from wan.model import WanModel
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer to be had: at an item's latents of `shape`, at noise level `sigma` [1]; `place` names the noise."""
+
+    item: Item
+    shape: tuple[int, ...]
+    sigma: Tensor
+    place: tuple[int | str, ...]
+
+    @property
+    def t(self) -> float:
+        return float(TIMESTEPS * self.sigma)
+
+    def noisy(self) -> Tensor:
+        """[C, F, H, W] as the file keeps it, in fp16."""
+        noise = torch.randn(self.shape, generator=draw_generator(*self.place))
+        noisy_BCFHW, _, _ = add_noise(read_latents(self.item.latents).float()[None], noise[None], self.sigma)
+        return noisy_BCFHW[0].half()
+
+
+@dataclass(frozen=True)
+class AskingPlan:
+    """The file that the run will keep its answers in, and for each old prompt the questions of which it has none."""
+
+    path: Path
+    asked: tuple[tuple[OldPrompt, tuple[Question, ...]], ...]
+    most_values: int  # of latents, in the run's largest batch
+    notes: tuple[str, ...]
+    base: BaseModel
+    model: WanConfig
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes, at most."""
+        answers = sum(answer_bytes(answer.shape) for old, asked in self.asked for answer in (*old.kept, *asked))
+        # A token is a byte of the text or more; </s> and a space in front come on top.
+        tokens = (min(len(old.text.encode()) + 2, self.model.text_len) for old, _ in self.asked)
+        return answers + 2 * self.model.text_dim * sum(tokens)
+
+    @property
+    def questions(self) -> int:
+        return sum(len(questions) for _, questions in self.asked)
+
+    @property
+    def largest_kept(self) -> tuple[int, ...]:
+        """The shape of the largest latents that answers are kept at; what is asked now is no larger than a batch."""
+        return max((kept.shape for old, _ in self.asked for kept in old.kept), key=math.prod, default=(0,) * 4)
+
+    def lines(self) -> list[str]:
+        """What is not preserved, how much is kept."""
+        lines = [*self.notes]
+        lines.append(
+            f"keeps answers in {self.path} (up to {readable(self.size)}), the --preserve_answers of the next run"
+        )
+        if math.prod(self.largest_kept) > self.most_values:
+            lines.append(
+                f"note: answers are kept at latents of {'x'.join(map(str, self.largest_kept))}, larger than any batch "
+                "of this run: its memory has to hold them"
+            )
+        return lines
+
+
+def read_old_prompts(
+    config: TrainConfig, base: BaseModel | None, model: WanConfig, below: SlicesOnBase, dataset: TrainingDataset
+) -> OldPrompts:
+    """What the run preserves; InputError if there is nothing, or if --preserve_answers cannot be used."""
+    if config.preserve is None:
+        return OldPrompts()
+    kept = read_answers(config.preserve.answers, base, model) if config.preserve.answers else []
+    captions = {item.caption for item in dataset.items}
+    return old_prompts(
+        config.preserve, below.entries, own_entry(config.ff, config.ffid, config.save.name), kept, captions
+    )
+
+
+def plan_asking(
+    config: TrainConfig,
+    base: BaseModel | None,
+    model: WanConfig,
+    prompts: OldPrompts,
+    dataset: TrainingDataset,
+    batches: Sequence[Sequence[int]],
+    seed: int,
+) -> AskingPlan | None:
+    """What is to be asked, at the items of the dataset; None where nothing is preserved."""
+    if config.preserve is None:
+        return None
+    items = [(item, latents_shape(item.latents)) for item in dataset.items]
+    asked = tuple(
+        (old, () if old.kept else _questions(old.text, items, config.preserve.levels, config.timesteps, seed))
+        for old in prompts.all
+    )
+    sizes = [sum(math.prod(items[entry % len(items)][1]) for entry in batch) for batch in batches]
+    path = config.save.folder / f"{config.save.name}{ENDING}"
+    return AskingPlan(path, asked, max(sizes), prompts.notes, base, model)
+
+
+def _questions(
+    text: str, items: Sequence[tuple[Item, tuple[int, ...]]], levels: int, timesteps: TimestepConfig, seed: int
+) -> tuple[Question, ...]:
+    """At noise levels that are spread evenly over those that are trained, each at one of the items."""
+    questions = []
+    for number in range(levels):
+        generator = draw_generator(seed, "question", text, number)
+        item, shape = items[int(torch.randint(len(items), (), generator=generator))]
+        u_B = (number + torch.rand(1, generator=generator, dtype=torch.float64)) / levels
+        sigma = sigmas_of(timesteps, u_B.clamp(2.0**-53, 1 - 2.0**-53), shape[-2:])
+        questions.append(Question(item, shape, sigma, (seed, "question's noise", text, number)))
+    return tuple(sorted(questions, key=lambda question: question.shape))
+
+
+def encode_old_prompts(
+    config: PreserveConfig, plan: AskingPlan, accelerator: Accelerator, say: Callable[[str], None]
+) -> AskingPlan:
+    """The plan with its prompts encoded. One process does it for all: the text encoder of 14B models takes 11 GB."""
+    prompts = [old for old, _ in plan.asked]
+    texts = [[]]
+    if accelerator.is_main_process:
+        texts = [[old.text_SD for old in encoded(prompts, config, plan.model, accelerator.device, say)]]
+    broadcast_object_list(texts)
+    asked = zip(plan.asked, texts[0], strict=True)
+    return replace(plan, asked=tuple((replace(old, text_SD=text_SD), own) for (old, own), text_SD in asked))
+
+
+def keep_answers(
+    config: PreserveConfig,
+    plan: AskingPlan,
+    model: WanModel,
+    accelerator: Accelerator,
+    settings: Mapping[str, str],
+    say: Callable[[str], None],
+) -> Preservation:
+    """Asks the model, which nothing has trained yet, and keeps what it answers in the plan's file.
+
+    A run of the same settings that was begun before has asked already.
+    """
+    run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if is_of_run(plan.path, run):
+        say(f"{plan.path} holds the answers already, of a run of the same settings")
+    else:
+        bare = sum(not old.kept for old, _ in plan.asked)
+        say(
+            f"asks for {plan.questions} answers before the first step: none are kept yet to {bare} of "
+            f"{len(plan.asked)} old prompts"
+        )
+        new = _answers(plan, model, accelerator.device)
+        if accelerator.is_main_process:
+            with tqdm(new, total=plan.questions, desc="asking", leave=False) as bar:
+                write_answers(plan.path, plan.base, run, plan.asked, iter(bar))
+        else:
+            for _ in new:  # as long as the main one, which others could not wait for: collectives time out
+                pass
+    accelerator.wait_for_everyone()
+    kept = read_answers(plan.path, plan.base, model.config)
+    general = tuple(old for old in kept if old.concept is None)
+    of_concepts = tuple(old for old in kept if old.concept)
+    return Preservation(general, of_concepts, config.every, config.weight, plan.most_values)
+
+
+@torch.no_grad()
+def _answers(plan: AskingPlan, model: WanModel, device: torch.device) -> Iterator[Answer]:
+    """The answers, prompt after prompt, in batches no larger than the run's."""
+    for old, questions in plan.asked:
+        for shape, same in groupby(questions, key=lambda question: question.shape):
+            same, size = list(same), plan.most_values // math.prod(shape)
+            for batch in (same[start : start + size] for start in range(0, len(same), size)):
+                noisy = torch.stack([question.noisy() for question in batch])
+                t_B = torch.tensor([question.t for question in batch])
+                context = [old.text_SD.to(device)] * len(batch)
+                velocity = model(noisy.float().to(device), t_B.to(device), context).float().cpu()
+                yield from map(Answer, noisy, t_B.tolist(), velocity)

@@ -1,0 +1,149 @@
+"""What must fit together before a training run loads its model."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from utils.data.dataset import TrainingDataset
+from utils.learning.flow_matching import check_timesteps
+from utils.learning.lr_schedules import check_schedule
+from utils.learning.optimizers import check_optimizer
+from utils.preserve.asking import AskingPlan
+from utils.run.config import COMPUTE_DTYPES, TrainConfig
+from utils.run.opening_lines import expert_line, saving_lines
+from utils.run.plan import TrainingPlan
+from utils.run.save_schedule import Save, check_saves, disk_use, planned_files, planned_saves
+from utils.selective_finetune import check_slice
+from utils.slices.ledger import Entry, own_entry, read_ledger
+from utils.slices.lora import lora_bytes
+from utils.slices.on_base import units_of
+from utils.swap.placement import check_swap
+from wan.configs import TASKS, WanConfig
+from wan.errors import InputError
+from wan.loading import (
+    CheckpointHeader,
+    check_fits_task,
+    config_from_header,
+    file_dtype,
+    is_fp8,
+    read_checkpoint_header,
+)
+from wan.safetensors_header import read_file_header
+
+_STATE_BYTES = 12  # a value: the difference, two of AdamW
+
+
+def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeader, WanConfig]:
+    """The header of --dit, its model's widths; InputError if it is not a file that this run can train."""
+    check_slice(config.ff, config.ffid)
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
+    header = read_checkpoint_header(config.dit)
+    check_fits_task(header, config.task)
+    if is_fp8(header):
+        raise InputError(f"{config.dit} is stored in fp8, which cannot be trained: use the bf16, fp16 or fp32 file")
+    if config.save_precision not in (None, dtype_name(file_dtype(header))):
+        raise InputError(
+            f"--save_precision {config.save_precision}: a checkpoint keeps the dtypes of --dit, here "
+            f"{dtype_name(file_dtype(header))}, since only the slice is written anew; leave it out"
+        )
+    model_config = config_from_header(header)
+    dtype = COMPUTE_DTYPES[config.mixed_precision]
+    check_swap(model_config, dtype, device, config.blocks_to_swap, config.swap, mapped=file_dtype(header) == dtype)
+    if config.offload_block_inputs and device.type == "cpu":
+        raise InputError("--gradient_checkpointing_cpu_offload has no effect where the CPU trains: leave it out")
+    return header, model_config
+
+
+def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
+    """InputError if the caches were made for another kind of model, or hold texts that are too long for this one."""
+    path = config.dataset.path
+    if dataset.text_width != model.text_dim:
+        raise InputError(
+            f"the text caches of {path} are {dataset.text_width} wide, {config.dit} reads {model.text_dim}: make them "
+            "again with this model's text encoder (wan_cache_text_encoder_outputs.py)"
+        )
+    if dataset.longest_text > model.text_len:
+        raise InputError(
+            f"a caption of {path} has {dataset.longest_text} tokens, {config.dit} reads at most {model.text_len}: "
+            "shorten it, then run wan_cache_text_encoder_outputs.py again"
+        )
+    check_timesteps(config.timesteps, latent_sizes(dataset))
+
+
+def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:
+    """Every (height, width) that latents of the dataset have."""
+    return sorted({(item.bucket[1] // 8, item.bucket[0] // 8) for item in dataset.items})
+
+
+def check_plan(
+    config: TrainConfig, header: CheckpointHeader, plan: TrainingPlan, asking: AskingPlan | None
+) -> list[str]:
+    """InputError if the optimizer, the schedule or a planned file cannot be; else lines on what the run will write."""
+    check_optimizer(config.optimizer)
+    check_schedule(config.schedule, plan.steps)
+    if config.preserve and config.preserve.every > plan.steps:
+        raise InputError(
+            f"--preserve_every {config.preserve.every}: the run has {plan.steps} steps, so none would preserve; take "
+            f"{plan.steps} at the most"
+        )
+    units = units_of(header, own_entry(config.ff, config.ffid, config.save.name))
+    values = sum(own.count for own in units.values())
+    every = {
+        "checkpoint": sum(file.stat().st_size for file in header.files),
+        "slice": values * file_dtype(header).itemsize,
+        "lora": lora_bytes(units, torch.float32),
+    }
+    sizes = {kind: every[kind] for kind in config.save.kinds}
+    saves = list(planned_saves(config.save, plan.steps, plan.steps_per_epoch, plan.epochs))
+    inputs, others = [*header.files, *config.inputs], {}
+    if asking:
+        others[asking.path] = asking.size
+    check_saves(saves, config.save, inputs, sizes, others)
+    replaced = _replaced_lines(saves, own_entry(config.ff, config.ffid, config.save.name))
+    free = shutil.disk_usage(config.save.folder).free
+    use = disk_use(saves, sizes, values * _STATE_BYTES)
+    return [*replaced, *saving_lines(use, sizes, config.save.folder, free)]
+
+
+def _replaced_lines(saves: Sequence[Save], own: Entry) -> list[str]:
+    """What files of other tools the run replaces; InputError if it would replace one whose newest slice is another."""
+    lines = []
+    for path in filter(Path.is_file, planned_files(saves)):
+        newest = _newest_slice(path)
+        if newest is None:
+            lines.append(f"note: {path} is overwritten (it has no ledger of slices that tells what it holds)")
+        elif not newest.is_slice_of(own):
+            raise InputError(
+                f"{path} holds {newest.label}, and the run would write ff {own.ff} ffid {own.ffid} over it: choose "
+                "another --output_name, or move the file"
+            )
+    return lines
+
+
+def _newest_slice(path: Path) -> Entry | None:
+    with suppress(InputError):  # of a file that is damaged, or none of ours
+        if entries := read_ledger(read_file_header(path)[1], path):
+            return entries[-1]
+    return None
+
+
+def say_what_is_read(
+    config: TrainConfig, header: CheckpointHeader, dataset: TrainingDataset, say: Callable[[str], None]
+) -> None:
+    """The model's file, how it is computed, the dataset."""
+    stored, used = file_dtype(header), COMPUTE_DTYPES[config.mixed_precision]
+    cast = "" if stored == used else f", cast to {dtype_name(used)} at load, saved in {dtype_name(stored)}"
+    say(f"{config.dit}: {dtype_name(stored)}{cast}")
+    for line in dataset.describe():
+        say(line)
+    if line := expert_line(TASKS[config.task], config.dit, config.timesteps):
+        say(line)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bf16`, `fp16` or `fp32`."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

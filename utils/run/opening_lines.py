@@ -1,0 +1,117 @@
+"""The lines that a training run begins with: what trains, on what, for how long, what it will write."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from utils.data.dataset import TrainingDataset
+from utils.data.items import Item
+from utils.files import readable
+from utils.learning.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
+from utils.run.plan import TrainingPlan
+from utils.run.save_schedule import DiskUse
+from utils.selective_finetune import TrainedSlice
+from utils.slices.ledger import Entry, ids_line, own_entry
+from wan.configs import WanTask
+from wan.model import WanModel
+
+
+def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry]) -> list[str]:
+    """How much trains and where, and which ids are left after it."""
+    blocks = {name.split(".")[1] for name in trained.matrices}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    own = own_entry(trained.ff, trained.ffid, "")
+    return [
+        f"slice ff {trained.ff} ffid {trained.ffid}: {trained.count:,} of {total:,} values train "
+        f"({100 * trained.count / total:.4f} %), in {len(trained.matrices)} matrices of {len(blocks)} of "
+        f"{len(model.blocks)} blocks",
+        f"after this run {ids_line([*ledger, own], trained.ff)}",
+    ]
+
+
+def slice_memory(trained: TrainedSlice, model: WanModel) -> str:
+    """What the slice needs on the device beside the weights."""
+    # difference, gradient, the start values; then two fp32 values of state in Adam's family.
+    slice_bytes = trained.count * (8 + model.dtype.itemsize)
+    optimizer = f"AdamW {readable(8 * trained.count)}"
+    return f"the slice takes {readable(slice_bytes)} there, {optimizer} more; activations come on top"
+
+
+def input_bytes(
+    model: WanModel, dataset: TrainingDataset, batches: Sequence[Sequence[int]], kept: Sequence[int] = ()
+) -> int:
+    """The input of one block, for the largest batch, or for latents of shape `kept` [C, F, H, W] where that is more."""
+    tokens = max(sum(_tokens(dataset.items[number], model) for number in batch) for batch in batches)
+    tokens = max(tokens, math.prod(kept[1:]) // math.prod(model.config.patch_size) if kept else 0)
+    return tokens * model.config.dim * model.dtype.itemsize
+
+
+def inputs_line(blocks: int, size: int) -> str:
+    """What the inputs of all blocks but the last, each of `size` bytes, take on the host."""
+    return (
+        f"block inputs wait on the host: up to {readable((blocks - 1) * size)} of RAM, "
+        f"{readable(2 * size)} of buffers on the device"
+    )
+
+
+def plan_line(plan: TrainingPlan, processes: int) -> str:
+    """Epochs, steps, batches."""
+    where = f" on {processes} processes" if processes > 1 else ""
+    return (
+        f"{plan.steps} steps: {plan.epochs} epochs of {plan.steps_per_epoch} steps, {plan.items_per_epoch} items in "
+        f"{plan.batches_per_epoch * processes} batches, {plan.accumulation} to a step{where}"
+    )
+
+
+def saving_lines(use: DiskUse, sizes: Mapping[str, int], folder: Path, free: int) -> list[str]:
+    """What will be written in all, with a warning where the disk has no room for it; `sizes` are those of one save."""
+    states = f" and {use.states} states" if use.states else ""
+    each = " and ".join(f"{kind} of {readable(size)}" for kind, size in sizes.items())
+    lines = [
+        f"saves in {folder}: {use.saves} times a {each}{states}, "
+        f"{readable(use.written)} in all, {readable(use.kept)} of it kept; {readable(free)} free"
+    ]
+    if use.kept > free:
+        lines.append(
+            f"WARNING: {readable(use.kept)} will not fit into {readable(free)}: save less often "
+            "(--save_every_n_epochs), keep fewer (--save_last_n_epochs counts checkpoints), or --save_as slice"
+        )
+    return lines
+
+
+def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | None:
+    """Advice where one of two experts would train on timesteps at which the other one samples."""
+    if task.boundary is None:
+        return None
+    boundary = 1000 * task.boundary
+    low_only, high_only = timesteps.max_timestep <= boundary, timesteps.min_timestep >= boundary
+    low, high = f"--min_timestep 0 --max_timestep {boundary:g}", f"--min_timestep {boundary:g} --max_timestep 1000"
+    is_high = "high" in dit.name.lower() and "low" not in dit.name.lower()
+    is_low = "low" in dit.name.lower() and "high" not in dit.name.lower()
+    if (low_only and not is_high) or (high_only and not is_low):
+        return None
+    named = {(True, False): f"the high-noise one ({high})", (False, True): f"the low-noise one ({low})"}
+    asked = named.get((is_high, is_low), f"one of them ({low}, or {high})")
+    return (
+        f"note: {task.name} has two experts that share the timesteps at {boundary:g}; this run trains on "
+        f"{timesteps.min_timestep:g} to {timesteps.max_timestep:g}, and {dit.name} is {asked}"
+    )
+
+
+def timestep_lines(config: TimestepConfig, latent_size: tuple[int, int], seed: int) -> list[str]:
+    """A histogram of the timesteps that training would draw, as text."""
+    u_B = draw_uniforms(config, [draw_generator(seed, "show timesteps")] * 100_000, seed, 0)
+    counts = torch.histc(sigmas_of(config, u_B, latent_size), bins=20, min=0, max=1).tolist()
+    height, width = latent_size
+    lines = [f"timesteps of 100,000 samples, {config.sampling}, latents of {height}x{width}:"]
+    for number, count in enumerate(counts):
+        lines.append(f"{50 * number:4d}-{50 * number + 50:4d} {'#' * round(60 * count / max(counts))} {count:.0f}")
+    return lines
+
+
+def _tokens(item: Item, model: WanModel) -> int:
+    width, height = item.bucket
+    frames, rows, columns = model.config.patch_size
+    return ((item.frames - 1) // 4 + 1) // frames * (height // 8 // rows) * (width // 8 // columns)

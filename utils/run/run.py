@@ -1,0 +1,107 @@
+"""A training run in memory: what its loop works with, where it is, what of it a state keeps."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from utils.data.dataset import TrainingDataset
+from utils.preserve.old_prompts import Preservation
+from utils.run.config import TrainConfig
+from utils.run.plan import TrainingPlan
+from utils.run.samples import PreparedSamples
+from utils.run.save_schedule import save_at_end
+from utils.run.state import check_state, load_state
+from utils.selective_finetune import TrainedSlice
+from utils.slices.on_base import SlicesOnBase
+from utils.training_debug import TrainingDebug
+from wan.errors import InputError
+from wan.loading import CheckpointHeader
+from wan.model import WanModel
+
+
+@dataclass
+class Place:
+    """Where the run is: its epoch (from 0), this process's next batch in it, the steps done, the last losses.
+
+    `saved_at` is when the state was saved that the run goes on from, in ns since 1970.
+    """
+
+    epoch: int
+    batch: int
+    step: int
+    losses: deque[float]  # of as many steps as an epoch has
+    saved_at: int = 0
+
+    def average_loss(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with, all of it ready."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    seed: int
+    header: CheckpointHeader
+    below: SlicesOnBase  # slices on top of the header's files, under the one that trains
+    dataset: TrainingDataset
+    plan: TrainingPlan
+    settings: Mapping[str, str]  # those that decide the run's numbers
+    metadata: Mapping[str, str]  # those, with the rest
+    model: WanModel
+    trained: TrainedSlice
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    samples: PreparedSamples | None
+    preserved: Preservation | None
+    debug: TrainingDebug | None
+    say: Callable[[str], None]
+
+
+def resume(run: Run) -> Place:
+    """Puts the run where the state was saved."""
+    folder = run.config.resume
+    check_state(folder, run.settings)
+    state, saved_at = load_state(folder)
+    run.trained.load_state_dict(state["trained"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.scaler.load_state_dict(state["scaler"])
+    losses = deque(state["losses"], run.plan.steps_per_epoch)
+    place = Place(state["epoch"], state["batch"], state["step"], losses, saved_at)
+    # As the main process sees it, before it writes: all have to take the same way.
+    ended = [place.step >= run.plan.steps and not save_at_end(run.config.save).missing(place.saved_at)]
+    broadcast_object_list(ended)
+    if ended[0] or place.step > run.plan.steps:
+        raise InputError(
+            f"--resume {folder} has done {place.step} steps and the run has {run.plan.steps}: raise --max_train_epochs "
+            "or --max_train_steps to go on"
+        )
+    run.say(f"continues from {folder}: epoch {place.epoch + 1}, step {place.step}")
+    if state["planned_steps"] != run.plan.steps:
+        run.say(
+            f"note: the learning rate now follows {run.plan.steps} steps, before it followed {state['planned_steps']}"
+        )
+    return place
+
+
+def state_of(run: Run, place: Place) -> dict:
+    return {
+        "trained": run.trained.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "epoch": place.epoch,
+        "batch": place.batch,
+        "step": place.step,
+        "losses": list(place.losses),
+        "planned_steps": run.plan.steps,
+    }

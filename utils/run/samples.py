@@ -1,0 +1,105 @@
+"""Samples during training: the pictures and clips that show how far a concept has come.
+
+Shapes: T frames, H W height and width in pixels, S text tokens, D text width.
+"""
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.sampling.denoising import Sample, decode_latent, encode_samples, resolve_sample, sample_prompt
+from utils.sampling.prompts import SamplePrompt
+from utils.sampling.writers import save_sample
+from wan.configs import WanConfig, WanTask
+from wan.model import WanModel
+from wan.text_encoder import load_text_encoder
+from wan.vae import WanVAE, load_vae
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to sample, when, and with which files."""
+
+    prompts: tuple[SamplePrompt, ...]
+    vae: Path
+    t5: Path
+    tokenizer: Path | None
+    vae_dtype: torch.dtype
+    every_n_epochs: int | None = None
+    every_n_steps: int | None = None
+    at_first: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedSamples:
+    """Prompts with their encoded text (CPU), and the VAE (on the CPU between samples)."""
+
+    samples: tuple[Sample, ...]
+    seed_given: tuple[bool, ...]
+    texts: Mapping[str, Tensor]
+    vae: WanVAE
+    fps: int
+
+
+@dataclass(frozen=True)
+class SavedSample:
+    """A sample's file, and its video [3, T, H, W] in [-1, 1]."""
+
+    path: Path
+    video_3THW: Tensor
+
+
+def prepare_samples(
+    config: SampleConfig, task: WanTask, model: WanConfig, seed: int, device: torch.device
+) -> PreparedSamples:
+    """Encodes the prompts for the model on `device` and frees the text encoder.
+
+    A prompt without a seed gets the run's.
+    """
+    samples = tuple(resolve_sample(prompt, task, seed) for prompt in config.prompts)
+    vae = load_vae(config.vae, config.vae_dtype, "cpu")
+    text_encoder = load_text_encoder(
+        config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
+    )
+    texts = encode_samples(text_encoder, samples)
+    del text_encoder
+    gc.collect()  # its memory is needed for the transformer
+    seed_given = tuple(prompt.seed is not None for prompt in config.prompts)
+    return PreparedSamples(samples, seed_given, texts, vae, task.fps)
+
+
+def due_after_step(config: SampleConfig | None, step: int) -> bool:
+    """Whether samples follow optimizer step number `step`."""
+    return config is not None and bool(config.every_n_steps) and step % config.every_n_steps == 0
+
+
+def due_after_epoch(config: SampleConfig | None, epoch: int) -> bool:
+    """Whether samples follow epoch number `epoch` (from 1)."""
+    return config is not None and bool(config.every_n_epochs) and epoch % config.every_n_epochs == 0
+
+
+def draw_samples(
+    prepared: PreparedSamples,
+    model: WanModel,
+    device: torch.device,
+    folder: Path,
+    stem: str,
+    on_step: Callable[[], object] | None = None,
+) -> list[SavedSample]:
+    """Saves every sample as {stem}_{number}_{time}[_{seed, if the prompt gave it}]_000.png or .mp4."""
+    latents = [sample_prompt(model, sample, prepared.texts, device, on_step) for sample in prepared.samples]
+    prepared.vae.to(device)
+    time = datetime.now().strftime("%Y%m%d%H%M%S")
+    saved = []
+    for number, (sample, latent_CFHW) in enumerate(zip(prepared.samples, latents, strict=True)):
+        video_3THW = decode_latent(prepared.vae, latent_CFHW)
+        suffix = f"_{sample.seed}" if prepared.seed_given[number] else ""
+        path = save_sample(folder, f"{stem}_{number:02d}_{time}{suffix}", video_3THW, prepared.fps)
+        saved.append(SavedSample(path, video_3THW))
+    prepared.vae.to("cpu")
+    return saved

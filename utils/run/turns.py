@@ -1,0 +1,155 @@
+"""What a training run leaves on its way: curves, saves, samples, and those that the run before it did not come to.
+
+A state is the first thing that is written at its turn; what was to follow it is made up by the run that goes on.
+"""
+
+import glob
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import psutil
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from utils.preserve.old_prompts import most_frequent
+from utils.run.fingerprint import checkpoint_metadata
+from utils.run.run import Place, Run, state_of
+from utils.run.samples import draw_samples, due_after_epoch, due_after_step
+from utils.run.save_schedule import Save, is_written, remove_expired, save_after_epoch, save_after_step, stop_state
+from utils.run.state import save_state
+from utils.run.write import write_files
+from utils.sampling.writers import to_frames
+from wan.errors import InputError
+
+_FRAMES_LOGGED = 4  # of a clip, in TensorBoard
+
+
+def say_beside_bar(run: Run, *lines: str) -> None:
+    """Says lines without breaking the progress bar."""
+    with tqdm.external_write_mode():
+        for line in lines:
+            run.say(line)
+
+
+def log_step(run: Run, place: Place, values: Mapping[str, float], bar: tqdm) -> None:
+    """Tells the trackers of the step that was done, the bar too."""
+    device = run.accelerator.device
+    losses = {"loss/current": place.losses[-1], "loss/average": place.average_loss()}
+    memory = {"memory/host_gb": psutil.Process().memory_info().rss / 1e9}
+    if device.type == "cuda":
+        memory["memory/device_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    log(run, place, {**losses, **values, **memory})
+    if run.debug:
+        with _stops_without_room(run, place):
+            lines = run.debug.after_step(place.step, run.accelerator.trackers)
+        say_beside_bar(run, *lines)
+    bar.set_postfix(loss=f"{place.losses[-1]:.4f}", average=f"{place.average_loss():.4f}", refresh=False)
+    bar.update()
+
+
+def log(run: Run, place: Place, values: Mapping[str, float]) -> None:
+    """Tells the trackers of this step's values."""
+    with _stops_without_room(run, place):
+        run.accelerator.log(dict(values), step=place.step)
+
+
+def save_turn(run: Run, place: Place, turn: Save) -> None:
+    """Writes the turn's state, then its files, then deletes what it ends.
+
+    The state first: it is small, and the more useful one if the disk fills up.
+    """
+    if run.accelerator.is_main_process:
+        if turn.state:
+            save_state(turn.state, run.config.save.name, run.settings, state_of(run, place))
+        name, timesteps = run.config.save.name, run.config.timesteps
+        progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
+        timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
+        metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
+        concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
+        lines = write_files(turn.files, run.trained, run.header, run.below, metadata, concept)
+        if run.debug:
+            lines += run.debug.after_save(turn.files.get("checkpoint"), place.step, run.accelerator.trackers)
+        lines += remove_expired(turn)
+        paths = [*map(str, turn.files.values()), *([turn.state.name] if turn.state else [])]
+        say_beside_bar(run, *lines, f"saved {' and '.join(paths)}")
+    run.accelerator.wait_for_everyone()
+
+
+def _captions(run: Run) -> list[str]:
+    """For a later run's --preserve_prompts auto; part of the settings that --no_metadata leaves out."""
+    return most_frequent(run.dataset.shown_captions) if run.config.metadata.settings else []
+
+
+def draws_after_step(run: Run, place: Place) -> bool:
+    """Whether samples follow this step; an epoch's own come at its end, and twice the same would help nobody."""
+    samples, ends_epoch = run.config.samples, place.batch == run.plan.batches_per_epoch
+    return due_after_step(samples, place.step) and not (ends_epoch and due_after_epoch(samples, place.epoch + 1))
+
+
+def draw_turn(run: Run, place: Place, when: str) -> None:
+    """Draws and saves all samples; `when`, as step_text or epoch_text has it, is in their names."""
+    if run.accelerator.is_main_process:
+        folder, stem = run.config.save.folder / "sample", f"{run.config.save.name}_{when}"
+        with tqdm(total=sum(sample.steps for sample in run.samples.samples), desc="sampling", leave=False) as bar:
+            drawn = draw_samples(run.samples, run.model, run.accelerator.device, folder, stem, bar.update)
+        for number, sample in enumerate(drawn):
+            frames = to_frames(sample.video_3THW)
+            shown = frames[:: -(-len(frames) // _FRAMES_LOGGED)]
+            with _stops_without_room(run, place):
+                for tracker in run.accelerator.trackers:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({f"sample/{number:02d}": shown}, step=place.step, **layout)
+            say_beside_bar(run, f"sampled {sample.path}")
+    run.accelerator.wait_for_everyone()
+
+
+def make_up(run: Run, place: Place) -> None:
+    """Writes what was to follow the state that the run goes on from, if a kill or a full disk came between."""
+    saves = run.config.save
+    if place.batch == 0:
+        turn, when = save_after_epoch(saves, place.epoch, run.plan.epochs), epoch_text(place.epoch)
+        draws = due_after_epoch(run.config.samples, place.epoch)
+    else:
+        turn, when = save_after_step(saves, place.step), step_text(place.step)
+        draws = draws_after_step(run, place)
+    # What the main process sees, before it writes: all have to take the same way.
+    missing = [turn.missing(place.saved_at) if turn else {}, draws and not _are_drawn(run, when, place.saved_at)]
+    broadcast_object_list(missing)
+    files, samples = missing
+    if files or samples:
+        run.say(f"makes up what did not come to be written after {run.config.resume}")
+    if files:
+        save_turn(run, place, replace(turn, files=files, state=None))
+    if samples:
+        draw_turn(run, place, when)
+
+
+def step_text(step: int) -> str:
+    return f"{step:06d}"
+
+
+def epoch_text(epoch: int) -> str:
+    return f"e{epoch:06d}"
+
+
+def _are_drawn(run: Run, when: str, since: int) -> bool:
+    stem, folder = glob.escape(f"{run.config.save.name}_{when}"), run.config.save.folder / "sample"
+    numbers = range(len(run.config.samples.prompts))
+    drawn = {number: folder.glob(f"{stem}_{number:02d}_*") for number in numbers}
+    return all(any(is_written(path, since) for path in paths) for paths in drawn.values())
+
+
+@contextmanager
+def _stops_without_room(run: Run, place: Place) -> Iterator[None]:
+    """Ends the run, with a state to go on from, where the trackers' disk takes no more."""
+    try:
+        yield
+    except OSError as error:
+        folder = stop_state(run.config.save, place.step)
+        save_state(folder, run.config.save.name, run.settings, state_of(run, place))
+        raise InputError(
+            f"--logging_dir {run.config.log.folder} cannot be written to ({error.strerror}): the run stops after step "
+            f"{place.step}; the same command with --resume latest goes on (or --resume {folder})"
+        ) from None

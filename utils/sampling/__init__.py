@@ -1,0 +1,1 @@
+"""From a prompt to a file: prompt files, denoising, writing pictures and clips."""

@@ -1,0 +1,179 @@
+"""From a prompt's encoded text to a latent: the solvers, guidance, two experts.
+
+Training samples come from here too, so a seed gives one picture everywhere.
+Shapes: B batch (always 1), C latent channels, F H W latent frames, height, width, S text tokens, D text width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from torch import Tensor
+
+from utils.sampling.prompts import SamplePrompt
+from wan.configs import DEFAULT_NEGATIVE_PROMPT, WanTask
+from wan.model import WanModel
+from wan.vae import WanVAE
+
+SOLVERS = ("unipc", "dpm++", "vanilla")
+TIMESTEPS = 1000  # the model's time runs from 1000 (noise) to 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All that decides one sample, given the weights: a SamplePrompt with the task's values filled in."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    frames: int
+    seed: int
+    steps: int
+    guidance_scale: float
+    flow_shift: float
+    solver: str
+    latent_shape: tuple[int, int, int, int]  # C, F, H, W
+
+
+def resolve_sample(prompt: SamplePrompt, task: WanTask, seed: int, solver: str = "unipc") -> Sample:
+    """`prompt` with the task's values where it has none, and `seed` if it has none."""
+    temporal, vertical, horizontal = task.vae_stride
+    latent_size = ((prompt.frames - 1) // temporal + 1, prompt.height // vertical, prompt.width // horizontal)
+    return Sample(
+        prompt=prompt.prompt,
+        negative_prompt=_given(prompt.negative_prompt, DEFAULT_NEGATIVE_PROMPT),
+        width=prompt.width,
+        height=prompt.height,
+        frames=prompt.frames,
+        seed=_given(prompt.seed, seed),
+        steps=prompt.steps,
+        guidance_scale=_given(prompt.guidance_scale, task.guidance_scale),
+        flow_shift=_given(prompt.flow_shift, task.flow_shift),
+        solver=solver,
+        latent_shape=(task.config.out_dim, *latent_size),
+    )
+
+
+def _given(value, otherwise):
+    return otherwise if value is None else value
+
+
+@torch.no_grad()
+def encode_samples(text_encoder: Callable[[list[str]], list[Tensor]], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The encoded text [S, D] (CPU) of every prompt and negative prompt, each encoded once and alone."""
+    texts = dict.fromkeys(text for sample in samples for text in (sample.prompt, sample.negative_prompt))
+    return {text: text_encoder([text])[0].cpu() for text in texts}
+
+
+def sample_prompt(
+    model: WanModel,
+    sample: Sample,
+    texts: Mapping[str, Tensor],
+    device: torch.device | str,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """The latent [C, F, H, W] (float32, CPU, normalised) of `sample` by one model, which runs on `device`.
+
+    `texts` comes from encode_samples; on_step is called after each step.
+    """
+    denoising = Denoising(sample)
+    advance(denoising, model, sample.guidance_scale, texts, device, on_step=on_step)
+    return denoising.latent_CFHW
+
+
+class Denoising:
+    """A sample on its way from noise to latent: the latent so far, what the solver remembers, the steps still to do."""
+
+    def __init__(self, sample: Sample):
+        self.sample = sample
+        self.scheduler = make_scheduler(sample.solver, sample.steps, sample.flow_shift)
+        self.latent_CFHW = initial_noise(sample)
+        self.done = 0
+
+    def steps_down_to(self, t_end: float) -> Tensor:
+        """The timesteps still to do that are t_end or more."""
+        left = self.scheduler.timesteps[self.done :]
+        return left[left >= t_end]
+
+
+def initial_noise(sample: Sample) -> Tensor:
+    """float32 [C, F, H, W], drawn on the CPU, so that a seed gives the same noise for every device."""
+    generator = torch.Generator("cpu").manual_seed(sample.seed)
+    return torch.randn(sample.latent_shape, generator=generator, dtype=torch.float32)
+
+
+@torch.no_grad()
+def advance(
+    denoising: Denoising,
+    model: WanModel,
+    guidance_scale: float,
+    texts: Mapping[str, Tensor],
+    device: torch.device | str,
+    t_end: float = 0.0,
+    on_step: Callable[[], object] | None = None,
+) -> None:
+    """Takes the steps at timesteps >= t_end with `model`; the latent and the solver stay on the CPU in float32.
+
+    A high-noise expert has t_end = 1000 * boundary; the low-noise one then takes the rest.
+    """
+    sample = denoising.sample
+    context_SD, negative_SD = (texts[text].to(device) for text in (sample.prompt, sample.negative_prompt))
+    for t in denoising.steps_down_to(t_end):
+        latents_BCFHW = denoising.latent_CFHW[None].to(device)
+        velocity_CFHW = _velocity(model, latents_BCFHW, t, guidance_scale, context_SD, negative_SD)[0].cpu()
+        denoising.latent_CFHW = denoising.scheduler.step(velocity_CFHW, t, denoising.latent_CFHW).prev_sample
+        denoising.done += 1
+        if on_step:
+            on_step()
+
+
+def _velocity(
+    model: WanModel,
+    latents_BCFHW: Tensor,
+    t: Tensor,
+    guidance_scale: float,
+    context_SD: Tensor,
+    negative_SD: Tensor,
+) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022): u + g (c - u), which is c alone at g = 1."""
+    t_B = t.to(latents_BCFHW.device, torch.float32)[None]
+    with_prompt_BCFHW = model(latents_BCFHW, t_B, [context_SD])
+    if guidance_scale == 1:
+        return with_prompt_BCFHW
+    without_BCFHW = model(latents_BCFHW, t_B, [negative_SD])
+    return without_BCFHW + guidance_scale * (with_prompt_BCFHW - without_BCFHW)
+
+
+def make_scheduler(solver: str, steps: int, shift: float):
+    """A diffusers scheduler with its timesteps set. `unipc` has the sigmas of Wan's own; `vanilla` is Euler."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": TIMESTEPS}
+    match solver:
+        case "unipc":
+            scheduler = UniPCMultistepScheduler(flow_shift=shift, **flow)
+            # Wan's list starts one training step below pure noise. diffusers' own (0.001 at its end) differs by up to
+            # 0.007, so it is given here, unshifted: the scheduler shifts it.
+            scheduler.set_timesteps(sigmas=np.linspace(1 - 1 / TIMESTEPS, 0, steps + 1)[:-1])
+        case "dpm++":
+            scheduler = DPMSolverMultistepScheduler(
+                flow_shift=shift, algorithm_type="dpmsolver++", solver_order=2, **flow
+            )
+            scheduler.set_timesteps(steps)
+        case "vanilla":
+            scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=shift)
+            # Without sigmas diffusers shifts the end point twice (huggingface/diffusers issue 13243).
+            scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
+        case _:
+            raise AssertionError(f"no solver {solver}")
+    # Truncated timesteps may repeat; counting from here, a step is never looked up by its timestep.
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def decode_latent(vae: WanVAE, latent_CFHW: Tensor) -> Tensor:
+    """The video [3, T, H, W] of one latent: float32 in [-1, 1], on the CPU."""
+    return vae.decode(latent_CFHW[None])[0].float().cpu()

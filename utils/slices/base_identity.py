@@ -1,0 +1,51 @@
+"""Which base model a checkpoint stands on: its identity, and a value of each block matrix that no slice has touched."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from utils.selective_finetune import base_identity, is_block_matrix, slice_indices, slice_interval
+from utils.slices.ledger import CONTRACT, Entry
+from wan.loading import CheckpointHeader
+from wan.safetensors_header import ITEM_BYTES, TensorEntry, read_bytes
+
+_OTHER = 0.3  # share of the values; slices that no ledger tells of, since another tool left it out, change fewer
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """`identity` is of all that no slice can touch; `values` are hex, one for each block matrix, None inside slices."""
+
+    identity: str
+    values: tuple[str | None, ...] = ()
+
+    def is_same(self, other: "BaseModel") -> bool:
+        """Whether the two are one base, not one and a merged or otherwise finetuned one."""
+        pairs = [pair for pair in zip(self.values, other.values, strict=False) if None not in pair]
+        return self.identity == other.identity and sum(a != b for a, b in pairs) <= _OTHER * len(pairs)
+
+
+def base_model(header: CheckpointHeader, slices: Sequence[Entry]) -> BaseModel:
+    """The base of a checkpoint that holds these slices, or is going to."""
+    matrices = {name: tensor for name, tensor in header.tensors.items() if is_block_matrix(name, tensor.shape)}
+    values = tuple(_value(name, matrices[name], slices) for name in sorted(matrices))
+    return BaseModel(base_identity(header.files), values)
+
+
+def _value(name: str, tensor: TensorEntry, slices: Sequence[Entry]) -> str | None:
+    """The stored value at a place of the matrix's line that its name tells; None if a slice holds it."""
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % tensor.numel
+    if any(_holds(entry, tensor.numel, place) for entry in slices):
+        return None
+    (index,) = slice_indices(name, tensor.shape, Fraction(1, tensor.numel), place + 1).tolist()
+    size = ITEM_BYTES[tensor.dtype]
+    start = tensor.start + index * size
+    return read_bytes(replace(tensor, start=start, stop=start + size)).hex()
+
+
+def _holds(entry: Entry, numel: int, place: int) -> bool:
+    if entry.contract != CONTRACT:
+        return True  # where it lies is not known
+    start, stop = slice_interval(numel, entry.ff, entry.ffid)
+    return start <= place < stop

@@ -1,0 +1,1 @@
+"""Which weight lies where, and how frozen blocks stream to the device."""

@@ -1,0 +1,197 @@
+"""The host's copy of streamed weights: page-locked where it lies, in ordinary memory, or left in the checkpoint file.
+
+`pinned`: the device reads page-locked memory at full speed, without the host. `staged`: ordinary memory. `mapped`: the
+file itself; the kernel keeps of it what fits. From the latter two a thread copies through small page-locked buffers.
+"""
+
+import mmap
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from utils.files import readable
+from utils.swap.backend import CudaBackend, HostBackend
+from utils.swap.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead, share_with_forks
+from utils.swap.worker_thread import WorkerThread
+from wan.errors import InputError
+
+MODES = ("auto", "pinned", "staged", "mapped")
+# Above 2 GiB some drivers refuse a page lock. A piece holds whole weights, since no copy may span two locks.
+PIECE_BYTES = (1 << 30) - 1
+STAGING_BYTES = 64 << 20
+# For the system, Python, CUDA's libraries, data loaders.
+_RESERVE_BYTES = 6 << 30
+_PAGE = mmap.PAGESIZE
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, eq=False)
+class HostStore:
+    """How the masters of the streamed weights are kept."""
+
+    mode: str
+    bytes: int  # of RAM, a file's own pages not counted
+    note: str = ""  # why the mode is not the one that was asked for
+    locks: "LockedMemory | None" = None
+
+
+def make_host_store(
+    weights: Sequence[nn.Parameter], mode: str, backend: HostBackend | CudaBackend, mapped: bool, reserved: int = 0
+) -> HostStore:
+    """Moves the weights' data to where `mode` has them; `mapped` says whether they are a file's own bytes so far.
+
+    "auto" leaves `reserved` bytes of RAM for what else the job keeps there. Where page-locking fails, what was locked
+    is unlocked and the weights are staged. InputError where `mode` needs more memory than there is.
+    """
+    total = sum(weight.nbytes for weight in weights)
+    # Weights that are in memory already leave it piece by piece, as they are moved.
+    available = available_bytes() + (0 if mapped else total)
+    if mode == "auto":
+        mode = choose_mode(total, backend.page_locks, mapped, available - reserved, page_locks_are_cheap())
+    if mode != "mapped" and total > available:
+        raise InputError(
+            f"--host_weights {mode} needs {readable(total)} of RAM, {readable(available)} are free: use mapped, or "
+            "swap fewer blocks"
+        )
+    assert mode != "mapped" or mapped, "checked against the file's dtype before the model was loaded"
+    if mode == "pinned":
+        return _page_locked(weights, total, backend)
+    if mode == "staged" and mapped:
+        for weight in weights:
+            weight.data = weight.data.clone()
+    return HostStore(mode, 0 if mode == "mapped" else total)
+
+
+def choose_mode(total: int, page_locks: bool, mapped: bool, available: int, cheap: bool) -> str:
+    """The mode for `total` bytes of weights: by the device, the file, the free memory, the platform."""
+    fits = total + _RESERVE_BYTES <= available
+    if page_locks and cheap and fits:
+        return "pinned"
+    # The CPU reads the file as fast as a copy of it.
+    return "mapped" if mapped and not (page_locks and fits) else "staged"
+
+
+class LockedMemory:
+    """Regions of host memory that are page-locked where they lie, and unlocked before they are freed."""
+
+    def __init__(self, backend: CudaBackend):
+        self.backend = backend
+        self.failed = False
+        self._locked: list[Tensor] = []
+        # The finalizer holds the regions, so that no memory goes with its lock still on.
+        self.release = weakref.finalize(self, _unlock_all, backend, self._locked)
+        self.release.atexit = False
+
+    def region(self, size: int) -> Tensor:
+        """uint8 [>= size] on pages of its own; after the first failure nothing more is locked."""
+        room = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
+        start = -room.data_ptr() % _PAGE
+        region = room[start : start + -(-size // _PAGE) * _PAGE]
+        if not self.failed and self.backend.page_lock(region):
+            self._locked.append(region)
+            share_with_forks(region, False)  # data loaders' workers have no use for it
+        else:
+            self.failed = True
+        return region
+
+
+def _unlock_all(backend: CudaBackend, regions: list[Tensor]) -> None:
+    backend.drain()
+    while regions:
+        region = regions.pop()
+        backend.page_unlock(region)
+        share_with_forks(region, True)
+
+
+def _page_locked(weights: Sequence[nn.Parameter], total: int, backend: CudaBackend) -> HostStore:
+    locks = LockedMemory(backend)
+    for piece in _pieces(weights):
+        for weight in piece:
+            read_ahead(weight.data)
+        _move(piece, locks.region(sum(aligned(weight.nbytes) for weight in piece)))
+    if not locks.failed:
+        return HostStore("pinned", total, locks=locks)
+    locks.release()
+    limit = memlock_limit()
+    reason = f" (the limit of `ulimit -l` is {limit:,} bytes)" if limit < total else ""
+    return HostStore("staged", total, f"page-locking failed{reason}")
+
+
+def _pieces(weights: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Successive weights in groups of at most PIECE_BYTES."""
+    groups, room = [], 0
+    for weight in weights:
+        size = aligned(weight.nbytes)
+        if size > room:
+            groups.append([])
+            room = PIECE_BYTES
+        groups[-1].append(weight)
+        room -= size
+    return groups
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to where the next weight may begin."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _move(weights: Sequence[nn.Parameter], region: Tensor) -> None:
+    """Has the weights lie one behind the other in `region`."""
+    start = 0
+    for weight in weights:
+        weight.data = as_weight(region[start:], weight.data).copy_(weight.data)
+        start += aligned(weight.nbytes)
+
+
+def as_weight(memory: Tensor, weight: Tensor) -> Tensor:
+    """The beginning of `memory` (uint8) in the dtype and shape of `weight`."""
+    return memory[: weight.nbytes].view(weight.dtype).view(weight.shape)
+
+
+class BackgroundCopies:
+    """A link from ordinary memory, or a mapped file, to a device: a thread does what would keep the host waiting.
+
+    It fills two small page-locked buffers in turn, from which a GPU reads; for the CPU it copies directly. The methods
+    are the backend's; an event is the thread's promise of one.
+    """
+
+    def __init__(self, backend: HostBackend | CudaBackend):
+        self.backend = backend
+        self._buffers = [backend.host_buffer(STAGING_BYTES) for _ in range(2)] if backend.page_locks else []
+        self._read = [backend.mark() for _ in self._buffers]  # when the device has read each
+        self._turn = 0
+        self._thread = WorkerThread("copies", backend.begin_thread)
+        self._ahead = WorkerThread("read-ahead")
+
+    def copy(self, target: Tensor, source: Tensor, after) -> Future:
+        """Copies in the background, once event `after` has passed on the device."""
+        # The copy's own page faults would read a file in small pieces, one after the other.
+        self._ahead.submit(read_ahead, source)
+        return self._thread.submit(self._copy if self._buffers else self.backend.copy, target, source, after)
+
+    def wait(self, copied: Future) -> None:
+        """Computing waits for a copy; the host waits only until it is on its way."""
+        self.backend.wait(copied.result())
+
+    def drain(self) -> None:
+        """The host waits for all copies; there can be none after. The garbage collector may call it anywhere."""
+        self._ahead.end(drop=True)
+        self._thread.end()
+        self.backend.drain()
+
+    def _copy(self, target: Tensor, source: Tensor, after):
+        target, source = (tensor.view(-1).view(torch.uint8) for tensor in (target, source))
+        done = after
+        for start in range(0, source.nbytes, STAGING_BYTES):
+            piece = source[start : start + STAGING_BYTES]
+            buffer = self._buffers[self._turn][: piece.nbytes]
+            self.backend.finish(self._read[self._turn])
+            buffer.copy_(piece)
+            done = self.backend.copy(target[start : start + piece.nbytes], buffer, done)
+            self._read[self._turn] = done
+            self._turn = 1 - self._turn
+        return done

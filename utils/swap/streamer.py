@@ -1,0 +1,197 @@
+"""Streams weights from the host to a device just ahead of their use, through slots that are allocated once.
+
+A weight is asked for each time it is used, in forward and again in backward, and never kept: so autograd holds nothing
+that a later copy could overwrite. Copies go one way, on one stream; each slot has an event for "the copy has arrived"
+and one for "its last user has been computed", and the host waits for neither.
+"""
+
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.selective_finetune import SlicedMatrix
+from utils.slices.overlay import Overlay
+from utils.swap.backend import CudaBackend, HostBackend
+from utils.swap.host_store import BackgroundCopies, HostStore, aligned, as_weight
+from utils.swap.order import WeightOrder, evictions
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedWeight:
+    """A weight whose master is on the host; if any, the slice in it that trains, and what each copy is to hold."""
+
+    host: Tensor
+    matrix: SlicedMatrix | None = None
+    overlay: Overlay | None = None
+
+
+@dataclass(eq=False)
+class _Slot:
+    memory: Tensor  # uint8, on the device
+    free: object  # event: whoever used it last has been computed
+    holds: int | None = None
+    arrived: object = None  # event: the copy is complete
+    arriving: bool = False  # computing has not waited for `arrived` yet
+    version: int | None = None  # of the slice's values in it
+    last_used: int = 0
+
+
+@dataclass(eq=False)
+class _Lane:
+    """The slots of one size, and what this pass has planned for them."""
+
+    slots: list[_Slot]
+    positions: Sequence[int] = ()  # of the weights of this size, in the order's future
+    ahead: int = 0  # how many of these are on the device or behind us
+    gives_up: frozenset[int] = frozenset()  # positions after which a slot goes to the next weight
+
+    def vacant(self) -> _Slot | None:
+        return next((slot for slot in self.slots if slot.holds is None), None)
+
+
+@dataclass
+class Traffic:
+    """What was copied to the device so far; `misses` are copies that were not made ahead."""
+
+    bytes: int = 0
+    copies: int = 0
+    misses: int = 0
+
+
+class WeightStreamer:
+    """Slots on the device (bytes -> count) for weights that use() brings there, in the order that passes repeat."""
+
+    def __init__(
+        self,
+        weights: Sequence[StreamedWeight],
+        slots: Mapping[int, int],
+        backend: HostBackend | CudaBackend,
+        link: HostBackend | CudaBackend | BackgroundCopies,
+        version: Callable[[], int],
+        store: HostStore | None = None,
+    ):
+        self.weights = weights
+        self.backend = backend
+        self.link = link
+        self.version = version  # of the slice's values in use
+        self.store = store  # its page locks last as long as the streamer
+        self.order = WeightOrder()
+        self.traffic = Traffic()
+        self._lanes = {size: _Lane(of_size) for size, of_size in _allocate(slots, backend).items()}
+        self._lane_of = [
+            self._lanes[min(size for size in slots if size >= aligned(weight.host.nbytes))] for weight in weights
+        ]
+        self._slot_of: dict[int, _Slot] = {}
+        self._in_use: _Slot | None = None
+        self._uses = 0
+        # Copies for a pass that will not come would otherwise land in memory that is someone else's by then.
+        weakref.finalize(self, link.drain).atexit = False
+
+    def begin_pass(self, kind: Hashable) -> None:
+        """A forward pass begins; those of one kind use the weights in one order."""
+        self._leave_slot()
+        self.order.begin(kind)
+        for lane in self._lanes.values():
+            lane.positions = [at for at, weight in enumerate(self.order.future) if self._lane_of[weight] is lane]
+            lane.ahead = 0
+            uses = [self.order.future[at] for at in lane.positions]
+            held = {slot.holds for slot in lane.slots if slot.holds is not None}
+            unused, given_up = evictions(uses, held, len(lane.slots))
+            lane.gives_up = frozenset(lane.positions[number] for number in given_up)
+            for weight in unused:
+                self._vacate(self._slot_of[weight])
+
+    def use(self, weight: int) -> Tensor:
+        """The weight on the device, with the slice's values in use, until the next call."""
+        self._leave_slot()
+        self.order.used(weight)
+        if weight not in self._slot_of:
+            self._load_late(weight)
+        self._in_use = slot = self._slot_of[weight]
+        self._uses += 1
+        slot.last_used = self._uses
+        self._prefetch()
+        if slot.arriving:
+            self.link.wait(slot.arrived)
+            slot.arriving = False
+            if overlay := self.weights[weight].overlay:
+                overlay.write(as_weight(slot.memory, self.weights[weight].host))
+        return self._with_slice(slot)
+
+    def _leave_slot(self) -> None:
+        # The one user of the last weight has been enqueued by now, since each asks for its weight when it starts.
+        if self._in_use is None:
+            return
+        self._in_use.free = self.backend.mark()
+        if not self.order.learning and self.order.done - 1 in self._lane_of[self._in_use.holds].gives_up:
+            self._vacate(self._in_use)
+        self._in_use = None
+
+    def _with_slice(self, slot: _Slot) -> Tensor:
+        entry = self.weights[slot.holds]
+        weight = as_weight(slot.memory, entry.host)
+        # Also where the weight stayed here since before an optimizer step, or a pass at another strength.
+        if entry.matrix is not None and slot.version != self.version():
+            entry.matrix.write(weight)
+            slot.version = self.version()
+        return weight
+
+    def _load_late(self, weight: int) -> None:
+        """A weight that nothing has foreseen takes the slot that was used longest ago."""
+        self.traffic.misses += 1
+        lane = self._lane_of[weight]
+        slot = lane.vacant()
+        if slot is None:
+            slot = min(lane.slots, key=lambda slot: slot.last_used)
+            self._vacate(slot)
+            lane.ahead = bisect_left(lane.positions, self.order.done)
+        self._load(weight, slot)
+
+    def _prefetch(self) -> None:
+        """Fills vacant slots with what is needed next."""
+        while not self.order.learning:
+            missing = [
+                (at, slot)
+                for lane in self._lanes.values()
+                if (slot := lane.vacant()) and (at := self._next_missing(lane)) is not None
+            ]
+            if not missing:
+                break
+            at, slot = min(missing, key=lambda pair: pair[0])
+            self._load(self.order.future[at], slot)
+
+    def _next_missing(self, lane: _Lane) -> int | None:
+        """The position of the next use of a weight that is not on the device."""
+        while lane.ahead < len(lane.positions):
+            at = lane.positions[lane.ahead]
+            if at >= self.order.done and self.order.future[at] not in self._slot_of:
+                return at
+            lane.ahead += 1
+        return None
+
+    def _vacate(self, slot: _Slot) -> None:
+        del self._slot_of[slot.holds]
+        slot.holds = None
+
+    def _load(self, weight: int, slot: _Slot) -> None:
+        self._slot_of[weight] = slot
+        slot.holds, slot.version, slot.arriving = weight, None, True
+        host = self.weights[weight].host
+        slot.arrived = self.link.copy(as_weight(slot.memory, host), host, slot.free)
+        self.traffic.copies += 1
+        self.traffic.bytes += host.nbytes
+
+
+def _allocate(slots: Mapping[int, int], backend: HostBackend | CudaBackend) -> dict[int, list[_Slot]]:
+    """All slots in one allocation, which is never freed or grown: nothing can fragment it."""
+    arena = torch.empty(sum(size * n for size, n in slots.items()), dtype=torch.uint8, device=backend.device)
+    free = backend.mark()
+    allocated, start = {}, 0
+    for size, count in slots.items():
+        allocated[size] = [_Slot(arena[start + i * size : start + (i + 1) * size], free) for i in range(count)]
+        start += count * size
+    return allocated
