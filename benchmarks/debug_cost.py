@@ -20,6 +20,7 @@ from step_cost import DTYPES, FFS, FULL, QUICK, Blocks, Size, adamw, machine_lin
 from torch import nn
 
 from utils.selective_finetune import TrainedSlice, attach_slice
+from utils.slice_saving import save_checkpoint
 from utils.slices.compare import compare_save
 from utils.training_debug import DRAW_EVERY, READ_EVERY, TrainingDebug
 
@@ -59,7 +60,7 @@ def row(size: Size, dtype: str, ff: str, rounds: int) -> str:
         trained = attach_slice(model, ff, 1)
         shares, ratios, draws = time_steps(model, trained, rounds, folder)
         start = time.perf_counter()
-        trained.save_checkpoint(base, saved)
+        save_checkpoint(trained, base, saved)
         middle = time.perf_counter()
         assert compare_save([base], saved, trained).fault is None
         seconds = f"{middle - start:.2f} s, {time.perf_counter() - middle:.2f} s for {base.stat().st_size / 1e6:.0f} MB"

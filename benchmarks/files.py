@@ -131,7 +131,7 @@ def write_random_slice(base: Path, path: Path, ffid: int) -> None:
     """A slice of random values that fits the base."""
     import torch
 
-    from utils.selective_finetune import base_identity, read_slice, slice_digest, value_digest, write_slice
+    from utils.slice_saving import base_identity, read_slice, slice_digest, value_digest, write_slice
     from utils.slices.ledger import CONTRACT, KEY, Entry, ledger_text
     from utils.slices.on_base import units_of
     from wan.loading import read_checkpoint_header

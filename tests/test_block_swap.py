@@ -162,8 +162,8 @@ def test_with_all_blocks_what_lies_outside_streams_too_at_the_price_of_two_matri
     assert (copied, misses) == (2 * (BLOCKS - 2) * SIZES.block + passing, 0)
 
 
-def pass_without_gradient(run, strength=1.0):
-    with torch.no_grad(), run.trained.at_strength(strength):
+def pass_without_gradient(run):
+    with torch.no_grad():
         return loss_of(run.model, 99).item()
 
 
@@ -186,7 +186,6 @@ def skip_a_block(run):
 
 INTERRUPTIONS = {
     "a sample": pass_without_gradient,
-    "the teacher": lambda run: pass_without_gradient(run, 0.0),
     "no backward": lambda run: loss_of(run.model, 96).item(),
     "an exception": fail_in_the_middle,
     "a skipped block": skip_a_block,
@@ -207,13 +206,13 @@ def test_after_an_interruption_training_goes_on_bit_for_bit_and_finds_its_order_
     assert run.traffic(lambda: run.step(9)) == (2 * 3 * SIZES.block, 0)
 
 
-def test_steps_with_a_teacher_pass_before_each_copy_nothing_late():
+def test_steps_with_a_pass_without_gradient_before_each_copy_nothing_late():
     run = Run(FakeDevice("random"), 3)
     for seed in range(3):
-        pass_without_gradient(run, 0.0)
+        pass_without_gradient(run)
         run.step(seed)
     # Forward only: every block that streams, but for those that are still there from the pass before.
-    assert run.traffic(lambda: pass_without_gradient(run, 0.0)) == (3 * SIZES.block, 0)
+    assert run.traffic(lambda: pass_without_gradient(run)) == (3 * SIZES.block, 0)
     assert run.traffic(lambda: run.step(8)) == (2 * 3 * SIZES.block, 0)
 
 

@@ -15,7 +15,7 @@ import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from utils.cli.cache import parse_cache_latents, parse_cache_text
 from utils.data.media import read_image
-from utils.selective_finetune import UNFINISHED
+from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
 from wan.vae import load_vae
 

@@ -13,17 +13,11 @@ from safetensors.torch import load_file, save_file
 from test_selective_finetune import TINY, tiny_model
 from transformers import BertConfig, BertModel
 
-from utils.selective_finetune import (
-    SliceError,
-    attach_slice,
-    base_identity,
-    contract_name,
-    read_header,
-    slice_indices,
-)
+from utils.selective_finetune import SliceError, attach_slice, contract_name, slice_indices
+from utils.slice_saving import base_identity, read_header, save_checkpoint, save_slice
 from utils.slices.ledger import read_ledger
 
-PATCH = Path(__file__).parents[1] / "utils" / "selective_finetune.py"
+UTILS = Path(__file__).parents[1] / "utils"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +64,7 @@ def test_a_slice_of_a_diffusers_wan_is_saved_into_its_own_file_and_is_that_of_th
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
         optimizer.step()
         trained.write_back()
-        trained.save_checkpoint(tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}_trained.safetensors")
+        save_checkpoint(trained, tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}_trained.safetensors")
         states[kind] = model.state_dict(), load_file(tmp_path / f"{kind}_trained.safetensors")
         assert all(torch.equal(states[kind][1][name], tensor) for name, tensor in states[kind][0].items())
     converted = convert_wan_transformer_to_diffusers(dict(states["original"][1]))
@@ -101,7 +95,7 @@ def test_a_transformers_model_trains_its_slice_alone(tmp_path):
         trained.write_back()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and len(trained.matrices) == 12
-    trained.save_checkpoint(tmp_path / "base.safetensors", tmp_path / "saved.safetensors")
+    save_checkpoint(trained, tmp_path / "base.safetensors", tmp_path / "saved.safetensors")
     saved = load_file(tmp_path / "saved.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
     for name, tensor in model.state_dict().items():
@@ -111,26 +105,28 @@ def test_a_transformers_model_trains_its_slice_alone(tmp_path):
         assert not changed.any(), name
 
 
-@pytest.mark.parametrize("save", ["save_checkpoint", "save_slice"])
+@pytest.mark.parametrize("save", [save_checkpoint, save_slice])
 def test_what_the_patch_saves_has_a_ledger_that_can_be_read(tmp_path, save):
     save_file(tiny_model().state_dict(), tmp_path / "base.safetensors")
     trained = attach_slice(tiny_model(), " 0.05", 3)
     out = tmp_path / "out.safetensors"
     for name in ("a\ud800", "a\n", "x" * 256):
         with pytest.raises(SliceError, match="cannot be a concept's: 255 characters"):
-            getattr(trained, save)(tmp_path / "base.safetensors", out, concept=name)
+            save(trained, tmp_path / "base.safetensors", out, concept=name)
     assert not out.exists()
-    getattr(trained, save)(tmp_path / "base.safetensors", out, concept="x" * 255)
+    save(trained, tmp_path / "base.safetensors", out, concept="x" * 255)
     assert read_ledger(read_header(out)[1], out)[0].ff == "0.05"
 
 
-def test_the_copied_file_works_alone(tmp_path):
-    shutil.copy(PATCH, tmp_path)
+def test_the_copied_files_work_alone(tmp_path):
+    for name in ("selective_finetune.py", "slice_saving.py"):
+        shutil.copy(UTILS / name, tmp_path)
     save_file(tiny_model().state_dict(), tmp_path / "base.safetensors")
     script = """
 import torch
 from safetensors.torch import load_file
 from selective_finetune import attach_slice
+from slice_saving import save_checkpoint
 state = load_file("base.safetensors")
 block = torch.nn.Linear(48, 96)
 block.load_state_dict({k: state[f"blocks.0.ffn.0.{k}"] for k in ("weight", "bias")})
@@ -141,7 +137,7 @@ optimizer = torch.optim.AdamW(trained.parameters(), lr=0.1)
 block(torch.randn(3, 48)).square().mean().backward()
 optimizer.step()
 trained.write_back()
-trained.save_checkpoint("base.safetensors", "character1.safetensors", concept="character1", steps=1)
+save_checkpoint(trained, "base.safetensors", "character1.safetensors", concept="character1", steps=1)
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     base, saved = load_file(tmp_path / "base.safetensors"), load_file(tmp_path / "character1.safetensors")

@@ -21,7 +21,8 @@ from utils import generation
 from utils.sampling.denoising import decode_latent, encode_samples, resolve_sample, sample_prompt
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.writers import to_frames
-from utils.selective_finetune import UNFINISHED, attach_slice
+from utils.selective_finetune import attach_slice
+from utils.slice_saving import UNFINISHED, save_checkpoint, save_slice
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -295,8 +296,8 @@ def concept(files) -> str:
     trained = attach_slice(load_dit(files / "dit.safetensors"), "0.2", 1)
     for parameter in trained.parameters():
         parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    trained.save_checkpoint(files / "dit.safetensors", files / "taught.safetensors", concept="fox")
-    trained.save_slice(files / "dit.safetensors", files / "fox.slice.safetensors", concept="fox")
+    save_checkpoint(trained, files / "dit.safetensors", files / "taught.safetensors", concept="fox")
+    save_slice(trained, files / "dit.safetensors", files / "fox.slice.safetensors", concept="fox")
     return str(files / "fox.slice.safetensors")
 
 

@@ -21,7 +21,8 @@ from utils.learning.flow_matching import draw_generator, sigmas_of
 from utils.preserve.answers_file import Answer, OldPrompt, read_answers, write_answers
 from utils.preserve.old_prompts import Preservation
 from utils.run.state import load_state
-from utils.selective_finetune import base_identity, slice_indices
+from utils.selective_finetune import slice_indices
+from utils.slice_saving import base_identity
 from utils.slices.base_identity import BaseModel
 from utils.slices.commands import apply, remove, scale
 from utils.slices.ledger import CONTRACT, Entry

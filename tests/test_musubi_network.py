@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_selective_finetune import loss_of, tiny_model
 from torch import nn
 
-from utils.selective_finetune import SliceError, attach_slice, block_linears, read_ledger, slice_indices
+from utils.selective_finetune import SliceError, attach_slice, block_linears, slice_indices
+from utils.slice_saving import read_ledger
 from utils.swap.placement import checkpoint_blocks
 
 UTILS = str(Path(__file__).parents[1] / "utils")
@@ -95,7 +96,7 @@ def fake_trainer(folder, base="resident", steps=STEPS, resume=None, **more):
     model.eval().requires_grad_(False)
     BASES[base](model)
     sys.path.insert(0, UTILS)
-    module = importlib.import_module("selective_finetune")
+    module = importlib.import_module("musubi_network")
     for given in (args.base_weights, args.dim_from_weights):
         if given:
             module.create_arch_network_from_weights(1, {}, unet=model)

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from utils.sampling.writers import load_latent, remove_unfinished, save_frames, save_latent, save_sample, to_frames
-from utils.selective_finetune import UNFINISHED, SliceError
+from utils.selective_finetune import SliceError
+from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
 
 

@@ -21,7 +21,8 @@ from utils.data.dataset import build_training_dataset
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.preserve.answers_file import Answer, OldPrompt, read_answers
 from utils.preserve.old_prompts import CAPTIONS_KEPT, Preservation, most_frequent, old_prompts, preserve_lines
-from utils.selective_finetune import base_identity, read_ledger, slice_indices
+from utils.selective_finetune import slice_indices
+from utils.slice_saving import base_identity, read_ledger
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import CONTRACT, Entry
 from wan.errors import InputError

@@ -18,7 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from utils import training
 from utils.cli.train import parse_train
 from utils.run import turns
-from utils.selective_finetune import SliceError, read_ledger
+from utils.selective_finetune import SliceError
+from utils.slice_saving import read_ledger
 from utils.training import train
 from wan.errors import InputError
 

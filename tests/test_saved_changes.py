@@ -11,6 +11,7 @@ from tiny_run import write_dit
 from torch import nn
 
 from utils.selective_finetune import attach_slice, slice_indices
+from utils.slice_saving import save_checkpoint
 from utils.slices import compare
 from utils.slices.compare import SavedChanges, compare_save
 from utils.slices.ledger import Entry
@@ -41,7 +42,7 @@ def trained(files):
         for parameter in trained.parameters():
             parameter.fill_(0.5)
     trained.write_back()
-    trained.save_checkpoint(files / "base.safetensors", files / "trained.safetensors")
+    save_checkpoint(trained, files / "base.safetensors", files / "trained.safetensors")
     return trained
 
 
@@ -113,7 +114,7 @@ def test_comparing_holds_less_than_one_tensor_however_many_slices_are_applied(tm
     trained = attach_slice(model, "0.01", 1)
     save_file(model.state_dict(), tmp_path / "base.safetensors")
     next(trained.parameters()).data.fill_(1)
-    trained.save_checkpoint(tmp_path / "base.safetensors", tmp_path / "saved.safetensors")
+    save_checkpoint(trained, tmp_path / "base.safetensors", tmp_path / "saved.safetensors")
     applied = [Entry(1, "0.01", ffid, "other", 1, "") for ffid in (2, 3)]
     tracemalloc.start()  # does not see PyTorch's memory
     with LiveBytes() as counter:

@@ -5,18 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_chain import names_of, train_concept, write_base, write_chain
 
-from utils import selective_finetune
+from utils import slice_saving
 from utils.cli.slices import main
-from utils.selective_finetune import (
-    SliceError,
-    attach_slice,
-    ids_available,
-    read_header,
-    read_slice,
-    slice_indices,
-    slice_units,
-    stream,
-)
+from utils.selective_finetune import SliceError, attach_slice, ids_available, slice_indices, slice_units
+from utils.slice_saving import change_rows, read_header, read_slice, save_checkpoint, stored_values, stream
 from wan.errors import InputError
 from wan.loading import load_dit
 
@@ -25,7 +17,7 @@ PIECES = (1, 200, 700, 5000)  # bytes: one row, and numbers of rows that do not 
 
 @pytest.fixture(params=PIECES)
 def small_pieces(request, monkeypatch):
-    monkeypatch.setattr(selective_finetune, "_PIECE", request.param)
+    monkeypatch.setattr(slice_saving, "_PIECE", request.param)
     return request.param
 
 
@@ -48,7 +40,7 @@ def test_a_slice_changed_by_rows_is_the_slice_changed_at_once(shape, ff, step):
 
         start = units.cut(units.read(matrix)).clone()
         for first in range(0, shape[0], step):
-            units.change(matrix[first : first + step], first, new)
+            change_rows(units, matrix[first : first + step], first, new)
         assert torch.equal(matrix, whole) and torch.equal(old, start)
 
 
@@ -71,7 +63,7 @@ def load_all_bytes(path):
 def test_a_run_s_checkpoint_in_pieces_is_that_of_whole_matrices(small_pieces, chain, tmp_path):
     trained = train_concept(chain / "base.safetensors", tmp_path, "one", "0.05", 2)
     assert load_all_bytes(tmp_path / "one.safetensors") == load_all_bytes(chain / "one.safetensors")
-    stored, _ = trained.stored_values(chain / "base.safetensors")
+    stored, _ = stored_values(trained, chain / "base.safetensors")
     units = {name: matrix.units for name, matrix in trained.matrices.items()}
     read = read_slice(chain / "base.safetensors", units)
     assert read.keys() == stored.keys() and all(torch.equal(read[name], stored[name]) for name in read)
@@ -86,7 +78,7 @@ def test_one_other_value_in_the_base_is_found_in_whatever_piece_it_lies(small_pi
     weights[name].view(-1)[indices[place]] += 1
     save_file(weights, tmp_path / "other.safetensors", {"num_heads": "4", "text_len": "7"})
     with pytest.raises(SliceError, match=f"{name} in the base file is not what this slice was trained on"):
-        trained.save_checkpoint(tmp_path / "other.safetensors", tmp_path / "out.safetensors")
+        save_checkpoint(trained, tmp_path / "other.safetensors", tmp_path / "out.safetensors")
     applied = ["apply", str(tmp_path / "other.safetensors"), str(chain / "one.slice.safetensors"), "-o"]
     with pytest.raises(InputError, match="it holds other values where the slice lies"):
         main([*applied, str(tmp_path / "out.safetensors")])

@@ -15,7 +15,8 @@ from utils.data.cache_files import image_latents_path, read_latents, read_text, 
 from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.files import readable
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
-from utils.selective_finetune import UNFINISHED, SliceError, slice_indices
+from utils.selective_finetune import SliceError, slice_indices
+from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
 from wan.loading import load_dit
 from wan.model import WanModel

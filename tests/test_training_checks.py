@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import run, write_inputs, write_sample_models
 
 from utils import training
-from utils.selective_finetune import UNFINISHED, read_header, read_ledger
+from utils.slice_saving import UNFINISHED, read_header, read_ledger
 from wan.errors import InputError
 
 KINDS = {"checkpoint": "one.safetensors", "slice": "one.slice.safetensors", "lora": "one.lora.safetensors"}

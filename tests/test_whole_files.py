@@ -17,7 +17,8 @@ from utils.cli.slices import main
 from utils.preserve.answers_file import ENDING
 from utils.run.save_schedule import KINDS, SaveConfig, remove_unfinished
 from utils.run.state import check_state, latest_state, load_state, save_state
-from utils.selective_finetune import UNFINISHED, SliceError, whole_file
+from utils.selective_finetune import SliceError
+from utils.slice_saving import UNFINISHED, whole_file
 from wan.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.selective_finetune import attach_slice
+from utils.slice_saving import save_checkpoint, save_slice
 from wan.configs import WanConfig
 from wan.loading import load_dit
 from wan.model import WanModel
@@ -33,9 +34,9 @@ def train_concept(base: Path, folder: Path, name: str, ff: str, ffid: int, compu
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
     told = {"ss_output_name": name, "ss_seed": "3"}
     now = datetime.now(timezone.utc)
-    with patch("utils.selective_finetune.datetime", Mock(now=lambda zone: now)):  # one moment in both files
-        trained.save_checkpoint(base, folder / f"{name}.safetensors", told, concept=name, steps=10 * ffid)
-        trained.save_slice(base, folder / f"{name}.slice.safetensors", told, concept=name, steps=10 * ffid)
+    with patch("utils.slice_saving.datetime", Mock(now=lambda zone: now)):  # one moment in both files
+        save_checkpoint(trained, base, folder / f"{name}.safetensors", told, concept=name, steps=10 * ffid)
+        save_slice(trained, base, folder / f"{name}.slice.safetensors", told, concept=name, steps=10 * ffid)
     return trained
 
 

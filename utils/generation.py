@@ -26,7 +26,7 @@ from utils.sampling.denoising import (
     resolve_sample,
 )
 from utils.sampling.prompts import SamplePrompt, parse_prompt_line
-from utils.selective_finetune import base_identity
+from utils.slice_saving import base_identity
 from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file
 from utils.slices.overlay import load_with_slices
 from utils.swap.placement import check_swap, memory_line, place_model

@@ -20,6 +20,7 @@ from utils.interrupts import StopRequest
 from utils.learning.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.learning.lr_schedules import build_scheduler
 from utils.learning.optimizers import build_optimizer, learning_rates
+from utils.preserve.answers_file import ENDING
 from utils.preserve.asking import encode_old_prompts, keep_answers, plan_asking, read_old_prompts
 from utils.preserve.old_prompts import Targets, preserve_lines
 from utils.run.checks import check_dataset, check_plan, latent_sizes, read_dit, say_what_is_read
@@ -64,14 +65,18 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     plan = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
     identity = base_settings(header, below)
     base = config.preserve and base_model(header, below.entries)
-    prompts = read_old_prompts(config, base, model_config, below, dataset)
+    own = own_entry(config.ff, config.ffid, config.save.name)
+    prompts = read_old_prompts(config.preserve, base, model_config, below.entries, own, dataset.items)
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | identity
     if config.resume:
         check_state(config.resume, settings)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what is half written takes room, which every process looks for
-    asking = plan_asking(config, base, model_config, prompts, dataset, batches, seed)
+    answers = config.save.folder / f"{config.save.name}{ENDING}"
+    asking = plan_asking(
+        config.preserve, answers, config.timesteps, base, model_config, prompts, dataset.items, batches, seed
+    )
     saving_lines = check_plan(config, header, plan, asking)
     say_what_is_read(config, header, dataset, say)
     for line in asking.lines() if asking else ():
@@ -129,7 +134,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     )
     place = resume(run) if config.resume else Place(0, 0, 0, deque(maxlen=plan.steps_per_epoch))
     lines = [*ledger_lines(config, header, below), *slice_lines(trained, model, below.entries)]
-    lines += preserve_lines(preserved, below.entries, own_entry(config.ff, config.ffid, config.save.name))
+    lines += preserve_lines(preserved, below.entries, own)
     lines.append(f"{memory_line(placement, accelerator.device)}; {slice_memory(trained, model)}")
     if inputs is not None:
         lines.append(inputs_line(len(model.blocks), input_size))

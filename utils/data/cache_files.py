@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from utils.selective_finetune import UNFINISHED, whole_file
+from utils.slice_saving import UNFINISHED, whole_file
 from wan.errors import InputError
 from wan.safetensors_header import read_file_header
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from utils.selective_finetune import StoredTensor, write_safetensors
+from utils.slice_saving import StoredTensor, write_safetensors
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import ANSWERS_KEY, KEY, Entry, ledger_text, read_ledger
 from wan.configs import WanConfig

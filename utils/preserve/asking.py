@@ -18,16 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.data.cache_files import latents_shape, read_latents
-from utils.data.dataset import TrainingDataset
 from utils.data.items import Item
 from utils.files import readable
 from utils.learning.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sigmas_of
-from utils.preserve.answers_file import ENDING, Answer, OldPrompt, answer_bytes, is_of_run, read_answers, write_answers
+from utils.preserve.answers_file import Answer, OldPrompt, answer_bytes, is_of_run, read_answers, write_answers
 from utils.preserve.old_prompts import OldPrompts, Preservation, PreserveConfig, encoded, old_prompts
-from utils.run.config import TrainConfig
 from utils.slices.base_identity import BaseModel
-from utils.slices.ledger import own_entry
-from utils.slices.on_base import SlicesOnBase
+from utils.slices.ledger import Entry
 from wan.configs import WanConfig
 from wan.model import WanModel
 
@@ -95,37 +92,42 @@ class AskingPlan:
 
 
 def read_old_prompts(
-    config: TrainConfig, base: BaseModel | None, model: WanConfig, below: SlicesOnBase, dataset: TrainingDataset
+    config: PreserveConfig | None,
+    base: BaseModel | None,
+    model: WanConfig,
+    ledger: Sequence[Entry],
+    own: Entry,
+    items: Sequence[Item],
 ) -> OldPrompts:
-    """What the run preserves; InputError if there is nothing, or if --preserve_answers cannot be used."""
-    if config.preserve is None:
+    """What a run that trains the slice `own` on `items` preserves of the concepts in the `ledger`.
+
+    InputError if there is nothing, or if --preserve_answers cannot be used.
+    """
+    if config is None:
         return OldPrompts()
-    kept = read_answers(config.preserve.answers, base, model) if config.preserve.answers else []
-    captions = {item.caption for item in dataset.items}
-    return old_prompts(
-        config.preserve, below.entries, own_entry(config.ff, config.ffid, config.save.name), kept, captions
-    )
+    kept = read_answers(config.answers, base, model) if config.answers else []
+    return old_prompts(config, ledger, own, kept, {item.caption for item in items})
 
 
 def plan_asking(
-    config: TrainConfig,
+    config: PreserveConfig | None,
+    path: Path,
+    timesteps: TimestepConfig,
     base: BaseModel | None,
     model: WanConfig,
     prompts: OldPrompts,
-    dataset: TrainingDataset,
+    items: Sequence[Item],
     batches: Sequence[Sequence[int]],
     seed: int,
 ) -> AskingPlan | None:
-    """What is to be asked, at the items of the dataset; None where nothing is preserved."""
-    if config.preserve is None:
+    """What is to be asked, at the `items` of a run, and kept at `path`; None where nothing is preserved."""
+    if config is None:
         return None
-    items = [(item, latents_shape(item.latents)) for item in dataset.items]
+    shaped = [(item, latents_shape(item.latents)) for item in items]
     asked = tuple(
-        (old, () if old.kept else _questions(old.text, items, config.preserve.levels, config.timesteps, seed))
-        for old in prompts.all
+        (old, () if old.kept else _questions(old.text, shaped, config.levels, timesteps, seed)) for old in prompts.all
     )
-    sizes = [sum(math.prod(items[entry % len(items)][1]) for entry in batch) for batch in batches]
-    path = config.save.folder / f"{config.save.name}{ENDING}"
+    sizes = [sum(math.prod(shaped[entry % len(shaped)][1]) for entry in batch) for batch in batches]
     return AskingPlan(path, asked, max(sizes), prompts.notes, base, model)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from utils.learning.flow_matching import TIMESTEPS
 from utils.preserve.answers_file import Answer, OldPrompt
-from utils.selective_finetune import value_digest
+from utils.slice_saving import value_digest
 from utils.slices.ledger import Entry
 from wan.configs import WanConfig
 from wan.errors import InputError

@@ -15,7 +15,8 @@ from utils.data.dataset import TrainingDataset
 from utils.preserve.old_prompts import OldPrompts
 from utils.run.config import MetadataConfig, TrainConfig
 from utils.run.plan import TrainingPlan
-from utils.selective_finetune import TrainedSlice, base_identity, exact_fraction, slice_digest, value_digest
+from utils.selective_finetune import TrainedSlice, exact_fraction
+from utils.slice_saving import base_identity, slice_digest, value_digest
 from utils.slices.ledger import KEY
 from utils.slices.on_base import SlicesOnBase
 from wan.loading import CheckpointHeader

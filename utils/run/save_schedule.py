@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from utils.files import readable, writable_folder
 from utils.preserve.answers_file import ENDING
-from utils.selective_finetune import UNFINISHED
+from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
 from wan.loading import is_shard
 

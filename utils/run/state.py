@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.selective_finetune import whole_file
+from utils.slice_saving import whole_file
 from wan.errors import InputError
 
 _FORMAT = 4

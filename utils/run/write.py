@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
-from utils.selective_finetune import Patch, TrainedSlice, write_slice
+from utils.selective_finetune import TrainedSlice
+from utils.slice_saving import Patch, ledger_entry, slice_patches, stored_values, write_slice
 from utils.slices.commands import write_patched
 from utils.slices.ledger import KEY, Entry, extended, ledger_text, own_entry, refuse_overlap
 from utils.slices.lora import write_lora
@@ -75,11 +76,11 @@ def write_files(
 
     `concept` is what the ledger's entry tells: name, steps, captions. Lines on what is not exact come back.
     """
-    start, final = trained.stored_values(header.files)
-    entry = Entry(**{**trained.ledger_entry(header.files, start, "", 0), **concept})
+    start, final = stored_values(trained, header.files)
+    entry = Entry(**{**ledger_entry(trained, header.files, start, "", 0), **concept})
     entries, lines = extended(below.entries, entry), []
     if "checkpoint" in files:
-        patches = _one_after_the_other(below.patches, trained.patches(start, final))
+        patches = _one_after_the_other(below.patches, slice_patches(trained, start, final))
         write_patched(header, files["checkpoint"], patches, {**below.metadata, **metadata}, entries, below.check_starts)
     if "slice" in files:
         write_slice(files["slice"], final, {**metadata, KEY: ledger_text(entries[-1:])})

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from utils.selective_finetune import UNFINISHED, whole_file
+from utils.slice_saving import UNFINISHED, whole_file
 from wan.errors import InputError
 from wan.state_dict_files import read_state_dict
 

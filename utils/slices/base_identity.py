@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from utils.selective_finetune import base_identity, is_block_matrix, slice_indices, slice_interval
+from utils.selective_finetune import slice_indices, slice_interval
+from utils.slice_saving import base_identity, is_block_matrix
 from utils.slices.ledger import CONTRACT, Entry
 from wan.loading import CheckpointHeader
 from wan.safetensors_header import ITEM_BYTES, TensorEntry, read_bytes

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.selective_finetune import (
+from utils.selective_finetune import SliceUnits
+from utils.slice_saving import (
     UNFINISHED,
     Patch,
-    SliceUnits,
     base_identity,
+    change_rows,
     is_block_matrix,
     read_header,
     read_slice,
@@ -248,7 +249,7 @@ def _check_dtypes(*headers: CheckpointHeader) -> None:
 
 
 def _put(units: SliceUnits, values: Tensor, rows: Tensor, first: int) -> None:
-    units.change(rows, first, lambda _, k: values.index_select(0, k))
+    change_rows(units, rows, first, lambda _, k: values.index_select(0, k))
 
 
 def _then(chunks: Iterator, check: Callable[[], None]) -> Iterator:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.selective_finetune import SliceUnits, TrainedSlice, contract_name, is_block_matrix, slice_units
+from utils.selective_finetune import SliceUnits, TrainedSlice, contract_name, slice_units
+from utils.slice_saving import is_block_matrix
 from utils.slices.ledger import Entry
 from wan.safetensors_header import TensorEntry, read_file_header
 

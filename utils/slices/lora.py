@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.selective_finetune import SliceUnits, StoredTensor, write_safetensors
+from utils.selective_finetune import SliceUnits
+from utils.slice_saving import StoredTensor, write_safetensors
 from utils.slices.ledger import KEY, Entry, ledger_text
 from utils.slices.on_base import same_bits
 

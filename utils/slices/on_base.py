@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.selective_finetune import (
+from utils.selective_finetune import SliceUnits, contract_name, slice_units
+from utils.slice_saving import (
     Patch,
-    SliceUnits,
     base_identity,
-    contract_name,
+    change_rows,
     is_block_matrix,
     read_slice,
     slice_digest,
-    slice_units,
     value_digest,
 )
 from utils.slices.ledger import CONTRACT, KEY, Entry, at_strength, meetings, read_ledger
@@ -175,7 +174,7 @@ class SlicesOnBase:
             start.index_copy_(0, k, values)
             return scaled(values, final.index_select(0, k), strength)
 
-        units.change(rows, first, applied)
+        change_rows(units, rows, first, applied)
         if first + len(rows) == units.shape[0]:
             del self._passing[file.path, name]
             self._starts[file.path][name] = value_digest(start)

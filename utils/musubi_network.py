@@ -1,0 +1,156 @@
+"""A slice as a --network_module of musubi-tuner: --network_module musubi_network --network_args ff=0.001 ffid=1.
+
+Copied into src/musubi_tuner with selective_finetune.py and slice_saving.py; no line of that trainer changes.
+"""
+
+import functools
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+if __package__:
+    from .selective_finetune import (
+        Ff,
+        SlicedMatrix,
+        SliceError,
+        attach_slice,
+        check_slice,
+        exact_fraction,
+        slice_forward,
+    )
+    from .slice_saving import (
+        check_concept,
+        read_header,
+        read_ledger,
+        refuse_base,
+        save_checkpoint,
+        save_slice,
+        stored_dtypes,
+    )
+else:  # as that trainer imports it
+    from selective_finetune import (
+        Ff,
+        SlicedMatrix,
+        SliceError,
+        attach_slice,
+        check_slice,
+        exact_fraction,
+        slice_forward,
+    )
+    from slice_saving import (
+        check_concept,
+        read_header,
+        read_ledger,
+        refuse_base,
+        save_checkpoint,
+        save_slice,
+        stored_dtypes,
+    )
+
+prepare_network = True  # that the module has this name is enough for network.prepare_network(flags) to be called
+
+
+def create_arch_network(multiplier, network_dim, network_alpha, vae, text_encoders, unet, neuron_dropout=None, **args):
+    """The SliceNetwork that --network_args ask for: `ff`, `ffid`; `save` checkpoint or slice; `allow_overlap` yes."""
+    choices = {"save": ("checkpoint", "slice"), "allow_overlap": ("no", "yes")}
+    known = {"ff", "ffid"} <= args.keys() <= {"ff", "ffid", *choices} and args.get("ffid", "").isdecimal()
+    if not known or any(args.get(key, allowed[0]) not in allowed for key, allowed in choices.items()):
+        given = " ".join(f"{key}={value}" for key, value in args.items())
+        raise SliceError(
+            f"--network_args {given}: it takes ff=0.001 ffid=1 (a number) and, if wanted, save=slice, allow_overlap=yes"
+        )
+    if network_dim is not None or neuron_dropout is not None:
+        raise SliceError("a slice has no rank and no dropout: leave out --network_dim and --network_dropout")
+    check_slice(args["ff"], int(args["ffid"]))
+    allow_overlap = args.get("allow_overlap") == "yes"
+    return SliceNetwork(args["ff"], int(args["ffid"]), args.get("save", "checkpoint"), allow_overlap)
+
+
+def create_arch_network_from_weights(*_, **__):
+    """What --base_weights and --dim_from_weights call before there is a network."""
+    raise SliceError(
+        "--base_weights and --dim_from_weights do not go with a slice, which trains on the values of the --dit file: "
+        "merge the LoRA into a file first"
+    )
+
+
+def _refuse_overlap(ledger: Sequence[Mapping], ff: Ff, ffid: int) -> None:
+    share = exact_fraction(ff)
+    for entry in ledger:
+        theirs = exact_fraction(entry["ff"])
+        if max((entry["ffid"] - 1) * theirs, (ffid - 1) * share) < min(entry["ffid"] * theirs, ffid * share):
+            held = f"{entry['name']} (ff {entry['ff']} ffid {entry['ffid']})"
+            raise SliceError(f"--dit holds {held} in the values of ff {ff} ffid {ffid}: take another ffid")
+
+
+class SliceNetwork(nn.Module):
+    """A slice that musubi-tuner's trainer drives by the calls that it makes to a LoRA network.
+
+    Each weight is written when it is used, because a block that is swapped may be on the move at any other time. Where
+    the trainer uses copies (H2D-only swap) or fp8, the difference is multiplied beside the frozen linears.
+    """
+
+    def __init__(self, ff: str, ffid: int, save: str, allow_overlap: bool):
+        super().__init__()
+        self.ff, self.ffid, self.save, self.allow_overlap = ff, ffid, save, allow_overlap
+        self.written: set[str] = set()  # weights that hold this step's values
+
+    def prepare_network(self, args) -> None:
+        flags = vars(args)
+        refused = {
+            "dit_high_noise": "train each expert in a run of its own",
+            "network_weights": "go on with --resume, or give the checkpoint as --dit",
+            "scale_weight_norms": "a slice has no norm to scale",
+        }
+        for flag, reason in refused.items():
+            if flags.get(flag):
+                raise SliceError(f"--{flag} does not go with a slice: {reason}")
+        check_concept(str(args.output_name))
+        path = Path(args.dit)
+        shards = re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", path.name)
+        self.base = sorted(path.parent.glob(glob.escape(path.name) if shards == path.name else shards))
+        refuse_base(Path(args.output_dir, f"{args.output_name}.safetensors"), self.base)
+        if not self.allow_overlap:
+            _refuse_overlap(read_ledger(read_header(self.base)[1]), self.ff, self.ffid)
+        self.beside = bool(flags.get("block_swap_h2d_only") or flags.get("fp8_base"))
+
+    def apply_to(self, text_encoders, unet: nn.Module, apply_text_encoder=False, apply_unet=True) -> None:
+        # With block swap some blocks are still on the CPU; what lies around them is on the training device.
+        device = next((p.device for p in unet.parameters() if p.device.type != "cpu"), torch.device("cpu"))
+        self.trained = attach_slice(unet, self.ff, self.ffid, device, beside=self.beside)
+        stored_dtypes(self.trained, self.base)  # so that what cannot be saved is told now
+        for matrix in () if self.beside else self.trained.matrices.values():
+            matrix.linear.forward = functools.partial(self._write_and_forward, matrix)
+
+    def _write_and_forward(self, matrix: SlicedMatrix, x: Tensor) -> Tensor:
+        # No call tells that an optimizer stepped before samples are drawn, so passes without gradients always write.
+        if matrix.name not in self.written or not torch.is_grad_enabled():
+            matrix.write(matrix.linear.weight)
+            self.written.add(matrix.name)
+        return slice_forward(matrix, x)
+
+    def on_step_start(self) -> None:
+        self.written.clear()
+
+    def prepare_optimizer_params(self, unet_lr: float | None = None, **others) -> tuple[list[dict], list[str]]:
+        return [{"params": list(self.parameters()), "lr": unet_lr}], ["slice"]
+
+    get_trainable_params = nn.Module.parameters
+
+    def _has_nothing_to_do(self, *_) -> None:
+        pass
+
+    enable_gradient_checkpointing = prepare_grad_etc = on_epoch_start = _has_nothing_to_do
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        """A checkpoint (or slice file) in the base's dtypes: the trainer's `dtype` is that of LoRA files."""
+        metadata = dict(metadata or {})
+        name, steps = metadata.get("ss_output_name", Path(file).stem), int(metadata.get("ss_steps", 0))
+        if "modelspec.architecture" in metadata:
+            metadata["modelspec.architecture"] = metadata["modelspec.architecture"].removesuffix("/lora")
+        save = save_slice if self.save == "slice" else save_checkpoint
+        save(self.trained, self.base, file, metadata, concept=name, steps=steps)
