@@ -21,6 +21,7 @@ from utils.data.dataset import build_training_dataset
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.preserve.answers_file import Answer, OldPrompt, read_answers
 from utils.preserve.old_prompts import CAPTIONS_KEPT, Preservation, most_frequent, old_prompts, preserve_lines
+from utils.run import checks
 from utils.selective_finetune import slice_indices
 from utils.slice_saving import base_identity, read_ledger
 from utils.slices.base_identity import BaseModel
@@ -285,7 +286,7 @@ def test_a_text_encoder_of_another_width_is_refused_before_the_model_loads(folde
     monkeypatch.setattr("tiny_run.CONFIG", replace(CONFIG, text_dim=24))
     write_dit(folder / "narrow" / "base.safetensors")
     narrow = ("--dit", str(folder / "narrow" / "base.safetensors"))
-    monkeypatch.setattr(training, "check_dataset", lambda *_: None)  # whose caches are of another width, too
+    monkeypatch.setattr(checks, "check_dataset", lambda *_: None)  # whose caches are of another width, too
     for more in (preserving(folder), [*write_sample_models(folder), "--sample_at_first"]):
         with pytest.raises(InputError, match=r"t5.safetensors makes texts 48 wide, the transformer reads 24"):
             run(folder, *narrow, *more)

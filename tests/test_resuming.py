@@ -60,12 +60,12 @@ def interrupted(monkeypatch, at, times=1):
     """Ctrl-C in the middle of step number `at`."""
     steps, update = [0], training._update
 
-    def counted(run):
+    def counted(*given):
         steps[0] += 1
         if steps[0] == at:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
-        return update(run)
+        return update(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "_update", counted)
@@ -81,7 +81,7 @@ def test_ctrl_c_saves_a_state_and_the_latest_goes_on_to_the_same_end(folder, mon
         told = run(folder, *COMMON)
     assert steps == [at] and signal.getsignal(signal.SIGINT) == handler
     assert [path.name for path in (folder / "out").iterdir()] == [f"one-step{at:08d}-state"]
-    assert told[-1].startswith(f"stopped after step {at}; the same command with --resume latest goes on")
+    assert told[-1].startswith(f"stopped after step {at}; to continue, run the same command with --resume latest")
     told = run(folder, *COMMON, "--resume", "latest")
     assert any(f"one-step{at:08d}-state: epoch {1 if at == 2 else 2}, step {at}" in line for line in told)
     for name in ("one.safetensors", "one.slice.safetensors"):

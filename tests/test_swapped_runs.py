@@ -16,6 +16,7 @@ from tiny_run import CONFIG, flags, run, write_dit, write_inputs, write_sample_m
 from utils import training
 from utils.cli.swap_flags import add_swap_flags, read_swap, size
 from utils.cli.train import parse_train
+from utils.run import checks
 from utils.swap.placement import weight_sizes
 from utils.swap.plan import SwapConfig
 from wan.errors import InputError
@@ -84,7 +85,7 @@ def test_block_inputs_go_to_the_host_of_checkpointed_runs_only(folder):
 
 def test_the_weights_leave_the_memory_that_block_inputs_will_take(folder, monkeypatch):
     reserved, inputs = [], []
-    read_dit, place, make_inputs = training.read_dit, training.place_model, training.BlockInputs
+    read_dit, place, make_inputs = checks.read_dit, training.place_model, training.BlockInputs
 
     def read_as_on_a_gpu(config, device):
         return read_dit(dataclasses.replace(config, offload_block_inputs=False), device)
@@ -97,7 +98,7 @@ def test_the_weights_leave_the_memory_that_block_inputs_will_take(folder, monkey
         inputs.append(make_inputs(*args))
         return inputs[-1]
 
-    monkeypatch.setattr(training, "read_dit", read_as_on_a_gpu)
+    monkeypatch.setattr(checks, "read_dit", read_as_on_a_gpu)
     monkeypatch.setattr(training, "place_model", record_place)
     monkeypatch.setattr(training, "BlockInputs", record_inputs)
     run(folder, *BF16, "--gradient_checkpointing_cpu_offload")
@@ -159,6 +160,7 @@ import json, sys, torch
 from pathlib import Path
 from utils.swap.placement import checkpoint_blocks, place_model
 from utils.selective_finetune import attach_slice
+from utils.slice_saving import save_slice
 from utils.slices.on_base import SlicesOnBase, read_slice_file
 from utils.slices.overlay import load_with_slices
 from wan.loading import load_dit, read_checkpoint_header
@@ -169,7 +171,7 @@ def anonymous():
 
 torch.set_num_threads(1)
 base, concept = map(Path, sys.argv[1:])
-attach_slice(load_dit(base), "0.001", 2).save_slice(base, concept)
+save_slice(attach_slice(load_dit(base), "0.001", 2), base, concept)
 before = anonymous()
 below = SlicesOnBase(read_checkpoint_header(base), [read_slice_file(concept)], [1.0])
 model, overlays = load_with_slices(base, torch.bfloat16, below)

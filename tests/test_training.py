@@ -356,8 +356,3 @@ def test_texts_that_do_not_fit_the_model_are_refused(folder, monkeypatch):
 def test_a_slice_that_is_empty_in_the_model_is_refused(folder):
     with pytest.raises(SliceError, match="holds such a slice; take a larger ff"):
         run(folder, "--ff", "1e-9")
-
-
-def test_a_loss_that_is_no_number_ends_the_run(folder):
-    with pytest.raises(InputError, match=r"the loss of step . is (nan|inf)"):
-        run(folder, "--learning_rate", "1e38", "--optimizer_type", "SGD", "--max_grad_norm", "0")

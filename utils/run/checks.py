@@ -1,25 +1,34 @@
 """What must fit together before a training run loads its model."""
 
+import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from utils.data.dataset import TrainingDataset
+from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.learning.flow_matching import check_timesteps
 from utils.learning.lr_schedules import check_schedule
 from utils.learning.optimizers import check_optimizer
-from utils.preserve.asking import AskingPlan
+from utils.preserve.answers_file import ENDING
+from utils.preserve.asking import AskingPlan, plan_asking, read_old_prompts
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
+from utils.run.fingerprint import base_settings, deciding_settings
 from utils.run.opening_lines import expert_line, saving_lines
-from utils.run.plan import TrainingPlan
-from utils.run.save_schedule import Save, check_saves, disk_use, planned_files, planned_saves
+from utils.run.plan import TrainingPlan, plan_training
+from utils.run.save_schedule import Save, check_saves, disk_use, planned_files, planned_saves, remove_unfinished
+from utils.run.state import check_state
+from utils.run.write import read_slices
 from utils.selective_finetune import check_slice
+from utils.slices.base_identity import base_model
 from utils.slices.ledger import Entry, own_entry, read_ledger
 from utils.slices.lora import lora_bytes
-from utils.slices.on_base import units_of
+from utils.slices.on_base import SlicesOnBase, units_of
 from utils.swap.placement import check_swap
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
@@ -34,6 +43,76 @@ from wan.loading import (
 from wan.safetensors_header import read_file_header
 
 _STATE_BYTES = 12  # a value: the difference, two of AdamW
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given, read from its files: the base and the slices on top of it, the dataset, the seed."""
+
+    header: CheckpointHeader
+    model_config: WanConfig
+    below: SlicesOnBase  # slices on top of the header's files, under the one that trains
+    dataset: TrainingDataset
+    seed: int
+
+    @property
+    def latent_sizes(self) -> list[tuple[int, int]]:
+        return latent_sizes(self.dataset)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do, all of it checked: its steps, what it records before the first one, what it will write."""
+
+    steps: TrainingPlan
+    batches: Sequence[Sequence[int]]  # of epoch 0, over all processes
+    settings: Mapping[str, str]  # those that decide the run's numbers
+    asking: AskingPlan | None
+    saving_lines: Sequence[str]
+
+
+def read_inputs(config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Inputs:
+    """Reads the headers, slices and caches that a run is given; InputError if they do not fit together."""
+    header, model_config = read_dit(config, accelerator.device)
+    below = read_slices(config, header)
+    dataset = build_training_dataset(config.dataset)
+    check_dataset(dataset, model_config, config)
+    return Inputs(header, model_config, below, dataset, _agree_on_seed(config, say))
+
+
+def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Callable[[str], None]) -> RunPlan:
+    """Plans the whole run; InputError if some part of it could not work. Says what is read and what is kept."""
+    header, below, dataset, seed = inputs.header, inputs.below, inputs.dataset, inputs.seed
+    processes = accelerator.num_processes
+    batches = dataset.epoch_batches(seed, 0)
+    steps = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
+    base = base_model(header, below.entries) if config.preserve else None
+    own = own_entry(config.ff, config.ffid, config.save.name)
+    prompts = read_old_prompts(config.preserve, base, inputs.model_config, below.entries, own, dataset.items)
+    settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
+    if config.resume:
+        check_state(config.resume, settings)
+    if accelerator.is_main_process:
+        remove_unfinished(config.save)
+    accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
+    answers = config.save.folder / f"{config.save.name}{ENDING}"
+    asking = plan_asking(
+        config.preserve, answers, config.timesteps, base, inputs.model_config, prompts, dataset.items, batches, seed
+    )
+    saving_lines = check_plan(config, header, steps, asking)
+    say_what_is_read(config, header, dataset, say)
+    for line in asking.lines() if asking else ():
+        say(line)
+    return RunPlan(steps, batches, settings, asking, saving_lines)
+
+
+def _agree_on_seed(config: TrainConfig, say: Callable[[str], None]) -> int:
+    if config.seed is not None:
+        return config.seed
+    drawn = [random.SystemRandom().randrange(2**32)]
+    broadcast_object_list(drawn)
+    say(f"seed {drawn[0]} (drawn at random; --seed {drawn[0]} repeats the run)")
+    return drawn[0]
 
 
 def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeader, WanConfig]:

@@ -10,12 +10,28 @@ from utils.data.dataset import TrainingDataset
 from utils.data.items import Item
 from utils.files import readable
 from utils.learning.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
+from utils.preserve.old_prompts import preserve_lines
 from utils.run.plan import TrainingPlan
+from utils.run.run import Run
 from utils.run.save_schedule import DiskUse
+from utils.run.write import ledger_lines
 from utils.selective_finetune import TrainedSlice
 from utils.slices.ledger import Entry, ids_line, own_entry
+from utils.swap.placement import Placement, memory_line
 from wan.configs import WanTask
 from wan.model import WanModel
+
+
+def opening_lines(run: Run, placement: Placement, input_bytes: int, saving_lines: Sequence[str]) -> list[str]:
+    """All of them; `input_bytes` of each block's input wait on the host, `saving_lines` say what will be written."""
+    config, below, trained = run.config, run.below, run.trained
+    own = own_entry(config.ff, config.ffid, config.save.name)
+    lines = [*ledger_lines(config, run.header, below), *slice_lines(trained, run.model, below.entries)]
+    lines += preserve_lines(run.preserved, below.entries, own)
+    lines.append(f"{memory_line(placement, run.accelerator.device)}; {slice_memory(trained, run.model)}")
+    if input_bytes:
+        lines.append(inputs_line(len(run.model.blocks), input_bytes))
+    return [*lines, plan_line(run.plan, run.accelerator.num_processes), *saving_lines]
 
 
 def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry]) -> list[str]:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,8 @@ from wan.model import WanModel
 class Place:
     """Where the run is: its epoch (from 0), this process's next batch in it, the steps done, the last losses.
 
-    `saved_at` is when the state was saved that the run goes on from, in ns since 1970.
+    `saved_at` is when the state was saved that the run goes on from, in ns since 1970; `state` is the newest state on
+    disk, which was saved after `state_step` steps.
     """
 
     epoch: int
@@ -37,6 +39,8 @@ class Place:
     step: int
     losses: deque[float]  # of as many steps as an epoch has
     saved_at: int = 0
+    state: Path | None = None
+    state_step: int = 0
 
     def average_loss(self) -> float:
         return sum(self.losses) / len(self.losses)
@@ -76,7 +80,7 @@ def resume(run: Run) -> Place:
     run.scheduler.load_state_dict(state["scheduler"])
     run.scaler.load_state_dict(state["scaler"])
     losses = deque(state["losses"], run.plan.steps_per_epoch)
-    place = Place(state["epoch"], state["batch"], state["step"], losses, saved_at)
+    place = Place(state["epoch"], state["batch"], state["step"], losses, saved_at, folder, state["step"])
     # As the main process sees it, before it writes: all have to take the same way.
     ended = [place.step >= run.plan.steps and not save_at_end(run.config.save).missing(place.saved_at)]
     broadcast_object_list(ended)

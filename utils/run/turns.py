@@ -7,6 +7,7 @@ import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from utils.preserve.old_prompts import most_frequent
 from utils.run.fingerprint import checkpoint_metadata
+from utils.run.finite import check_state_is_finite
 from utils.run.run import Place, Run, state_of
 from utils.run.samples import draw_samples, due_after_epoch, due_after_step
 from utils.run.save_schedule import Save, is_written, remove_expired, save_after_epoch, save_after_step, stop_state
@@ -62,7 +64,7 @@ def save_turn(run: Run, place: Place, turn: Save) -> None:
     """
     if run.accelerator.is_main_process:
         if turn.state:
-            save_state(turn.state, run.config.save.name, run.settings, state_of(run, place))
+            _save_state(run, place, turn.state)
         name, timesteps = run.config.save.name, run.config.timesteps
         progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
         timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
@@ -75,6 +77,22 @@ def save_turn(run: Run, place: Place, turn: Save) -> None:
         paths = [*map(str, turn.files.values()), *([turn.state.name] if turn.state else [])]
         say_beside_bar(run, *lines, f"saved {' and '.join(paths)}")
     run.accelerator.wait_for_everyone()
+
+
+def stop_with_state(run: Run, place: Place) -> None:
+    """Ends a run that was interrupted, with a state to resume from: the one that this step has saved, if it has."""
+    folder = place.state if place.state and place.state_step == place.step else stop_state(run.config.save, place.step)
+    if run.accelerator.is_main_process and folder != place.state:
+        _save_state(run, place, folder)
+    run.accelerator.wait_for_everyone()
+    run.say(f"stopped after step {place.step}; to continue, run the same command with --resume latest (or {folder})")
+
+
+def _save_state(run: Run, place: Place, folder: Path) -> None:
+    state = state_of(run, place)
+    check_state_is_finite(state, place)
+    save_state(folder, run.config.save.name, run.settings, state)
+    place.state, place.state_step = folder, place.step
 
 
 def _captions(run: Run) -> list[str]:
@@ -148,7 +166,7 @@ def _stops_without_room(run: Run, place: Place) -> Iterator[None]:
         yield
     except OSError as error:
         folder = stop_state(run.config.save, place.step)
-        save_state(folder, run.config.save.name, run.settings, state_of(run, place))
+        _save_state(run, place, folder)
         raise InputError(
             f"--logging_dir {run.config.log.folder} cannot be written to ({error.strerror}): the run stops after step "
             f"{place.step}; the same command with --resume latest goes on (or --resume {folder})"
