@@ -55,9 +55,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_that_steps_saves(fol
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
     losses_that(monkeypatch, lambda loss, _: loss * float("inf"), at=3)
-    with pytest.raises(
-        InputError, match=r"the loss of step 3 is not finite: lower --learning.* no state before it"
-    ):
+    with pytest.raises(InputError, match=r"the loss of step 3 is not finite: lower --learning.* no state before it"):
         run(folder)
     assert finite_files(folder / "out") == []
 

@@ -1,6 +1,7 @@
 """Training runs of a tiny model: what they learn, write, say, and that a resumed one is the uninterrupted one."""
 
 import shutil
+from datetime import timedelta
 
 import pytest
 import torch
@@ -356,3 +357,26 @@ def test_texts_that_do_not_fit_the_model_are_refused(folder, monkeypatch):
 def test_a_slice_that_is_empty_in_the_model_is_refused(folder):
     with pytest.raises(SliceError, match="holds such a slice; take a larger ff"):
         run(folder, "--ff", "1e-9")
+
+
+@pytest.mark.parametrize(("limit", "norm"), [("0.001", 0.0001), ("0", None)])
+def test_the_gradient_is_clipped_to_its_limit_before_the_step(folder, limit, norm):
+    flags = ("--optimizer_type", "SGD", "--learning_rate", "0.1", "--max_train_steps", "1", "--save_state_on_train_end")
+    run(folder, *flags, "--max_train_epochs", "1", "--gradient_accumulation_steps", "5", "--max_grad_norm", limit)
+    trained = torch.load(folder / "out" / "one-state" / "state.pt", weights_only=True)["state"]["trained"]
+    moved = torch.cat([values.flatten() for name, values in trained.items() if name.endswith("weight")]).norm().item()
+    assert moved == pytest.approx(norm, rel=1e-4) if norm else moved > 0.001
+
+
+@pytest.mark.parametrize(("flags", "minutes"), [((), 24 * 60), (("--ddp_timeout", "7"), 7)])
+def test_processes_wait_a_day_for_what_the_main_one_does_alone(folder, monkeypatch, flags, minutes):
+    class Started(Exception):
+        pass
+
+    def start(kwargs_handlers, **_):
+        raise Started(kwargs_handlers[0].timeout)
+
+    monkeypatch.setattr(training, "Accelerator", start)
+    with pytest.raises(Started) as started:
+        run(folder, *flags)
+    assert started.value.args[0] == timedelta(minutes=minutes)
