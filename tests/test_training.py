@@ -290,10 +290,10 @@ def test_retention_keeps_the_last_ones(folder):
 def test_the_start_tells_what_will_happen(folder):
     saves = ("--save_every_n_epochs", "1", "--max_train_epochs", "4")
     lines = "\n".join(run(folder, *BF16, *saves, "--blocks_to_swap", "1"))
-    told = ("16x32x1: 5, 32x16x1: 3", "4,908 of 79,632 values train (6.1634 %), in 20 matrices of 2 of 2 blocks")
+    told = ("16x32x1: 5, 32x16x1: 3", "4,908 of 79,632 parameters train (6.1634 %), in 20 matrices of 2 of 2 blocks")
     told += ("20 steps: 4 epochs of 5 steps, 8 items in 5 batches", "9 of 10 ids at ff 0.1 are free")
     size = (folder / "base.safetensors").stat().st_size
-    told += (f"4 times a checkpoint of {readable(size)}", f"{readable(4 * size)} in all", "share the timesteps at 875")
+    told += (f"will write 4 checkpoints of {readable(size)}", f"{readable(4 * size)} in all", "one on each side of 875")
     told += ("2 blocks (", "stream from the checkpoint file", "base.safetensors: bf16\n")
     assert [part for part in told if part not in lines] == []
 

@@ -1,4 +1,4 @@
-"""The lines that a training run begins with: what trains, on what, for how long, what it will write."""
+"""The lines that a training run prints before its first step: what trains, for how long, what it will write."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,8 @@ from utils.swap.placement import Placement, memory_line
 from wan.configs import WanTask
 from wan.model import WanModel
 
+KIND_NAMES = {"checkpoint": "checkpoint", "slice": "slice file", "lora": "LoRA"}  # of --save_as, in words
+
 
 def opening_lines(run: Run, placement: Placement, input_bytes: int, saving_lines: Sequence[str]) -> list[str]:
     """All of them; `input_bytes` of each block's input wait on the host, `saving_lines` say what will be written."""
@@ -35,12 +37,12 @@ def opening_lines(run: Run, placement: Placement, input_bytes: int, saving_lines
 
 
 def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry]) -> list[str]:
-    """How much trains and where, and which ids are left after it."""
+    """How much trains and where, and which ids will still be free."""
     blocks = {name.split(".")[1] for name in trained.matrices}
     total = sum(parameter.numel() for parameter in model.parameters())
     own = own_entry(trained.ff, trained.ffid, "")
     return [
-        f"slice ff {trained.ff} ffid {trained.ffid}: {trained.count:,} of {total:,} values train "
+        f"slice ff {trained.ff} ffid {trained.ffid}: {trained.count:,} of {total:,} parameters train "
         f"({100 * trained.count / total:.4f} %), in {len(trained.matrices)} matrices of {len(blocks)} of "
         f"{len(model.blocks)} blocks",
         f"after this run {ids_line([*ledger, own], trained.ff)}",
@@ -48,11 +50,11 @@ def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry])
 
 
 def slice_memory(trained: TrainedSlice, model: WanModel) -> str:
-    """What the slice needs on the device beside the weights."""
+    """How much memory the slice takes on the device besides the weights."""
     # difference, gradient, the start values; then two fp32 values of state in Adam's family.
     slice_bytes = trained.count * (8 + model.dtype.itemsize)
-    optimizer = f"AdamW {readable(8 * trained.count)}"
-    return f"the slice takes {readable(slice_bytes)} there, {optimizer} more; activations come on top"
+    optimizer = f"AdamW's state {readable(8 * trained.count)}"
+    return f"the slice takes {readable(slice_bytes)} there and {optimizer}, plus activations"
 
 
 def input_bytes(
@@ -65,40 +67,41 @@ def input_bytes(
 
 
 def inputs_line(blocks: int, size: int) -> str:
-    """What the inputs of all blocks but the last, each of `size` bytes, take on the host."""
+    """How much host memory the inputs of all blocks but the last take, each of `size` bytes."""
     return (
-        f"block inputs wait on the host: up to {readable((blocks - 1) * size)} of RAM, "
-        f"{readable(2 * size)} of buffers on the device"
+        f"block inputs are kept in host memory: up to {readable((blocks - 1) * size)}, "
+        f"plus buffers of {readable(2 * size)} on the device"
     )
 
 
 def plan_line(plan: TrainingPlan, processes: int) -> str:
     """Epochs, steps, batches."""
-    where = f" on {processes} processes" if processes > 1 else ""
+    where = f", {processes} processes" if processes > 1 else ""
+    per_step = "1 batch" if plan.accumulation == 1 else f"{plan.accumulation} batches"
     return (
-        f"{plan.steps} steps: {plan.epochs} epochs of {plan.steps_per_epoch} steps, {plan.items_per_epoch} items in "
-        f"{plan.batches_per_epoch * processes} batches, {plan.accumulation} to a step{where}"
+        f"{plan.steps:,} steps: {plan.epochs:,} epochs of {plan.steps_per_epoch:,} steps, "
+        f"{plan.items_per_epoch:,} items in {plan.batches_per_epoch * processes:,} batches, {per_step} per step{where}"
     )
 
 
 def saving_lines(use: DiskUse, sizes: Mapping[str, int], folder: Path, free: int) -> list[str]:
-    """What will be written in all, with a warning where the disk has no room for it; `sizes` are those of one save."""
-    states = f" and {use.states} states" if use.states else ""
-    each = " and ".join(f"{kind} of {readable(size)}" for kind, size in sizes.items())
+    """What the run will write in all, with a warning if the disk has no room; `sizes` are those of one save."""
+    each = [f"{_counted(use.saves, KIND_NAMES[kind])} of {readable(size)}" for kind, size in sizes.items()]
+    states = [_counted(use.states, "state")] if use.states else []
     lines = [
-        f"saves in {folder}: {use.saves} times a {each}{states}, "
-        f"{readable(use.written)} in all, {readable(use.kept)} of it kept; {readable(free)} free"
+        f"will write {', '.join([*each, *states])} to {folder}: {readable(use.written)} in all, of which "
+        f"{readable(use.kept)} will be kept; {readable(free)} are free"
     ]
     if use.kept > free:
         lines.append(
             f"WARNING: {readable(use.kept)} will not fit into {readable(free)}: save less often "
-            "(--save_every_n_epochs), keep fewer (--save_last_n_epochs counts checkpoints), or --save_as slice"
+            "(--save_every_n_epochs), keep fewer files (--save_last_n_epochs), or use --save_as slice"
         )
     return lines
 
 
 def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | None:
-    """Advice where one of two experts would train on timesteps at which the other one samples."""
+    """Advice if one of two experts would train on timesteps at which the other one is used."""
     if task.boundary is None:
         return None
     boundary = 1000 * task.boundary
@@ -108,16 +111,16 @@ def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | No
     is_low = "low" in dit.name.lower() and "high" not in dit.name.lower()
     if (low_only and not is_high) or (high_only and not is_low):
         return None
-    named = {(True, False): f"the high-noise one ({high})", (False, True): f"the low-noise one ({low})"}
-    asked = named.get((is_high, is_low), f"one of them ({low}, or {high})")
+    named = {(True, False): f"is the high-noise one: use {high}", (False, True): f"is the low-noise one: use {low}"}
+    advice = named.get((is_high, is_low), f"is one of them: use {low} or {high}")
     return (
-        f"note: {task.name} has two experts that share the timesteps at {boundary:g}; this run trains on "
-        f"{timesteps.min_timestep:g} to {timesteps.max_timestep:g}, and {dit.name} is {asked}"
+        f"note: this run trains on timesteps {timesteps.min_timestep:g} to {timesteps.max_timestep:g}, but "
+        f"{task.name} has two experts, one on each side of {boundary:g}, and {dit.name} {advice}"
     )
 
 
 def timestep_lines(config: TimestepConfig, latent_size: tuple[int, int], seed: int) -> list[str]:
-    """A histogram of the timesteps that training would draw, as text."""
+    """A histogram, as text, of the timesteps that training would draw."""
     u_B = draw_uniforms(config, [draw_generator(seed, "show timesteps")] * 100_000, seed, 0)
     counts = torch.histc(sigmas_of(config, u_B, latent_size), bins=20, min=0, max=1).tolist()
     height, width = latent_size
@@ -125,6 +128,10 @@ def timestep_lines(config: TimestepConfig, latent_size: tuple[int, int], seed: i
     for number, count in enumerate(counts):
         lines.append(f"{50 * number:4d}-{50 * number + 50:4d} {'#' * round(60 * count / max(counts))} {count:.0f}")
     return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _tokens(item: Item, model: WanModel) -> int:
