@@ -1,8 +1,8 @@
-"""Teaches the tiny Wan two new characters, then a clip, each in its own slice, with the scripts that users run.
+"""Teaches the tiny Wan two new characters and then a clip, each in its own slice, with the project's own scripts.
 
     python examples/two_characters.py [OUTPUT_FOLDER]
 
-Writes two_characters.png (rows: base, after character1, after character2; columns: prompts), table.md and clip.mp4.
+Writes two_characters.png (a row for each checkpoint, a column for each prompt), table.md and clip.mp4.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SAMPLING = ["--infer_steps", "20", "--flow_shift", "3", "--guidance_scale", "1",
 
 @dataclass(frozen=True)
 class Stage:
-    """A checkpoint, and what it drew for every prompt: pictures [seeds, 3, 64, 64]."""
+    """A checkpoint and the pictures that it drew for every prompt, [seeds, 3, 64, 64] each."""
 
     name: str
     checkpoint: Path
@@ -55,10 +55,11 @@ class Stage:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "out" / "two_characters", help="for all results")
+    default = ROOT / "out" / "two_characters"
+    parser.add_argument("folder", type=Path, nargs="?", default=default, help=f"for all results (default: {default})")
     folder = parser.parse_args().folder.resolve()
     if folder.exists() and any(folder.iterdir()):
-        sys.exit(f"error: {folder} is not empty: give another folder, or remove it")
+        sys.exit(f"error: {folder} is not empty: choose another folder or delete it")
     started = time.monotonic()
     stages = [_draw_all("base", BASE, folder)]
     for number, name in enumerate(CHARACTERS, 1):
@@ -67,31 +68,31 @@ def main() -> None:
         stages.append(_draw_all(f"after {name}", checkpoint, folder))
     _draw_picture(stages, folder / "two_characters.png")
     table = _recognition_table(stages) + _bytes_lines(stages) + _clip_lines(stages[-1].checkpoint, folder)
-    table.append(f"All of it took {(time.monotonic() - started) / 60:.1f} minutes.")
+    table.append(f"Total time: {(time.monotonic() - started) / 60:.1f} minutes.")
     (folder / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n" + "\n".join(table))
-    print(f"\nwritten: {folder / 'two_characters.png'}, {folder / 'table.md'}, {folder / 'clip.mp4'}")
+    print(f"\nsaved {folder / 'two_characters.png'}, {folder / 'table.md'} and {folder / 'clip.mp4'}")
 
 
 def _run(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> None:
-    """Runs one of the repository's scripts as a command, shown as it would be typed."""
+    """Prints the command that a user would type to run one of the scripts, and runs it."""
     arguments = [str(ROOT / script), *map(str, flags)]
     print(f"\n$ {'accelerate launch' if launcher else 'python'} {shlex.join([*launcher[2:], *arguments])}", flush=True)
     subprocess.run([sys.executable, *launcher, *arguments], check=True)
 
 
 def _write_pictures(name: str, folder: Path) -> Path:
-    """A character's captioned pictures and their toml."""
+    """Writes a character's captioned pictures; returns the path of their dataset toml."""
     data = folder / "data" / name
     picture = read_picture(TINY_WAN / "held_out" / f"{CHARACTERS[name].replace(' ', '_')}.png")
     for number, shift in enumerate(SHIFTS):
-        moved = picture.roll(shift, dims=(-2, -1))  # the margins are white
+        moved = picture.roll(shift, dims=(-2, -1))  # the margins are white, so nothing wraps around
         _write_captioned(data / f"{name}_{number}.png", moved, name)
     return _write_dataset(folder, name, f"image_directory = '{data.as_posix()}'\nnum_repeats = 16")
 
 
 def _write_preserved(folder: Path) -> Path:
-    """Prompts for what the model should keep: forty names that it knows, none of those it is asked for afterwards."""
+    """Writes the prompts to preserve: forty names that the model knows, none of which the table tests."""
     names, _ = read_atlas(TINY_WAN)
     known = [name for name in names[:-HELD_OUT] if name not in OLD]
     path = folder / "data" / "preserved.txt"
@@ -106,7 +107,7 @@ def _write_captioned(path: Path, picture_CHW: torch.Tensor, caption: str) -> Non
 
 
 def _write_clip(folder: Path) -> tuple[Path, torch.Tensor]:
-    """A captioned clip of the first character that moves, its toml, and its frames [3, 5, 64, 64]."""
+    """Writes a captioned clip of the first character moving; returns its dataset toml and its frames [3, 5, 64, 64]."""
     picture = read_picture(TINY_WAN / "held_out" / f"{CHARACTERS['character1'].replace(' ', '_')}.png")
     clip_3THW = moving(picture[None], ["moving left"], 5)[0]
     data = folder / "data" / "clip"
@@ -126,10 +127,10 @@ def _write_dataset(folder: Path, name: str, source: str) -> Path:
 
 
 def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path:
-    """Caches the dataset and trains slice `ffid` of `dit` on it; the new checkpoint's path.
+    """Caches the dataset and trains slice `ffid` of `dit` on it; returns the new checkpoint's path.
 
-    Old prompts are preserved: the forty names and the concepts that `dit` was taught, each held to what was answered
-    when a run asked first.
+    The forty names and the concepts that `dit` already holds are preserved: the reference predictions that the runs
+    before recorded are used again, and only prompts without any are recorded now.
     """
     _run("wan_cache_latents.py", "--dataset_config", dataset, "--vae", VAE)
     _run("wan_cache_text_encoder_outputs.py", "--dataset_config", dataset, "--t5", T5, "--batch_size", 16)
@@ -150,7 +151,7 @@ def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path
 
 
 def _draw_all(name: str, checkpoint: Path, folder: Path) -> Stage:
-    """Every prompt with every seed, in one call."""
+    """Draws every prompt with every seed, in one run of the generation script."""
     prompts = (*CHARACTERS, *OLD)
     lines = [f"{prompt} --d {seed}" for prompt in prompts for seed in range(SEEDS)]
     drawn = _generate(lines, checkpoint, folder / "samples" / name.replace(" ", "_"), "images", 1)
@@ -159,7 +160,7 @@ def _draw_all(name: str, checkpoint: Path, folder: Path) -> Stage:
 
 
 def _generate(lines: list[str], checkpoint: Path, folder: Path, output_type: str, frames: int) -> list[Path]:
-    """The files that wan_generate_video.py writes, in the lines' order (their names begin with the time)."""
+    """The files that wan_generate_video.py writes, in the order of the lines (their names begin with the time)."""
     folder.mkdir(parents=True)
     prompts = folder.with_suffix(".txt")
     prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -172,12 +173,12 @@ def _generate(lines: list[str], checkpoint: Path, folder: Path, output_type: str
 
 
 def _recognition_table(stages: list[Stage]) -> list[str]:
-    """How many of a prompt's samples are nearest to its own picture, among all pictures there are."""
+    """For every prompt the share of samples whose nearest picture, among all in the atlas, is the prompted one."""
     names, pictures = read_atlas(TINY_WAN)
     lines = [
-        f"Samples recognised as what was asked for: nearest to its own picture among all {len(names)} ({SEEDS} seeds).",
+        f"Share of samples whose nearest picture, among all {len(names)}, is the prompted one ({SEEDS} seeds):",
         "",
-        f"| prompt | shown as | {' | '.join(stage.name for stage in stages)} |",
+        f"| prompt | its picture | {' | '.join(stage.name for stage in stages)} |",
         f"|---|---|{'---|' * len(stages)}",
     ]
     for prompt in stages[0].drawn:
@@ -189,7 +190,7 @@ def _recognition_table(stages: list[Stage]) -> list[str]:
 
 def _bytes_lines(stages: list[Stage]) -> list[str]:
     lines = [
-        "| checkpoint against the one before | bytes changed in its slice | bytes changed outside |",
+        "| checkpoint, compared with the one before | bytes changed in its slice | bytes changed outside |",
         "|---|---|---|",
     ]
     for ffid, (before, after) in enumerate(pairwise(stages), 1):
@@ -199,7 +200,7 @@ def _bytes_lines(stages: list[Stage]) -> list[str]:
 
 
 def _changed_bytes(before: Path, after: Path, ffid: int) -> tuple[int, int]:
-    """(within slice `ffid`, outside it) over all tensors of two checkpoints."""
+    """How many bytes differ between two checkpoints: (within slice `ffid`, everywhere else)."""
     inside = outside = 0
     with safe_open(before, "pt") as old, safe_open(after, "pt") as new:
         assert sorted(old.keys()) == sorted(new.keys())
@@ -216,7 +217,7 @@ def _changed_bytes(before: Path, after: Path, ffid: int) -> tuple[int, int]:
 
 
 def _clip_lines(checkpoint: Path, folder: Path) -> list[str]:
-    """The next slice learns a clip; how near what is generated comes to it, before and after."""
+    """Trains the next slice on a clip; how close the generated clip comes to it, before and after."""
     dataset, clip_3THW = _write_clip(folder)
     after = _train("clip", len(CHARACTERS) + 1, checkpoint, dataset, folder)
     rates = []
@@ -224,7 +225,8 @@ def _clip_lines(checkpoint: Path, folder: Path) -> list[str]:
         (path,) = _generate([CLIP_PROMPT], dit, folder / "samples" / f"clip_{name}", "video", 5)
         rates.append(psnr(_read_video(path)[None], clip_3THW[None]))
     path.replace(folder / "clip.mp4")
-    return [f"'{CLIP_PROMPT}', 5 frames: {rates[0]:.1f} dB from the clip taught before, {rates[1]:.1f} dB after.", ""]
+    psnr_text = f"{rates[0]:.1f} dB before training, {rates[1]:.1f} dB after"
+    return [f"'{CLIP_PROMPT}' (5 frames), PSNR against the training clip: {psnr_text}.", ""]
 
 
 def _read_video(path: Path) -> torch.Tensor:
@@ -234,15 +236,19 @@ def _read_video(path: Path) -> torch.Tensor:
 
 
 def _draw_picture(stages: list[Stage], path: Path) -> None:
-    """One sample (the first seed) of every prompt and stage, at twice its size."""
-    cell, left, top = 128, 150, 30
+    """Draws one sample (the first seed) of every prompt and stage, at twice its size."""
+    cell, left, top = 128, 150, 50
     prompts = list(stages[0].drawn)
     sheet = Image.new("RGB", (left + cell * len(prompts), top + cell * len(stages)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for column, prompt in enumerate(prompts):
-        draw.text((left + cell * column + cell // 2, top // 2), prompt, "black", font, anchor="mm")
+        title = f"{prompt}\n(new: {CHARACTERS[prompt]})" if prompt in CHARACTERS else f"{prompt}\n(already known)"
+        draw.multiline_text(
+            (left + cell * column + cell // 2, top // 2), title, "black", font, anchor="mm", align="center", spacing=4
+        )
     for row, stage in enumerate(stages):
-        draw.text((10, top + cell * row + cell // 2), stage.name, "black", font, anchor="lm")
+        label = f"{stage.name}\n(ffid {row})" if row else "base model"
+        draw.multiline_text((10, top + cell * row + cell // 2), label, "black", font, anchor="lm", spacing=6)
         for column, prompt in enumerate(prompts):
             levels = ((stage.drawn[prompt][0] + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
             picture = Image.fromarray(levels.numpy()).resize((cell, cell), Image.Resampling.BICUBIC)
