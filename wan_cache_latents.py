@@ -1,15 +1,19 @@
-"""Encodes the pictures and videos of a dataset and keeps their latents as cache files."""
+"""Encodes the pictures and videos of a dataset with the Wan VAE and caches their latents."""
 
 from collections.abc import Sequence
 
-from utils.caching import cache_latents
-from utils.cli.cache import parse_cache_latents
 from utils.cli.command import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the job that `argv` asks for; None takes the command line's."""
-    cache_latents(parse_cache_latents(argv), print)
+    """Caches latents as `argv` says; None takes the command line."""
+    # Here, in this order: a mistake is found before the job is imported.
+    from utils.cli.cache import parse_cache_latents
+
+    config = parse_cache_latents(argv)
+    from utils.caching import cache_latents
+
+    cache_latents(config, print)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 
 from utils.cli.command import run, say
-from utils.cli.train import parse_train
-from utils.training import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    train(parse_train(argv), say=say)
+    """Trains as `argv` says; None takes the command line."""
+    # Here, in this order: a mistake is found before the job is imported, and spawned workers import neither.
+    from utils.cli.train import parse_train
+
+    config = parse_train(argv)
+    from utils.training import train
+
+    train(config, say=say)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.errors import InputError
 from wan.state_dict_files import fill_model, read_state_dict, strip_prefix
 from wan.tokenizer import clean_prompt, open_tokenizer, read_tokenizer, tokenizer_file
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
 
 TEXT_LEN = 512
 
@@ -45,7 +48,7 @@ class TextEncoder:
     """A loaded UMT5 encoder with its tokenizer, which is only looked for when text is first encoded."""
 
     def __init__(
-        self, model: UMT5EncoderModel, path: Path, tokenizer: Path | None, embedded: bytes | None, text_len: int
+        self, model: "UMT5EncoderModel", path: Path, tokenizer: Path | None, embedded: bytes | None, text_len: int
     ):
         self.model = model.requires_grad_(False).eval()
         self.text_len = text_len
@@ -123,8 +126,11 @@ def load_text_encoder(
     embedded = next((value for name, value in stored.items() if name.split(".")[-1] == "spiece_model"), None)
     source = f"{path} is not a UMT5 encoder"
     tensors = _dequantised(_transformers_names(stored, source), dtype, device, path)
+    sizes = _sizes(tensors, source)
+    from transformers import UMT5Config, UMT5EncoderModel  # here, because it takes seconds
+
     with torch.device("meta"):
-        model = UMT5EncoderModel(_config(tensors, source))
+        model = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
     if text_dim not in (None, model.config.d_model):
         raise InputError(
             f"{path} makes texts {model.config.d_model} wide, the transformer reads {text_dim}: give the text encoder "
@@ -178,8 +184,8 @@ def _dequantised(
     return weights
 
 
-def _config(tensors: Mapping[str, Tensor], source: str) -> UMT5Config:
-    """The encoder's sizes, all read from its shapes; the number of heads is the width of the relative bias."""
+def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, int]:
+    """The encoder's sizes by UMT5Config's names, all read from its shapes; the number of heads is the width of the relative bias."""
     bias, query = (_BLOCK + f"0.SelfAttention.{name}.weight" for name in ("relative_attention_bias", "q"))
     gate = _BLOCK + "1.DenseReluDense.wi_0.weight"
     for name in (bias, query, gate):
@@ -187,13 +193,12 @@ def _config(tensors: Mapping[str, Tensor], source: str) -> UMT5Config:
             raise InputError(f"{source}: {name} is not in it")
     vocab_size, d_model = tensors["shared.weight"].shape
     buckets, heads = tensors[bias].shape
-    return UMT5Config(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        d_kv=tensors[query].shape[0] // heads,
-        d_ff=tensors[gate].shape[0],
-        num_heads=heads,
-        num_layers=sum(name.endswith(".SelfAttention.q.weight") for name in tensors),
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-    )
+    return {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "d_kv": tensors[query].shape[0] // heads,
+        "d_ff": tensors[gate].shape[0],
+        "num_heads": heads,
+        "num_layers": sum(name.endswith(".SelfAttention.q.weight") for name in tensors),
+        "relative_attention_num_buckets": buckets,
+    }

@@ -8,11 +8,6 @@ import html
 from collections.abc import Callable
 from pathlib import Path
 
-import ftfy
-from huggingface_hub import hf_hub_download
-from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer
-
 from wan.errors import InputError
 
 END = "</s>"
@@ -22,6 +17,8 @@ _PLACES = ("tokenizer.json", "google/umt5-xxl/tokenizer.json", "spiece.model", "
 
 def clean_prompt(text: str) -> str:
     """The text as Wan tokenizes it: mojibake repaired, HTML entities resolved, runs of whitespace made one space."""
+    import ftfy  # here: parsing a command line needs no tokenizer
+
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
@@ -56,6 +53,8 @@ def read_tokenizer(path: Path, vocab_size: int) -> Callable[[str], list[int]]:
     """
     if path.suffix == ".model":
         return _sentencepiece(path.read_bytes(), str(path), vocab_size)
+    from tokenizers import Tokenizer  # here: parsing a command line needs no tokenizer
+
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises nothing more specific
@@ -68,6 +67,8 @@ def read_tokenizer(path: Path, vocab_size: int) -> Callable[[str], list[int]]:
 
 
 def _sentencepiece(model: bytes, source: str, vocab_size: int) -> Callable[[str], list[int]]:
+    from sentencepiece import SentencePieceProcessor  # here: parsing a command line needs no tokenizer
+
     try:
         tokenizer = SentencePieceProcessor(model_proto=model)
     except RuntimeError:
@@ -89,6 +90,8 @@ def _first_in(folder: Path) -> Path | None:
 
 
 def _from_hub(encoder_path: Path) -> Path:
+    from huggingface_hub import hf_hub_download  # here, because most runs have their tokenizer on disk
+
     try:
         return Path(hf_hub_download(_HUB_REPOSITORY, "tokenizer.json"))
     except OSError as error:

@@ -6,13 +6,16 @@ B batch, T frames, H W height and width in pixels, C latent channels, F h w late
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from wan.errors import InputError
 from wan.state_dict_files import fill_model, read_state_dict, strip_prefix
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 LATENT_CHANNELS = 16
 FRAME_STRIDE = 4
@@ -49,7 +52,7 @@ _RENAMES = (
 class WanVAE:
     """A loaded Wan 2.1 VAE; frozen, in evaluation mode."""
 
-    def __init__(self, model: AutoencoderKLWan):
+    def __init__(self, model: "AutoencoderKLWan"):
         self.model = model.requires_grad_(False).eval()
 
     @property
@@ -96,6 +99,8 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str |
     tensors, _ = read_state_dict(path, "VAE")
     tensors = strip_prefix(tensors, ("model.",))
     base_dim = _base_dim(tensors, path)
+    from diffusers import AutoencoderKLWan  # here, because it takes seconds
+
     with torch.device("meta"):
         model = AutoencoderKLWan(base_dim=base_dim, z_dim=LATENT_CHANNELS)
     renamed = {diffusers_name(name): tensor for name, tensor in tensors.items()}

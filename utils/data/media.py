@@ -6,7 +6,6 @@ from itertools import islice, pairwise
 from math import ceil
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -33,6 +32,8 @@ def video_size(path: Path) -> tuple[int, int]:
     """(width, height) of a video, or of the first picture of a folder of them."""
     if path.is_dir():
         return image_size(_pictures(path)[0])
+    import av  # here, because workers that load caches open no video
+
     with _readable(path), av.open(path) as container:
         codec = _video_stream(container, path).codec_context
         if not codec.width or not codec.height:
@@ -125,6 +126,8 @@ def _undecoded(path: Path) -> Iterator:
     if path.is_dir():
         yield from _pictures(path)
         return
+    import av  # here, because workers that load caches open no video
+
     with av.open(path) as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
@@ -158,5 +161,11 @@ def _video_stream(container, path: Path):
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError, Image.DecompressionBombError, av.FFmpegError) as error:
+    except _reading_errors() as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _reading_errors() -> tuple[type[Exception], ...]:
+    import av  # here, because workers that load caches open no video
+
+    return OSError, SyntaxError, Image.DecompressionBombError, av.FFmpegError

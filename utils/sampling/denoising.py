@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
 from utils.sampling.prompts import SamplePrompt
@@ -151,6 +148,11 @@ def _velocity(
 
 def make_scheduler(solver: str, steps: int, shift: float):
     """A diffusers scheduler with its timesteps set. `unipc` has the sigmas of Wan's own; `vanilla` is Euler."""
+    # Here, because diffusers takes seconds to import.
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": TIMESTEPS}
     match solver:
         case "unipc":

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import av
 import numpy as np
 from PIL import Image
 from safetensors.torch import save
@@ -57,6 +56,8 @@ def save_image(path: Path, frame_3HW: Tensor) -> Path:
 
 def save_video(path: Path, video_3THW: Tensor, fps: int) -> Path:
     """Saves a video [3, T, H, W] in [-1, 1] as H.264 mp4; H and W are even."""
+    import av  # here, because only videos need it
+
     frames = to_frames(video_3THW)
     with _completed(path) as file, av.open(file, "w", format="mp4") as container:
         # crf 10 is what Wan's own `quality=8` becomes for libx264.
