@@ -41,7 +41,7 @@ class CacheLatentsConfig:
 
     dataset: DatasetConfig
     vae: Path
-    device: str
+    device: torch.device
     vae_dtype: torch.dtype = torch.bfloat16
     batch_size: int | None = None
     workers: int = 1
@@ -57,7 +57,7 @@ class CacheTextConfig:
     dataset: DatasetConfig
     t5: Path
     tokenizer: Path | None
-    device: str
+    device: torch.device
     batch_size: int | None = None
     workers: int = 1
     skip_existing: bool = False

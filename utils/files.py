@@ -17,7 +17,7 @@ def read_toml(path: Path) -> dict:
     existing_file(path, "toml file")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and deep nesting
         raise InputError(f"{path} is not valid toml: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""The shapes of the Wan models, beside the sampling defaults of each task."""
+"""The shapes of the Wan models, and the sampling defaults of each task."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +30,7 @@ class WanConfig:
 
 @dataclass(frozen=True)
 class WanTask:
-    """What `--task` names: an architecture, its sampling defaults, its VAE's stride (frames, height, width).
+    """A value of `--task`: an architecture, its sampling defaults, its VAE's stride (frames, height, width).
 
     Above `boundary` (a share of the 1000 timesteps) the high-noise expert samples, with `guidance_scale_high`.
     """

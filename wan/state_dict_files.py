@@ -18,8 +18,8 @@ _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor of the file under its stored name, and the file's metadata (empty for .pth).
 
-    The tensors stay memory-mapped until something copies them. `what` says in an InputError which file was wanted; it
-    is raised for a file that is missing, truncated, of another format, or that holds code.
+    The tensors stay memory-mapped until something copies them. InputError, which begins with `what` the file should be,
+    for one that is missing, truncated, of another format, or that contains code.
     """
     path = Path(path)
     if not path.is_file():
@@ -34,7 +34,7 @@ def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dic
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors that are under the first of `prefixes` that the file has, without it; all of them if it has none."""
+    """The tensors under the first of `prefixes` that occurs in the file, without it; all tensors if none occurs."""
     for prefix in prefixes:
         inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if inside:
@@ -45,14 +45,14 @@ def strip_prefix(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> di
 def fill_model(
     model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device, source: str
 ) -> None:
-    """Gives a model built on meta its weights, in `dtype` on `device`; what needs no change stays memory-mapped.
+    """Gives a model built on meta its weights, in `dtype` on `device`; what needs no conversion stays memory-mapped.
 
     InputError, starting with `source`, if names or shapes are not exactly the model's.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     for problem, names in (
-        ("misses", sorted(wanted.keys() - found.keys())),
+        ("lacks", sorted(wanted.keys() - found.keys())),
         ("has unknown", sorted(found.keys() - wanted.keys())),
         ("has misshapen", sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])),
     ):
@@ -68,19 +68,19 @@ def _read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[st
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (InputError, SafetensorError, OSError) as error:
-        raise InputError(f"{what} {path} is truncated or no safetensors file ({error}); get it again") from None
+        raise InputError(f"{what} {path} is truncated or not a safetensors file ({error}): download it again") from None
 
 
 def _read_pickle(path: Path, what: str) -> dict[str, Tensor]:
-    # torch's zip files end with their directory, so a truncated one is no zip file.
+    # torch's zip files end with their directory, so a truncated one is not recognised as a zip file.
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{what} {path} is truncated or not in torch.save's zip format; get it again")
+        raise InputError(f"{what} {path} is truncated or not in torch.save's zip format: download it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise InputError(f"{what} {path} holds code or objects besides tensors, so it is not opened") from None
+        raise InputError(f"{what} {path} contains code or objects besides tensors, so it is not opened") from None
     except RuntimeError as error:
-        raise InputError(f"{what} {path} is damaged ({str(error).splitlines()[0]}); get it again") from None
+        raise InputError(f"{what} {path} is damaged ({str(error).splitlines()[0]}): download it again") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

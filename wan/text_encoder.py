@@ -15,11 +15,13 @@ from torch import Tensor
 from wan.errors import InputError
 from wan.state_dict_files import fill_model, read_state_dict, strip_prefix
 from wan.tokenizer import clean_prompt, open_tokenizer, read_tokenizer, tokenizer_file
+from wan.values import Number
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
 TEXT_LEN = 512
+_TEXT_LENGTHS = Number(1, 100_000, whole=True)
 
 _COMFY_PREFIX = "text_encoders.umt5xxl.transformer."
 _BLOCK = "encoder.block.0.layer."
@@ -45,7 +47,7 @@ _UNUSED_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8"
 
 
 class TextEncoder:
-    """A loaded UMT5 encoder with its tokenizer, which is only looked for when text is first encoded."""
+    """A loaded UMT5 encoder with its tokenizer, which is looked for when text is first encoded."""
 
     def __init__(
         self, model: "UMT5EncoderModel", path: Path, tokenizer: Path | None, embedded: bytes | None, text_len: int
@@ -73,7 +75,7 @@ class TextEncoder:
         return self.model(ids_BL.to(self.device), attention_mask=mask_BL.to(self.device)).last_hidden_state
 
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
-        """One embedding [n, D] a prompt, cut to its own tokens, </s> included; at most text_len of them."""
+        """One embedding [n, D] per prompt, cut to its own tokens, </s> included; at most text_len of them."""
         if not prompts:
             return []
         rows = [self.tokenize(prompt) for prompt in prompts]
@@ -115,12 +117,12 @@ def load_text_encoder(
     """The UMT5 encoder of a file with Wan's names (.pth, .safetensors) or ComfyUI's, also its scaled fp8.
 
     `tokenizer`: a tokenizer.json, a spiece.model or a folder with one; None looks beside the file, in it, on the hub.
-    `text_len`: the most tokens of a prompt; None takes the file's metadata, else 512. `text_dim`: the width that a
-    transformer reads. InputError, in one line, for a file that is missing, truncated, holds code, is not UMT5, or of
-    another width, and for float16.
+    `text_len`: the most tokens of a prompt; None takes the file's metadata, else 512. `text_dim`: the width that the
+    transformer expects. InputError for a file that is missing, truncated, contains code, is not UMT5, or has another
+    width, and for float16.
     """
     if dtype == torch.float16:
-        raise InputError("UMT5 overflows in float16; use bfloat16 or float32 (a float16 file may be loaded so)")
+        raise InputError("UMT5 overflows in float16: use bfloat16 or float32 (a float16 file can be loaded that way)")
     chosen = None if tokenizer is None else tokenizer_file(tokenizer)
     stored, metadata = read_state_dict(path, "text encoder")
     embedded = next((value for name, value in stored.items() if name.split(".")[-1] == "spiece_model"), None)
@@ -133,8 +135,8 @@ def load_text_encoder(
         model = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
     if text_dim not in (None, model.config.d_model):
         raise InputError(
-            f"{path} makes texts {model.config.d_model} wide, the transformer reads {text_dim}: give the text encoder "
-            "of its release"
+            f"{path} gives embeddings of width {model.config.d_model}, the transformer expects {text_dim}: use the "
+            "text encoder of its release"
         )
     fill_model(model, tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, dtype, device, source)
     model.tie_weights()
@@ -144,8 +146,15 @@ def load_text_encoder(
         path=Path(path),
         tokenizer=chosen,
         embedded=None if embedded is None else embedded.numpy().tobytes(),
-        text_len=int(metadata.get("text_len", TEXT_LEN)) if text_len is None else text_len,
+        text_len=_text_len(metadata, path) if text_len is None else text_len,
     )
+
+
+def _text_len(metadata: Mapping[str, str], path: str | Path) -> int:
+    try:
+        return _TEXT_LENGTHS(metadata.get("text_len", TEXT_LEN))
+    except ValueError as error:
+        raise InputError(f"{path}: text_len in its metadata {error}") from None
 
 
 def transformers_name(name: str) -> str:
@@ -162,7 +171,7 @@ def _transformers_names(stored: Mapping[str, Tensor], source: str) -> dict[str, 
     dropped = ("spiece_model", "encoder.embed_tokens.weight")
     renamed = {transformers_name(name): tensor for name, tensor in tensors.items() if name not in dropped}
     if "shared.weight" not in renamed:
-        raise InputError(f"{source}: neither token_embedding.weight nor shared.weight is in it")
+        raise InputError(f"{source}: it contains neither token_embedding.weight nor shared.weight")
     return renamed
 
 
@@ -185,12 +194,12 @@ def _dequantised(
 
 
 def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, int]:
-    """The encoder's sizes by UMT5Config's names, all read from its shapes; the number of heads is the width of the relative bias."""
+    """The encoder's sizes by UMT5Config's names, read from its shapes; the relative bias has one column per head."""
     bias, query = (_BLOCK + f"0.SelfAttention.{name}.weight" for name in ("relative_attention_bias", "q"))
     gate = _BLOCK + "1.DenseReluDense.wi_0.weight"
     for name in (bias, query, gate):
         if name not in tensors:
-            raise InputError(f"{source}: {name} is not in it")
+            raise InputError(f"{source}: it does not contain {name}")
     vocab_size, d_model = tensors["shared.weight"].shape
     buckets, heads = tensors[bias].shape
     return {

@@ -1,4 +1,4 @@
-"""Token ids of prompts, by the UMT5 tokenizer that is found nearest to its text encoder.
+"""Token ids of prompts, by the UMT5 tokenizer that lies nearest to its text encoder.
 
 AutoTokenizer and T5Tokenizer are avoided: transformers 5 rebuilds their backend with another unknown token and without
 byte fallback, so characters outside the vocabulary would get wrong ids.
@@ -23,20 +23,20 @@ def clean_prompt(text: str) -> str:
 
 
 def tokenizer_file(chosen: str | Path) -> Path:
-    """The tokenizer.json or SentencePiece model that a user's file or folder means; InputError if there is none."""
+    """The tokenizer.json or SentencePiece model that a user's path is or contains; InputError if there is none."""
     chosen = Path(chosen)
     if chosen.is_file() and chosen.suffix in (".json", ".model"):
         return chosen
     found = _first_in(chosen)
     if found is None:
-        raise InputError(f"--tokenizer {chosen} is no tokenizer.json, spiece.model or folder with one of them")
+        raise InputError(f"--tokenizer {chosen} is not a tokenizer.json, a spiece.model or a folder with one of them")
     return found
 
 
 def open_tokenizer(encoder_path: Path, embedded: bytes | None, vocab_size: int) -> Callable[[str], list[int]]:
     """The tokenizer beside the text encoder's file, else the one inside it, else the hub's; see read_tokenizer.
 
-    InputError if none can be had, with the flag that gives one.
+    InputError if there is none; it names the flag to give one.
     """
     beside = _first_in(encoder_path.parent)
     if beside is not None:
@@ -72,7 +72,7 @@ def _sentencepiece(model: bytes, source: str, vocab_size: int) -> Callable[[str]
     try:
         tokenizer = SentencePieceProcessor(model_proto=model)
     except RuntimeError:
-        raise InputError(f"tokenizer in {source} is not a SentencePiece model") from None
+        raise InputError(f"the tokenizer in {source} is not a SentencePiece model") from None
     end = tokenizer.piece_to_id(END) if tokenizer.eos_id() >= 0 else None
     _check_vocabulary(tokenizer.get_piece_size(), end, vocab_size, source)
     return lambda prompt: [*tokenizer.encode(prompt), end]
@@ -80,9 +80,11 @@ def _sentencepiece(model: bytes, source: str, vocab_size: int) -> Callable[[str]
 
 def _check_vocabulary(size: int, end: int | None, vocab_size: int, source: str) -> None:
     if end is None:
-        raise InputError(f"tokenizer in {source} has no {END} token, so it is not UMT5's")
+        raise InputError(f"the tokenizer in {source} has no {END} token, so it is not UMT5's")
     if size > vocab_size:
-        raise InputError(f"tokenizer in {source} has {size} tokens, the text encoder only {vocab_size}: not a pair")
+        raise InputError(
+            f"the tokenizer in {source} has {size} tokens, the text encoder only {vocab_size}: they are not a pair"
+        )
 
 
 def _first_in(folder: Path) -> Path | None:
@@ -96,6 +98,6 @@ def _from_hub(encoder_path: Path) -> Path:
         return Path(hf_hub_download(_HUB_REPOSITORY, "tokenizer.json"))
     except OSError as error:
         raise InputError(
-            f"no tokenizer is beside {encoder_path} or in it, and {_HUB_REPOSITORY} cannot be downloaded "
-            f"({str(error).splitlines()[0]}): give --tokenizer a tokenizer.json, a spiece.model or their folder"
+            f"there is no tokenizer beside {encoder_path} or in it, and {_HUB_REPOSITORY} cannot be downloaded "
+            f"({str(error).splitlines()[0]}): give a tokenizer.json, a spiece.model or their folder as --tokenizer"
         ) from None

@@ -73,7 +73,7 @@ class WanVAE:
         """Normalised latents [B, 16, F, h, w] in float32 of a video [B, 3, T, H, W] in [-1, 1]: the posterior's mean.
 
         A picture is a video of one frame. InputError unless T is 4k+1 and H and W are multiples of 8: the network would
-        drop the rest without a word.
+        silently drop the rest.
         """
         _check_video(video_BCTHW)
         posterior = self.model.encode(video_BCTHW.to(self.device, self.dtype)).latent_dist
@@ -94,7 +94,7 @@ class WanVAE:
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> WanVAE:
     """The VAE of a Wan 2.1 file (.pth or .safetensors, original names), its width read from the file.
 
-    InputError, in one line, for a file that is missing, truncated, holds code, or is not a Wan 2.1 VAE.
+    InputError for a file that is missing, truncated, contains code, or is not a Wan 2.1 VAE.
     """
     tensors, _ = read_state_dict(path, "VAE")
     tensors = strip_prefix(tensors, ("model.",))
@@ -123,12 +123,12 @@ def _up_block(match: re.Match) -> str:
 
 def _base_dim(tensors: Mapping[str, Tensor], path: str | Path) -> int:
     if "decoder.upsamples.0.upsamples.0.residual.2.weight" in tensors:
-        raise InputError(f"{path} is the Wan 2.2 VAE (of ti2v-5B); the Wan 2.1 VAE is needed, also for the A14B models")
+        raise InputError(f"{path} is the Wan 2.2 VAE (of ti2v-5B): use the Wan 2.1 VAE, which the A14B models need too")
     if "decoder.head.0.gamma" not in tensors or "conv2.weight" not in tensors:
-        raise InputError(f"{path} is not a Wan 2.1 VAE: decoder.head.0.gamma or conv2.weight is not in it")
+        raise InputError(f"{path} is not a Wan 2.1 VAE: it does not contain decoder.head.0.gamma or conv2.weight")
     channels = tensors["conv2.weight"].shape[1]
     if channels != LATENT_CHANNELS:
-        raise InputError(f"{path} is a VAE of {channels} latent channels; the Wan 2.1 VAE has {LATENT_CHANNELS}")
+        raise InputError(f"{path} is a VAE with {channels} latent channels; the Wan 2.1 VAE has {LATENT_CHANNELS}")
     return tensors["decoder.head.0.gamma"].shape[0]
 
 

@@ -1,24 +1,129 @@
-"""What the command lines share: a parser whose mistakes are one line, refused flags, one way to end."""
+"""What the command lines share: a parser whose errors are one line, unsupported flags, one way to exit."""
 
 import argparse
 import errno
 import io
+import logging
 import os
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
+from wan.configs import TASKS
 from wan.errors import InputError
+from wan.values import Number, nearest, shown
+
+DTYPES = {  # of --vae_dtype and --dit_dtype, by torch's names
+    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
+    **dict.fromkeys(("float16", "fp16"), "float16"),
+    **dict.fromkeys(("float32", "fp32", "float"), "float32"),
+}
+
+
+USAGE = "%(prog)s [options]"  # of a script whose flags follow in groups
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError with one line, where argparse prints its usage and exits."""
+    """An ArgumentParser that raises InputError with one line, where argparse prints its usage and exits.
+
+    The line names the nearest flag or choice that exists. `usage` is one line too: the flags follow in groups.
+    """
 
     def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **settings})
+        self._optionals.title = "help"
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """The flags; InputError for any that does not exist."""
+        flags, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self.unknown_flag(unknown))
+        return flags
+
+    def unknown_flag(self, unknown: Sequence[str]) -> str:
+        """The message for arguments that no flag takes: about the first flag among them, else about the first."""
+        flag = next((text for text in unknown if text.startswith("-")), None)
+        if flag is None:
+            return f"{shown(unknown[0])} was not expected: no flag takes it"
+        flag = flag.partition("=")[0]
+        return f"unknown flag {shown(flag)}{nearest(flag, self.known_flags())}"
+
+    def known_flags(self, with_unsupported: bool = False) -> list[str]:
+        """Every flag, those of subcommands included."""
+        flags = []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [flag for parser in action.choices.values() for flag in parser.known_flags(with_unsupported)]
+            elif with_unsupported or action.help is not argparse.SUPPRESS:
+                flags += action.option_strings
+        return flags
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            allowed = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, unknown_choice(str(value), allowed))
 
     def error(self, message: str):
-        raise InputError(f"{message} (--help lists the flags)")
+        if not message.startswith("argument "):
+            raise InputError(f"{message} (--help lists the flags)")
+        raise InputError(message.removeprefix("argument ").replace(": must be", " must be", 1))
+
+
+class _Help(argparse.HelpFormatter):
+    """Flags in a column of their own, each text beside or below, as wide as the console up to 120."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=min(shutil.get_terminal_size().columns, 120))
+
+
+def unknown_choice(name: str, allowed: Iterable[str]) -> str:
+    """The message for a name that is not among those allowed; begins with the name."""
+    allowed = list(allowed)
+    return f"{shown(name)} is not one of {', '.join(allowed)}{nearest(name, allowed)}"
+
+
+def number(allowed: Number) -> Callable[[str], int | float]:
+    """An argparse type that takes numbers of the range."""
+
+    def convert(text: str) -> int | float:
+        try:
+            return allowed(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def dtype(text: str):
+    """An argparse type: a torch.dtype by one of the names in DTYPES."""
+    import torch  # here, because `python -m utils.slices list` needs none of it
+
+    if text.lower() not in DTYPES:
+        raise argparse.ArgumentTypeError(unknown_choice(text, DTYPES))
+    return getattr(torch, DTYPES[text.lower()])
+
+
+def device(text: str):
+    """An argparse type: the torch.device of that name, if it exists."""
+    from utils.devices import named_device  # here, because it imports torch, and `python -m utils.slices list` does not
+
+    try:
+        return named_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def text_to_video_task(text: str) -> str:
+    """An argparse type: the name of a task that is supported."""
+    allowed = [task.name for task in TASKS.values() if task.config.model_type == "t2v"]
+    if text in TASKS and text not in allowed:
+        raise argparse.ArgumentTypeError(
+            f"{text} starts from a picture, which is not supported: {', '.join(allowed)} are"
+        )
+    if text not in allowed:
+        raise argparse.ArgumentTypeError(unknown_choice(text, allowed))
+    return text
 
 
 class _Refuse(argparse.Action):
@@ -31,13 +136,13 @@ class _Refuse(argparse.Action):
 
 
 def refuse_flags(parser: argparse.ArgumentParser, reasons: Mapping[str, str]) -> None:
-    """Adds flags that users know from musubi-tuner, each of which ends the run with its reason and what to use."""
+    """Adds flags that users know from musubi-tuner but that are not supported: each stops the run and says why."""
     for flag, reason in reasons.items():
         parser.add_argument(flag, action=_Refuse, reason=reason)
 
 
 def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str) -> list[float]:
-    """One strength a slice, from none (all 1), one, or as many; InputError names the flag."""
+    """One strength for each slice, from none (all 1), one for all, or as many; InputError names the flag."""
     given = list(strengths or [1.0])
     if len(given) != 1 and len(given) != slices:
         raise InputError(f"{flag} {' '.join(map(str, given))}: give one number, or one for each of the {slices} slices")
@@ -45,14 +150,17 @@ def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str)
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Runs a script's main(); a user's mistake becomes one line on stderr, exit code 2.
+    """Runs a script's main(); a user's mistake becomes one line on stderr and exit code 2.
 
-    What is printed ends no run for its characters; where nobody reads it any more, the script ends quietly.
+    A character that the console lacks is printed escaped; when nobody reads the output any more, the script exits
+    without a traceback.
     """
     _print_any_character()
+    # diffusers imports bitsandbytes, which complains about a 4-bit kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         main(None)
-        print(end="", flush=True)  # here, where a reader that is gone can be told from a mistake
+        print(end="", flush=True)  # here, where a closed pipe is not mistaken for an error
     except _users_errors() as error:
         sys.exit(_one_line(error))
     except OSError as error:
@@ -64,7 +172,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line at once; a job of hours goes on without a reader (Ctrl-C, which stops it, ends `| tee` at once)."""
+    """Prints a line at once; a job of hours continues without a reader (Ctrl-C also kills a `| tee` behind it)."""
     try:
         print(line, flush=True)
     except OSError as error:
@@ -73,7 +181,7 @@ def say(line: str) -> None:
 
 
 def _print_any_character() -> None:
-    """Consoles of other encodings than UTF-8 lack most characters that names have."""
+    """Consoles with another encoding than UTF-8 lack many characters that occur in names."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -82,7 +190,7 @@ def _print_any_character() -> None:
 
 
 class _Unread(io.TextIOWrapper):
-    """A stream that progress bars write to: that nobody reads it any more is no reason to end."""
+    """A stream for progress bars: nobody reading it any more is no reason to stop."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -95,12 +203,12 @@ class _Unread(io.TextIOWrapper):
 
 
 def _is_unread(error: OSError) -> bool:
-    """Whether it is what writing to a pipe without a reader raises (EINVAL on Windows)."""
+    """Whether writing to a pipe without a reader raises this (EINVAL on Windows)."""
     return error.errno in (errno.EPIPE, errno.EINVAL)
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads, as after `| head`; what is left for it then goes nowhere."""
+    """Whether stdout is a pipe that nobody reads, as after `| head`; the rest of the output is then discarded."""
     try:
         print(flush=True)  # a line, since an unbuffered stream has nothing left to flush
     except OSError:
@@ -110,10 +218,9 @@ def _reader_is_gone() -> bool:
 
 
 def _users_errors() -> tuple[type[Exception], ...]:
-    # Looked up when something went wrong: torch takes seconds to import, and not every command needs it.
-    from utils.selective_finetune import SliceError
-
-    return InputError, SliceError
+    # Only if it is loaded: its module imports torch, and an error of `list` should not wait for that.
+    patch = sys.modules.get("utils.selective_finetune")
+    return (InputError, patch.SliceError) if patch else (InputError,)
 
 
 def _one_line(error: Exception) -> int:

@@ -1,17 +1,17 @@
-"""Slices on disk: python -m utils.cli.slices list|extract|apply|remove|scale|to-lora|verify ...
+"""Slices on disk: python -m utils.slices list|extract|apply|remove|scale|to-lora|verify ...
 
-Each command imports what it needs: torch takes seconds to import, and `list` reads headers alone.
+Each command imports what it needs: torch takes seconds to import, and `list` only reads headers.
 """
 
 import json
-import math
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli.command import Parser, one_strength_each
+from utils.cli.command import Parser, number, one_strength_each
 from utils.slices.listing import as_json, list_files, table
 from wan.errors import InputError
+from wan.values import STRENGTH
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,83 +21,93 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m utils.cli.slices", description="Lists, extracts, applies, removes slices of files.")
+    parser = Parser(prog="python -m utils.slices", description="Lists, extracts, applies, removes and checks slices.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("list", help="what files hold: their ledger, overlaps, free ids")
-    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    command.add_argument("--json", action="store_true", help="for programs")
+    command = commands.add_parser("list", help="show which slices files contain, which overlap, which ids are free")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="checkpoints and slice files")
+    command.add_argument("--json", action="store_true", help="print JSON, for programs (default: a table)")
     command.set_defaults(command=_list)
 
-    command = commands.add_parser("extract", help="slice files from a checkpoint")
-    command.add_argument("checkpoint", type=Path)
+    command = commands.add_parser("extract", help="save the slices of a checkpoint as slice files")
+    command.add_argument("checkpoint", type=Path, help="checkpoint that contains slices")
     _add_base(command)
-    command.add_argument("--name", nargs="+", default=[], help="only these slices (names, or FF:FFID)")
-    command.add_argument("-o", "--output", type=Path, default=Path(), help="folder (default: this one)")
+    command.add_argument(
+        "--name",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of slices, or FF:FFID (default: every slice that --base does not have)",
+    )
+    command.add_argument(
+        "-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="folder (default: the current one)"
+    )
     _add_overwrite(command)
     command.set_defaults(command=_extract)
 
-    command = commands.add_parser("apply", help="a checkpoint from a base and slice files, in any order")
-    command.add_argument("base", type=Path)
-    command.add_argument("slices", type=Path, nargs="+", metavar="SLICE")
+    command = commands.add_parser("apply", help="save a checkpoint with slice files applied to it, in any order")
+    command.add_argument("base", type=Path, help="checkpoint that the slices were trained on")
+    command.add_argument("slices", type=Path, nargs="+", metavar="SLICE", help="slice files")
     command.add_argument(
-        "--strength", type=_strength, nargs="+", help="one for all slices, or one for each (default 1)"
+        "--strength", type=number(STRENGTH), nargs="+", help="one strength for all slices, or one for each (default: 1)"
     )
     _add_output(command)
     command.set_defaults(command=_apply)
 
-    command = commands.add_parser("remove", help="a checkpoint without one of its slices")
-    command.add_argument("checkpoint", type=Path)
-    command.add_argument("name", metavar="SLICE-NAME", help="as `list` shows it, or FF:FFID")
+    command = commands.add_parser("remove", help="save a checkpoint without one of its slices")
+    command.add_argument("checkpoint", type=Path, help="checkpoint that contains the slice")
+    command.add_argument("name", metavar="SLICE-NAME", help="as shown by `list`, or FF:FFID")
     _add_base(command)
     _add_output(command)
     command.set_defaults(command=_remove)
 
-    command = commands.add_parser("scale", help="a slice file of another strength")
-    command.add_argument("slice", type=Path)
-    command.add_argument("strength", type=_strength, help="0 is nothing, 1 as trained, beyond that more")
+    command = commands.add_parser("scale", help="save a slice file at another strength")
+    command.add_argument("slice", type=Path, help="slice file")
+    command.add_argument("strength", type=number(STRENGTH), help="0 has no effect, 1 is as trained, 1.5 is stronger")
     _add_base(command)
     _add_output(command)
     command.set_defaults(command=_scale)
 
-    command = commands.add_parser("to-lora", help="a slice file as an ordinary LoRA")
-    command.add_argument("slice", type=Path)
+    command = commands.add_parser("to-lora", help="save a slice file as an ordinary LoRA")
+    command.add_argument("slice", type=Path, help="slice file")
     _add_base(command)
     _add_output(command)
     command.add_argument(
-        "--names", choices=("comfyui", "diffusers"), default="comfyui", help="default: comfyui, musubi"
+        "--names",
+        choices=("comfyui", "diffusers"),
+        default="comfyui",
+        help="whose names the tensors get; comfyui also suits musubi-tuner (default: %(default)s)",
     )
-    command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="fp32 is exact, bf16 half the size")
+    command.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="fp32 is exact, bf16 half the size (default: %(default)s)",
+    )
     command.set_defaults(command=_to_lora)
 
-    command = commands.add_parser("verify", help="that a checkpoint is its base outside of its slices")
-    command.add_argument("checkpoint", type=Path)
+    command = commands.add_parser("verify", help="check that a checkpoint differs from its base only in its slices")
+    command.add_argument("checkpoint", type=Path, help="checkpoint to check")
     _add_base(command)
     command.set_defaults(command=_verify)
     return parser
 
 
 def _add_base(command: Parser) -> None:
-    command.add_argument("--base", type=Path, required=True, help="the checkpoint without slices")
+    command.add_argument(
+        "--base", type=Path, required=True, metavar="FILE", help="the checkpoint without these slices (required)"
+    )
 
 
 def _add_output(command: Parser) -> None:
-    command.add_argument("-o", "--output", type=Path, required=True, help="new .safetensors file")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="file to write, .safetensors (required)"
+    )
     _add_overwrite(command)
 
 
 def _add_overwrite(command: Parser) -> None:
-    command.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
-
-
-def _strength(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ArgumentTypeError(f"{text} was given, a finite number is needed")
-    return value
+    command.add_argument("--overwrite", action="store_true", help="replace an existing file (default: off)")
 
 
 def _list(flags: Namespace) -> None:

@@ -1,21 +1,19 @@
 """The flags of wan_train_network.py, checked into a TrainConfig."""
 
 import importlib.util
-import math
 import os
 from argparse import Namespace
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from utils.cli.command import Parser, refuse_flags, say
+from utils.cli.command import USAGE, Parser, refuse_flags, say, unknown_choice
+from utils.cli.learning_flags import read_optimizer, read_schedule, read_timesteps
 from utils.cli.swap_flags import read_swap
-from utils.cli.train_flags import REFUSED, add_flags
+from utils.cli.train_flags import add_flags
+from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
 from utils.files import existing_file, read_toml
-from utils.learning.flow_matching import TimestepConfig
-from utils.learning.lr_schedules import ScheduleConfig
-from utils.learning.optimizers import OptimizerConfig
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, LogConfig, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
@@ -24,40 +22,29 @@ from utils.run.state import latest_state
 from utils.sampling.prompts import read_prompt_file
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
-from wan.configs import TASKS
 from wan.errors import InputError
+from wan.values import nearest, shown
 
-_HAS_SHIFT = ("shift", "sigma")
-_HAS_SIGMOID = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "qinglong_flux")
-_HAS_SIGMOID += ("qinglong_qwen",)
-_COUNTS = (
-    *("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "ddp_timeout", "save_every_n_epochs"),
-    *("save_every_n_steps", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps"),
-    *("save_last_n_steps_state", "sample_every_n_epochs", "sample_every_n_steps", "lr_scheduler_num_cycles"),
-    *("preserve_levels", "preserve_every"),
-)
-
-_LEVELS = 8  # of noise, at which an old prompt is asked
-_LONGEST_NAME = 200  # bytes, of the 255 that a file's name has; a sample's adds up to 50
+_LEVELS = 8  # of noise, at which reference predictions of a prompt are recorded
+_LONGEST_NAME = 200  # bytes, of the 255 that a file name may have; a sample's adds up to 50
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The run that the flags describe; InputError, in one line, if it cannot be. Nothing is written."""
+    """The run that the flags describe; InputError if it cannot be done. Nothing is written."""
     flags = _parse(argv)
     _check_text(flags)
     _check_slice(flags)
     _check_required(flags)
-    _check_numbers(flags)
     return TrainConfig(
-        task=_text_to_video(flags.task),
+        task=flags.task,
         dit=flags.dit,
         ff=flags.ff.strip(),
         ffid=flags.ffid,
         dataset=read_dataset_config(flags.dataset_config),
         save=_save(flags),
-        timesteps=_timesteps(flags),
-        optimizer=_optimizer(flags),
-        schedule=_schedule(flags),
+        timesteps=read_timesteps(flags),
+        optimizer=read_optimizer(flags),
+        schedule=read_schedule(flags),
         metadata=_metadata(flags),
         log=_log(flags),
         samples=_samples(flags),
@@ -89,53 +76,75 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _parse(argv: Sequence[str] | None) -> Namespace:
-    parser = Parser(description="Trains one slice of a Wan checkpoint on a dataset.")
+    parser = Parser(usage=USAGE, description="Trains one slice of a Wan checkpoint on a dataset.")
     add_flags(parser)
-    refuse_flags(parser, REFUSED)
+    refuse_flags(parser, TRAINING)
     flags = parser.parse_args(argv)
     if flags.config_file is None:
         return flags
+    return parser.parse_args(argv, namespace=_defaults(parser, flags.config_file))
+
+
+def _defaults(parser: Parser, path: Path) -> Namespace:
+    """The flags of a --config_file; InputError names the file and the key that is wrong."""
     # Without the suffix too, as musubi-tuner takes it.
-    path = flags.config_file if flags.config_file.suffix else flags.config_file.with_suffix(".toml")
-    defaults, unknown = parser.parse_known_args(_as_arguments(read_toml(path), path))
-    if unknown or defaults.config_file:
-        raise InputError(
-            f"{path}: unknown key {(unknown or ['--config_file'])[0].partition('=')[0][2:]} (--help lists all)"
-        )
-    return parser.parse_args(argv, namespace=defaults)
+    path = path if path.suffix else path.with_suffix(".toml")
+    settings = _flat(read_toml(path))
+    for key in settings:
+        if f"--{key}" not in parser.known_flags(with_unsupported=True) or key == "config_file":
+            known = [flag[2:] for flag in parser.known_flags()]
+            raise InputError(f"{path}: unknown key {shown(key)}{nearest(key, known)} (--help lists them)")
+    try:
+        return parser.parse_args(_as_arguments(settings))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
-def _as_arguments(tables: dict, path: Path) -> list[str]:
-    """The file's keys, whatever table they are in, as command-line arguments."""
-    arguments = []
+def _flat(tables: dict) -> dict:
+    """The file's keys with their values, whatever table they are in."""
+    settings = {}
     for key, value in tables.items():
-        if isinstance(value, dict):
-            arguments += _as_arguments(value, path)
-        elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
+        settings |= _flat(value) if isinstance(value, dict) else {key: value}
+    return settings
+
+
+def _as_arguments(settings: dict) -> list[str]:
+    arguments = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(_text, value)]
         elif value is True:
             arguments.append(f"--{key}")
         elif value is not False:
-            arguments.append(f"--{key}={value}")
+            arguments.append(f"--{key}={_text(value)}")
     return arguments
 
 
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # an int of thousands of digits; what replaces it is refused wherever a number is needed
+        return shown(value)
+
+
 def _check_text(flags: Namespace) -> None:
-    """Files and metadata are written in UTF-8, which a text of other bytes would only break at the first save."""
+    """Files and metadata are written in UTF-8: a text with other bytes would fail only at the first save."""
     for name, value in vars(flags).items():
         for text in map(str, value if isinstance(value, list) else [value]):
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"--{name} {text!a} is not UTF-8: write or name it anew in UTF-8")
+                raise InputError(f"--{name} {text!a} is not valid UTF-8: type it again, or rename the file")
 
 
 def _check_slice(flags: Namespace) -> None:
     if flags.ff is None:
         raise InputError(
-            "this script trains a slice of a checkpoint: give --ff 0.001 --ffid 1 (the share of every block matrix "
-            "that trains, and which one; the next concept takes --ffid 2)"
+            "--ff is missing: this script trains a slice of a checkpoint. Give --ff 0.001 --ffid 1: the share of every "
+            "block's matrices, and which slice of that size; the next concept takes --ffid 2"
         )
     if flags.ffid is None:
-        raise InputError(f"--ffid is missing: at --ff {flags.ff} it runs from 1 to {ids_available(flags.ff)}")
+        raise InputError(
+            f"--ffid is missing: with --ff {shown(flags.ff)} it is a number from 1 to {ids_available(flags.ff)}"
+        )
     check_slice(flags.ff, flags.ffid)
 
 
@@ -144,46 +153,24 @@ def _check_required(flags: Namespace) -> None:
         if getattr(flags, name) is None:
             raise InputError(f"--{name} is missing")
     if not flags.output_name or set(flags.output_name) & set('/\\:*?"<>|'):
-        raise InputError(f"--output_name {flags.output_name} must be a file name without a folder; see --output_dir")
+        raise InputError(
+            f"--output_name {shown(flags.output_name)} must be a file name; give the folder as --output_dir"
+        )
     if not is_concept_name(flags.output_name):
         raise InputError(
-            f"--output_name {flags.output_name[:40]!a} names the concept in files: 255 characters are allowed, "
-            "those that steer a terminal are not"
+            f"--output_name {flags.output_name[:40]!a} must have at most 255 characters and no control characters: it "
+            "is the concept's name in files"
         )
     if (size := len(flags.output_name.encode())) > _LONGEST_NAME:
         raise InputError(
-            f"--output_name has {size} bytes, {_LONGEST_NAME} are allowed: with what is added to it (steps, times), it "
-            "has to be a file's name"
+            f"--output_name has {size} bytes, at most {_LONGEST_NAME} are allowed: steps and times are added to it"
         )
-
-
-def _check_numbers(flags: Namespace) -> None:
-    for name in _COUNTS:
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} must be 1 or more")
-    for name in ("max_data_loader_n_workers", "seed"):
-        value = getattr(flags, name)
-        if value is not None and value < 0:
-            raise InputError(f"--{name} {value} must be 0 or more")
-    for name in ("discrete_flow_shift", "sigmoid_scale", "logit_std", "learning_rate"):
-        if not 0 < getattr(flags, name) < math.inf:
-            raise InputError(f"--{name} {getattr(flags, name)} must be above 0")
-    if not 0 <= flags.max_grad_norm < math.inf:
-        raise InputError(f"--max_grad_norm {flags.max_grad_norm} must be 0 (off) or more")
 
 
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
     named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts, flags.preserve_answers]
     named += [*flags.slices, *map(Path, flags.preserve_prompts or []), flags.config_file, flags.log_tracker_config]
     return tuple(path for path in named if path)
-
-
-def _text_to_video(task: str) -> str:
-    allowed = [known.name for known in TASKS.values() if known.config.model_type == "t2v"]
-    if task not in allowed:
-        raise InputError(f"--task {task}: text-to-video trains here, with {', '.join(allowed)}")
-    return task
 
 
 def _save(flags: Namespace) -> SaveConfig:
@@ -211,72 +198,6 @@ def _save(flags: Namespace) -> SaveConfig:
 
 def _resume(flags: Namespace) -> Path | None:
     return latest_state(flags.output_dir, flags.output_name, say) if flags.resume == Path("latest") else flags.resume
-
-
-def _timesteps(flags: Namespace) -> TimestepConfig:
-    low, high = flags.min_timestep, flags.max_timestep
-    if not 0 <= low < high <= 1000:
-        raise InputError(f"--min_timestep {low:g} --max_timestep {high:g}: they must be in order, from 0 to 1000")
-    if flags.num_timestep_buckets is not None and flags.num_timestep_buckets < 2:
-        raise InputError(f"--num_timestep_buckets {flags.num_timestep_buckets} must be 2 or more")
-    # Esser et al. 2024, 3.1: beyond these bounds the density is no longer one.
-    if not -1 <= flags.mode_scale <= 2 / (math.pi - 2):
-        raise InputError(f"--mode_scale {flags.mode_scale:g} must be from -1 to {2 / (math.pi - 2):.2f}")
-    _refuse_unread_timestep_settings(flags)
-    return TimestepConfig(
-        sampling=flags.timestep_sampling,
-        shift=flags.discrete_flow_shift,
-        sigmoid_scale=flags.sigmoid_scale,
-        weighting=flags.weighting_scheme,
-        logit_mean=flags.logit_mean,
-        logit_std=flags.logit_std,
-        mode_scale=flags.mode_scale,
-        min_timestep=low,
-        max_timestep=high,
-        preserve_shape=flags.preserve_distribution_shape,
-        buckets=flags.num_timestep_buckets,
-    )
-
-
-def _refuse_unread_timestep_settings(flags: Namespace) -> None:
-    sampling, weighting = flags.timestep_sampling, flags.weighting_scheme
-    of_sigma = weighting if sampling == "sigma" else ""
-    reads_logit = of_sigma == "logit_normal" or sampling in ("logsnr", "qinglong_flux")
-    is_cut = flags.preserve_distribution_shape and (flags.min_timestep, flags.max_timestep) != (0, 1000)
-    unread = {
-        f"--weighting_scheme {weighting}": weighting in ("logit_normal", "mode") and sampling != "sigma",
-        "--discrete_flow_shift": flags.discrete_flow_shift != 1 and sampling not in _HAS_SHIFT,
-        "--sigmoid_scale": flags.sigmoid_scale != 1 and sampling not in _HAS_SIGMOID,
-        "--logit_mean": flags.logit_mean != 0 and not reads_logit,
-        "--logit_std": flags.logit_std != 1 and not reads_logit,
-        "--mode_scale": flags.mode_scale != 1.29 and of_sigma != "mode",
-        "--preserve_distribution_shape": is_cut and sampling == "sigma",
-    }
-    for flag, is_unread in unread.items():
-        if is_unread:
-            with_weighting = f" --weighting_scheme {weighting}" if sampling == "sigma" else ""
-            raise InputError(
-                f"{flag} has no effect with --timestep_sampling {sampling}{with_weighting}: leave it out, or choose "
-                "another sampling (shift is the usual one)"
-            )
-
-
-def _optimizer(flags: Namespace) -> OptimizerConfig:
-    return OptimizerConfig(flags.optimizer_type, flags.learning_rate, tuple(flags.optimizer_args), flags.max_grad_norm)
-
-
-def _schedule(flags: Namespace) -> ScheduleConfig:
-    return ScheduleConfig(
-        name=flags.lr_scheduler,
-        warmup=flags.lr_warmup_steps,
-        decay=flags.lr_decay_steps,
-        cycles=flags.lr_scheduler_num_cycles,
-        power=flags.lr_scheduler_power,
-        timescale=flags.lr_scheduler_timescale,
-        min_lr_ratio=flags.lr_scheduler_min_lr_ratio,
-        class_path=flags.lr_scheduler_type,
-        args=tuple(flags.lr_scheduler_args),
-    )
 
 
 def _metadata(flags: Namespace) -> MetadataConfig:
@@ -308,7 +229,7 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         raise InputError(f"--sample_prompts needs one of {', '.join(turns)}")
     missing = [f"--{name}" for name in ("vae", "t5") if getattr(flags, name) is None]
     if missing:
-        raise InputError(f"--sample_prompts needs {' and '.join(missing)} to make pictures")
+        raise InputError(f"--sample_prompts needs {' and '.join(missing)} to draw samples")
     return SampleConfig(
         prompts=tuple(read_prompt_file(flags.sample_prompts)),
         vae=existing_file(flags.vae, "--vae"),
@@ -335,10 +256,8 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         raise InputError("--preserve_prompts and --preserve_answers need --t5 to encode the prompts")
     files = [Path(name) for name in prompts if name != "auto"]
     every = 4 if flags.preserve_every is None else flags.preserve_every
-    # On average as strong at any --preserve_every.
+    # So that it has the same effect on average, whatever --preserve_every is.
     weight = float(every) if flags.preserve_weight is None else flags.preserve_weight
-    if not 0 < weight < math.inf:
-        raise InputError(f"--preserve_weight {weight} must be above 0")
     return PreserveConfig(
         prompts=tuple(line.prompt for file in files for line in read_prompt_file(file)),
         from_ledger="auto" in prompts,
@@ -378,7 +297,7 @@ def _tracker_settings(flags: Namespace, trackers: Sequence[str]) -> dict[str, di
     for name, value in settings.items():
         if name not in trackers or not isinstance(value, dict):
             raise InputError(
-                f"{flags.log_tracker_config}: {name} is no table of a tracker in use ({', '.join(trackers)})"
+                f"{flags.log_tracker_config}: {shown(name)} is not a table of a tracker in use ({', '.join(trackers)})"
             )
     if flags.wandb_run_name:
         settings["wandb"] = {"name": flags.wandb_run_name} | settings.get("wandb", {})
@@ -386,10 +305,10 @@ def _tracker_settings(flags: Namespace, trackers: Sequence[str]) -> dict[str, di
 
 
 def _mixed_precision(flags: Namespace) -> str:
-    """The flag's, or that of `accelerate launch`, which hands it down in the environment."""
+    """The flag's value, or that of `accelerate launch`, which passes it on in the environment."""
     precision = flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in COMPUTE_DTYPES:
-        raise InputError(f"accelerate launch --mixed_precision {precision}: allowed are {', '.join(COMPUTE_DTYPES)}")
+        raise InputError(f"accelerate launch --mixed_precision: {unknown_choice(precision, COMPUTE_DTYPES)}")
     return precision
 
 
@@ -407,5 +326,5 @@ def _workers(flags: Namespace) -> int:
 
 def _show_timesteps(flags: Namespace) -> bool:
     if flags.show_timesteps == "image":
-        raise InputError("--show_timesteps image is not supported: use console")
+        raise InputError("--show_timesteps image is not supported: use --show_timesteps console")
     return flags.show_timesteps == "console"

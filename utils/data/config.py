@@ -8,6 +8,7 @@ from utils.data.sizes import STEP, nearest_multiples
 from utils.data.sources import FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
 from utils.files import existing_file, read_toml
 from wan.errors import InputError
+from wan.values import nearest
 
 
 def read_dataset_config(path: Path) -> DatasetConfig:
@@ -18,7 +19,8 @@ def read_dataset_config(path: Path) -> DatasetConfig:
     tables = _read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
     unknown = sorted(set(tables) - {"general", "datasets"})
     if unknown:
-        raise InputError(f"{path}: unknown {_names(unknown)}; a dataset file has [general] and [[datasets]] only")
+        hint = nearest(unknown[0], ("general", "datasets"))
+        raise InputError(f"{path}: unknown {_names(unknown)}{hint}; a dataset file has [general] and [[datasets]] only")
     general = _values(_table(tables.get("general", {}), f"{path} [general]"), _GENERAL, f"{path} [general]")
     entries = tables.get("datasets", [])
     if not isinstance(entries, list) or not entries:
@@ -76,7 +78,7 @@ def _refuse_key(key: str, schema: Mapping[str, Callable], where: str) -> None:
     if key in _VIDEO or key in _IMAGE:
         place = "[[datasets]] tables" if schema is _GENERAL else "video datasets" if key in _VIDEO else "image datasets"
         raise InputError(f"{where}: {key} belongs in {place}; allowed here: {_names(schema)}")
-    raise InputError(f"{where}: unknown key {key}; allowed here: {_names(schema)}")
+    raise InputError(f"{where}: unknown key {key}{nearest(key, schema)}; allowed here: {_names(schema)}")
 
 
 def _names(keys) -> str:

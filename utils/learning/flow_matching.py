@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import InputError
+from wan.values import Number
 
 TIMESTEPS = 1000
 # A line through two (token count, ln of the shift) points, for the modes that shift larger pictures to more noise.
@@ -25,6 +26,8 @@ _MIXTURES = {
     "qinglong_flux": ((0.79, "flux_shift"), (0.11, "logsnr"), (0.10, "clean")),
     "qinglong_qwen": ((0.95, "qwen_shift"), (0.05, "clean")),
 }
+# Esser et al. 2024, 3.1: beyond these bounds the density of the weighting `mode` is no longer one.
+MODE_SCALES = Number(-1, 2 / (math.pi - 2))
 SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", *_LINES, "logsnr", *_MIXTURES)
 WEIGHTINGS = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 _LEAST_SHARE = 1e-6  # of a distribution that a range of timesteps must hold
@@ -33,7 +36,7 @@ _SMALLEST_SIGMA = 1e-3  # one of the model's 1000 steps: keeps 1 / sigma^2 finit
 
 @dataclass(frozen=True)
 class TimestepConfig:
-    """How noise levels are drawn, and how their losses are weighed."""
+    """How noise levels are drawn, and how their losses are weighted."""
 
     sampling: str = "sigma"
     shift: float = 1.0  # of `shift` and `sigma`
@@ -74,7 +77,7 @@ class _Uniform:
 
 
 def check_timesteps(config: TimestepConfig, latent_sizes: Sequence[tuple[int, int]]) -> None:
-    """InputError if, at one of the latent (height, width), the range holds next to nothing of the distribution."""
+    """InputError if the range of timesteps holds almost none of the distribution at one of the latent sizes."""
     if not config.preserve_shape or config.sampling == "sigma":
         return
     low, high = config.min_timestep / TIMESTEPS, config.max_timestep / TIMESTEPS
@@ -82,14 +85,14 @@ def check_timesteps(config: TimestepConfig, latent_sizes: Sequence[tuple[int, in
         share = sum(w * (d.share_below(high) - d.share_below(low)) for w, d in _components(config, size))
         if share < _LEAST_SHARE:
             raise InputError(
-                f"timesteps {config.min_timestep:g} to {config.max_timestep:g} hold {share:.1g} of the distribution "
-                f"{config.sampling} at latents of {size[0]}x{size[1]}: widen the range, or leave out "
-                "--preserve_distribution_shape, which then squeezes the distribution into it"
+                f"--min_timestep {config.min_timestep:g} --max_timestep {config.max_timestep:g} holds only "
+                f"{share:.1g} of the distribution {config.sampling} for latents of {size[0]}x{size[1]}: widen the "
+                "range, or leave out --preserve_distribution_shape, so that the distribution is squeezed into the range"
             )
 
 
 def draw_generator(seed: int, *place: int | str) -> torch.Generator:
-    """A CPU generator of its own for every `place` of a run (epoch, entry, purpose), so that they can be repeated."""
+    """A CPU generator for one `place` of a run (epoch, entry, purpose), so that its numbers can be drawn again."""
     words = hashlib.sha256(":".join(map(str, (seed, *place))).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(words[:8], "little") >> 1)
 
@@ -191,7 +194,7 @@ def add_noise(latents_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor) -> tu
 
 
 def flow_loss(predicted_BCFHW: Tensor, target_BCFHW: Tensor, sigma_B: Tensor, weighting: str) -> Tensor:
-    """The mean squared error, each sample weighed by its noise level."""
+    """The mean squared error, each sample weighted by its noise level."""
     error_B = (predicted_BCFHW.float() - target_BCFHW.float()).square().flatten(1).mean(1)
     return (error_B * loss_weights(sigma_B, weighting)).mean()
 

@@ -1,7 +1,7 @@
 """Optimizers by name or dotted path, for slices: flat lists of differences that start at zero."""
 
-import ast
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,20 +9,24 @@ import torch
 from torch import nn
 
 from wan.errors import InputError
+from wan.values import Number, literal, nearest, shown
 
-# What these read from a parameter, a slice does not have: its parameters are flat, and start at zero.
-_NEED_MATRICES = "needs whole weight matrices, and a slice trains as a flat list of values"
+LEARNING_RATE = Number(0, 1000, without_a=True)
+
+# These need something that a slice does not have: its parameters are flat lists of values that start at zero.
+_NEED_MATRICES = "needs whole weight matrices, but a slice trains as a flat list of values"
 _NEED_SCALE = (
-    "scales its steps by the size of the weights, and a slice trains the difference from them, which starts at 0"
+    "scales its steps by the size of the weights, but a slice trains the difference from them, which starts at 0"
 )
 _UNFIT = {
     **dict.fromkeys(("muon", "shampoo", "soap", "galore", "apollo", "kron", "lomo"), _NEED_MATRICES),
     **dict.fromkeys(("lamb", "lars", "torch.optim.adafactor"), _NEED_SCALE),
-    "sparseadam": "takes sparse gradients, and a slice's are dense",
-    "lbfgs": "evaluates the loss several times a step, and a training step does it once",
-    "schedulefree": "keeps two sets of weights, and a checkpoint would hold the wrong one",
+    "sparseadam": "needs sparse gradients, but a slice's are dense",
+    "lbfgs": "evaluates the loss several times per step, but a training step does so once",
+    "schedulefree": "keeps two sets of weights, and a checkpoint would contain the wrong one",
 }
 _INSTEAD = "use AdamW, AdamW8bit, Lion8bit, Adafactor, another of torch.optim, or a dotted path"
+_KNOWN_8BIT = ("AdamW8bit", "Adam8bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit", "PagedAdamW8bit", "PagedLion8bit")
 _ADAFACTOR_SETTINGS = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
 
 
@@ -44,8 +48,8 @@ def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter])
         arguments = _adafactor_arguments(arguments)
     try:
         return optimizer_class(parameters, lr=config.learning_rate, **arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--optimizer_type {config.name} with {dict(arguments)}: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"--optimizer_type {config.name or 'AdamW'} with {dict(arguments)}: {error}") from None
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -57,13 +61,11 @@ def parse_arguments(flag: str, pairs: Sequence[str]) -> dict:
     """`key=value` pairs as a dict; InputError names the flag."""
     arguments = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
+        key, _, value = pair.partition("=")
         try:
-            arguments[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            equals = ""
-        if not equals:
-            raise InputError(f"{flag} {pair}: write key=value, where value is a number, True, False, None or 'text'")
+            arguments[key.strip()] = literal(value.strip())
+        except ValueError as error:
+            raise InputError(f"{flag} {shown(pair)}: {error}") from None
     return arguments
 
 
@@ -92,8 +94,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
 def _find_class(name: str) -> type[torch.optim.Optimizer]:
     _refuse_unfit(name)
     if name.lower() == "adafactor":
-        # Here, because the import takes seconds.
-        from transformers.optimization import Adafactor
+        from transformers.optimization import Adafactor  # here, because it takes seconds
 
         return Adafactor
     if "." in name:
@@ -103,8 +104,15 @@ def _find_class(name: str) -> type[torch.optim.Optimizer]:
     else:
         found = _classes_by_name(torch.optim).get(name.lower())
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise InputError(f"--optimizer_type {name} is no optimizer that is known here: {_INSTEAD}")
+        raise InputError(
+            f"--optimizer_type {shown(name)} is not a known optimizer{_nearest_optimizer(name)}: {_INSTEAD}"
+        )
     return found
+
+
+def _nearest_optimizer(name: str) -> str:
+    known = [key for key, value in vars(torch.optim).items() if isinstance(value, type) and key != "Optimizer"]
+    return nearest(name, [*(key for key in known if key.lower() not in _UNFIT), *_KNOWN_8BIT])
 
 
 def _refuse_unfit(name: str) -> None:
@@ -119,6 +127,8 @@ def _classes_by_name(module) -> dict[str, type]:
 
 
 def _bitsandbytes():
+    # It complains about a 4-bit kernel that no optimizer uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
@@ -130,7 +140,7 @@ def _is_adafactor(optimizer_class: type) -> bool:
 
 
 def _adafactor_arguments(arguments: Mapping) -> dict:
-    """relative_step takes its rate from scale_parameter's scale of the weights, and a slice has neither."""
+    """relative_step takes its rate from the weights' scale, which a slice does not have."""
     for key in _ADAFACTOR_SETTINGS:
         if arguments.get(key):
             raise InputError(

@@ -163,7 +163,7 @@ def check_plan(
 ) -> list[str]:
     """InputError if the optimizer, the schedule or a planned file cannot be; else lines on what the run will write."""
     check_optimizer(config.optimizer)
-    check_schedule(config.schedule, plan.steps)
+    check_schedule(config.schedule, plan.steps, config.optimizer.learning_rate)
     if config.preserve and config.preserve.every > plan.steps:
         raise InputError(
             f"--preserve_every {config.preserve.every}: the run has {plan.steps} steps, so none would preserve; take "

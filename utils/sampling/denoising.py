@@ -22,7 +22,7 @@ TIMESTEPS = 1000  # the model's time runs from 1000 (noise) to 0
 
 @dataclass(frozen=True)
 class Sample:
-    """All that decides one sample, given the weights: a SamplePrompt with the task's values filled in."""
+    """Everything that determines a sample, given the weights: a SamplePrompt with the task's values filled in."""
 
     prompt: str
     negative_prompt: str
@@ -38,7 +38,7 @@ class Sample:
 
 
 def resolve_sample(prompt: SamplePrompt, task: WanTask, seed: int, solver: str = "unipc") -> Sample:
-    """`prompt` with the task's values where it has none, and `seed` if it has none."""
+    """`prompt` with the task's values and `seed` where it has none of its own."""
     temporal, vertical, horizontal = task.vae_stride
     latent_size = ((prompt.frames - 1) // temporal + 1, prompt.height // vertical, prompt.width // horizontal)
     return Sample(
@@ -62,7 +62,7 @@ def _given(value, otherwise):
 
 @torch.no_grad()
 def encode_samples(text_encoder: Callable[[list[str]], list[Tensor]], samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """The encoded text [S, D] (CPU) of every prompt and negative prompt, each encoded once and alone."""
+    """The embeddings [S, D] (CPU) of every prompt and negative prompt, each encoded once and on its own."""
     texts = dict.fromkeys(text for sample in samples for text in (sample.prompt, sample.negative_prompt))
     return {text: text_encoder([text])[0].cpu() for text in texts}
 
@@ -84,7 +84,7 @@ def sample_prompt(
 
 
 class Denoising:
-    """A sample on its way from noise to latent: the latent so far, what the solver remembers, the steps still to do."""
+    """A sample on its way from noise to latent: the latent so far, the solver's memory, the steps left."""
 
     def __init__(self, sample: Sample):
         self.sample = sample
@@ -99,7 +99,7 @@ class Denoising:
 
 
 def initial_noise(sample: Sample) -> Tensor:
-    """float32 [C, F, H, W], drawn on the CPU, so that a seed gives the same noise for every device."""
+    """float32 [C, F, H, W], drawn on the CPU, so that a seed gives the same noise on every device."""
     generator = torch.Generator("cpu").manual_seed(sample.seed)
     return torch.randn(sample.latent_shape, generator=generator, dtype=torch.float32)
 

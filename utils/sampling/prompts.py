@@ -1,7 +1,6 @@
-"""Prompt files: one sample a line (or table) with its size, frames, seed and settings."""
+"""Prompt files: one sample per line (or table) with its size, frames, seed and settings."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,13 +8,18 @@ from pathlib import Path
 
 from utils.files import existing_file, read_toml
 from wan.errors import InputError
+from wan.values import GUIDANCE, SEED, SHIFT, Number, nearest, shown
 
-PIXEL_MULTIPLE = 16  # 8 pixels a latent value, 2x2 latent values a token
+PIXEL_MULTIPLE = 16  # 8 pixels per latent value, 2x2 latent values per token
+LARGEST_SIDE = 16_384
+FRAMES = Number(1, 10_000, whole=True)
+SAMPLE_STEPS = Number(1, 1000, whole=True)
+_RANGES = {"frames": FRAMES, "steps": SAMPLE_STEPS, "seed": SEED, "flow_shift": SHIFT, "guidance_scale": GUIDANCE}
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """One sample to make; None leaves a value to the task, and the seed to the run."""
+    """One sample to generate; None leaves a value to the task, and the seed to the run."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -28,7 +32,7 @@ class SamplePrompt:
     flow_shift: float | None = None
 
 
-# What an option is called: in a line of text, in a table, and in SamplePrompt.
+# The name of an option in a line of text, in a table, and in SamplePrompt.
 _OPTIONS = (
     ("w", "width", "width", int),
     ("h", "height", "height", int),
@@ -52,16 +56,16 @@ _PICTURE_INPUTS = (
 def read_prompt_file(path: Path, defaults: SamplePrompt | None = None) -> list[SamplePrompt]:
     """The samples of a .txt (one a line, # comments), .toml ([prompt] with [[prompt.subset]]) or .json (a list) file.
 
-    What a sample leaves out comes from `defaults`. InputError names the file and the line or entry that is wrong.
+    What a sample leaves out comes from `defaults`. InputError names the file and the wrong line or entry.
     """
     defaults = SamplePrompt("") if defaults is None else defaults
     readers = {".txt": _read_text, ".toml": _read_tables, ".json": _read_list}
     suffix = path.suffix.lower()
     if suffix not in readers:
-        raise InputError(f"prompt file {path} must end in .txt, .toml or .json")
+        raise InputError(f"prompt file {path}: its name must end in .txt, .toml or .json")
     prompts = readers[suffix](existing_file(path, "prompt file"), defaults)
     if not prompts:
-        raise InputError(f"prompt file {path} holds no prompt; write one a line")
+        raise InputError(f"prompt file {path} contains no prompt: write one per line")
     return prompts
 
 
@@ -69,7 +73,7 @@ def parse_prompt_line(line: str, defaults: SamplePrompt, where: str) -> SamplePr
     """`a text --w 512 --h 512 --d 1` as a SamplePrompt; `where` begins the message of an InputError."""
     text, *options = re.split(r"\s+--(?=[A-Za-z])", line.strip())
     if not text or re.match(r"--[A-Za-z]", text):
-        raise InputError(f"{where}: no prompt before the options")
+        raise InputError(f"{where}: there is no prompt before the options")
     values = {}
     for option in options:
         letter, _, value = option.replace("\t", " ").partition(" ")
@@ -78,36 +82,43 @@ def parse_prompt_line(line: str, defaults: SamplePrompt, where: str) -> SamplePr
 
 
 def check_prompt(prompt: SamplePrompt, where: str) -> SamplePrompt:
-    """`prompt` with its frames floored to 4n + 1; InputError on sizes and settings that no sample can have."""
+    """`prompt` with its frames rounded down to 4n + 1; InputError for a size or setting that is out of range."""
     for name, pixels in (("width", prompt.width), ("height", prompt.height)):
-        if pixels < PIXEL_MULTIPLE or pixels % PIXEL_MULTIPLE:
-            lower = max(pixels // PIXEL_MULTIPLE, 1) * PIXEL_MULTIPLE
+        if not PIXEL_MULTIPLE <= pixels <= LARGEST_SIDE or pixels % PIXEL_MULTIPLE:
             raise InputError(
-                f"{where}: {name} {pixels} is not a multiple of {PIXEL_MULTIPLE}; "
-                f"{lower} or {lower + PIXEL_MULTIPLE} would be"
+                f"{where}: {name} {shown(pixels)} must be a multiple of {PIXEL_MULTIPLE}, {_sides(pixels)}"
             )
-    _in_range(where, "frames", prompt.frames, 1, 10_000)
-    _in_range(where, "steps", prompt.steps, 1, 1000)
-    if prompt.seed is not None:
-        _in_range(where, "seed", prompt.seed, 0, 2**63 - 1)
-    if prompt.flow_shift is not None and not 0 < prompt.flow_shift < math.inf:
-        raise InputError(f"{where}: flow shift {prompt.flow_shift} must be greater than 0")
-    if prompt.guidance_scale is not None and not math.isfinite(prompt.guidance_scale):
-        raise InputError(f"{where}: guidance scale {prompt.guidance_scale} must be a finite number")
+    for text in (prompt.prompt, prompt.negative_prompt or ""):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{where}: {shown(ascii(text))} is not valid UTF-8")
+    for name, allowed in _RANGES.items():
+        value = getattr(prompt, name)
+        if value is not None:
+            _check_number(value, allowed, name.replace("_", " "), where)
     return replace(prompt, frames=(prompt.frames - 1) // 4 * 4 + 1)
 
 
-def _in_range(where: str, name: str, value: int, lowest: int, highest: int) -> None:
-    if not lowest <= value <= highest:
-        raise InputError(f"{where}: {name} {value} must be from {lowest} to {highest}")
+def _sides(pixels: int) -> str:
+    """What to use in place of `pixels`."""
+    if not PIXEL_MULTIPLE <= pixels < LARGEST_SIDE:
+        return f"from {PIXEL_MULTIPLE} to {LARGEST_SIDE}"
+    lower = pixels // PIXEL_MULTIPLE * PIXEL_MULTIPLE
+    return f"such as {lower} or {lower + PIXEL_MULTIPLE}"
 
 
-def _target(shown: str, known: Mapping[str, tuple[str, type]], where: str) -> tuple[str, type]:
-    name = shown.removeprefix("--").lower()
+def _check_number(value: float, allowed: Number, name: str, where: str) -> None:
+    try:
+        allowed(value)
+    except ValueError as error:
+        raise InputError(f"{where}: {name} {error}") from None
+
+
+def _target(option: str, known: Mapping[str, tuple[str, type]], where: str) -> tuple[str, type]:
+    name = option.removeprefix("--").lower()
     if name in _PICTURE_INPUTS:
-        raise InputError(f"{where}: {shown} starts from pictures or videos; only text-to-video is supported")
+        raise InputError(f"{where}: {option} starts from pictures or videos; only text-to-video is supported")
     if name not in known:
-        raise InputError(f"{where}: unknown option {shown}; allowed: {', '.join(known)}")
+        raise InputError(f"{where}: unknown option {shown(option)}{nearest(name, known)}; allowed: {', '.join(known)}")
     return known[name]
 
 
@@ -115,24 +126,26 @@ def _add(values: dict, name: str, value: object, target: tuple[str, type], where
     field, kind = target
     converted = _convert(value, kind, name, where)
     if field == "guidance_scale" and field in values and values[field] != converted:
-        raise InputError(f"{where}: {name} {converted} against {values[field]}: both set the guidance scale, keep one")
+        raise InputError(
+            f"{where}: {name} {converted} contradicts {values[field]}: both set the guidance scale, keep one of them"
+        )
     values[field] = converted
 
 
 def _convert(value: object, kind: type, name: str, where: str):
     expected = {int: "a whole number", float: "a number", str: "text"}[kind]
     allowed = {int: (int, str), float: (int, float, str), str: (str,)}[kind]
-    wrong = InputError(f"{where}: {name} needs {expected}, got {value!r}")
+    wrong = InputError(f"{where}: {name} must be {expected}, not {shown(value)}")
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise wrong
     try:
         return kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise wrong from None
 
 
 def _read_text(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
-    lines = _decode(path).splitlines()
+    lines = _decode(path).split("\n")  # not splitlines(), which also splits at characters that prompts may contain
     return [
         parse_prompt_line(line, defaults, f"{path} line {number}")
         for number, line in enumerate(lines, 1)
@@ -144,21 +157,23 @@ def _read_tables(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
     content = read_toml(path)
     common = content.get("prompt")
     if set(content) != {"prompt"} or not isinstance(common, dict):
-        raise InputError(f"{path} must hold one table [prompt] (with [[prompt.subset]] for more than one sample)")
+        raise InputError(
+            f"{path} must contain one table [prompt] (with a [[prompt.subset]] for each of several samples)"
+        )
     shared = {key: value for key, value in common.items() if key != "subset"}
     subsets = common.get("subset", [{}])
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise InputError(f"{path}: subset must be tables, [[prompt.subset]]")
+        raise InputError(f"{path}: subset must be a list of tables, [[prompt.subset]]")
     return _read_entries(path, [shared | subset for subset in subsets], defaults)
 
 
 def _read_list(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
     try:
         content = json.loads(_decode(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid json: {error}") from None
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and deep nesting
+        raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, list):
-        raise InputError(f"{path} must hold a list of prompts (strings or objects)")
+        raise InputError(f"{path} must contain a list of prompts (strings or objects)")
     return _read_entries(path, content, defaults)
 
 
@@ -170,7 +185,7 @@ def _parse_entry(entry: Mapping | str, defaults: SamplePrompt, where: str) -> Sa
     if isinstance(entry, str):
         return parse_prompt_line(entry, defaults, where)
     if not isinstance(entry, Mapping) or not entry.get("prompt"):
-        raise InputError(f"{where}: no prompt")
+        raise InputError(f"{where}: there is no prompt")
     values = {}
     for key, value in entry.items():
         _add(values, key, value, _target(key, _BY_KEY, where), where)

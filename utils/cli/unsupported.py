@@ -1,0 +1,97 @@
+"""Flags of musubi-tuner's scripts that are not supported: why, and what to use instead."""
+
+_ATTENTION = "the only attention is PyTorch's, which picks the device's fastest kernel: use --sdpa"
+_LORA = "this script trains a slice of the checkpoint itself, not a LoRA: use --ff 0.001 --ffid 1"
+_FP8 = "slices train on 16- or 32-bit weights; to save memory use --blocks_to_swap"
+_COMPILE = "the model is not compiled; leave it out"
+_ONE_EXPERT = (
+    "each of the two experts is trained by its own run: give that expert's file as --dit and its timesteps as "
+    "--min_timestep and --max_timestep"
+)
+_PICTURES = "only text-to-video models can be trained; leave it out"
+_HUB = "nothing is uploaded; upload the files in --output_dir yourself"
+_DDP = "the slice's gradients are averaged without DDP; leave it out"
+
+_TRAINING_TOGETHER = {
+    _ATTENTION: ("--flash_attn", "--sage_attn", "--xformers", "--flash3", "--split_attn"),
+    _LORA: (
+        *("--network_module", "--network_dim", "--network_alpha", "--network_dropout", "--network_args"),
+        *("--network_weights", "--dim_from_weights", "--scale_weight_norms"),
+        *("--base_weights", "--base_weights_multiplier"),
+    ),
+    _FP8: ("--fp8_base", "--fp8_scaled"),
+    _COMPILE: (
+        *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+        *("--compile_cache_size_limit", "--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
+    ),
+    _ONE_EXPERT: ("--dit_high_noise", "--timestep_boundary", "--offload_inactive_dit"),
+    _PICTURES: ("--clip", "--one_frame"),
+    _HUB: (
+        *("--huggingface_repo_id", "--huggingface_repo_type", "--huggingface_path_in_repo", "--huggingface_token"),
+        *("--huggingface_repo_visibility", "--save_state_to_huggingface", "--resume_from_huggingface"),
+        "--async_upload",
+    ),
+    _DDP: ("--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
+}
+TRAINING = {
+    **{flag: reason for reason, flags in _TRAINING_TOGETHER.items() for flag in flags},
+    "--img_in_txt_in_offloading": "it is for HunyuanVideo; use --blocks_to_swap",
+    "--guidance_scale": "it is for HunyuanVideo; a sample's guidance scale is --l in its line of --sample_prompts",
+    "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
+    "--fp8_t5": "the text encoder runs in bf16 and is freed before the model loads; leave it out",
+    "--vae_cache_cpu": "the VAE is on the GPU only while samples are decoded; leave it out",
+    "--wandb_api_key": "every user of this machine could read a key on the command line; run `wandb login` first",
+}
+
+
+_NO_LORA = "LoRA files cannot be loaded; give slice files to --slices, or a whole checkpoint to --dit"
+_NO_FP8 = (
+    "the computation is in 16 or 32 bits; an fp8 --dit is converted to bf16, and --blocks_to_swap saves GPU memory"
+)
+_NO_PICTURES = "only text-to-video is supported; leave it out"
+_ONE_GUIDANCE = "guidance is the same in every step and layer; set its strength with --guidance_scale"
+
+_GENERATION_TOGETHER = {
+    _NO_LORA: (
+        *("--lora_weight", "--lora_multiplier", "--lora_weight_high_noise", "--lora_multiplier_high_noise"),
+        *("--include_patterns", "--exclude_patterns", "--lycoris", "--save_merged_model"),
+    ),
+    _NO_FP8: ("--fp8", "--fp8_scaled", "--fp8_fast"),
+    _NO_PICTURES: (
+        *("--clip", "--image_path", "--end_image_path", "--video_path", "--control_path", "--control_image_path"),
+        "--control_image_mask_path",
+    ),
+    _ONE_GUIDANCE: (
+        *("--cfg_skip_mode", "--cfg_apply_ratio", "--slg_layers", "--slg_scale", "--slg_start", "--slg_end"),
+        "--slg_mode",
+    ),
+    _COMPILE: (
+        *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+        *("--compile_cache_size_limit", "--compile_args"),
+    ),
+}
+GENERATION = {
+    **{flag: reason for reason, flags in _GENERATION_TOGETHER.items() for flag in flags},
+    "--ckpt_dir": "give the files one by one: --dit, --dit_high_noise, --vae and --t5",
+    "--vae_cache_cpu": "leave it out; a smaller --video_size or --video_length takes less memory to decode",
+    "--fp8_t5": "the text encoder runs in bf16; leave it out",
+    "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
+    "--one_frame_inference": "it makes one picture from others; for a picture from text use --video_length 1",
+    "--trim_tail_frames": "videos are saved whole; --video_length sets the number of frames",
+}
+
+_ONLY_TEXT = "this caches for text-to-video, which needs the latents alone; leave it out"
+_NO_PREVIEW = "cached latents are not displayed; open the pictures themselves"
+_HUNYUAN_VAE = "it is for HunyuanVideo's VAE; to save memory use a smaller --batch_size, or --device cpu"
+
+CACHING_LATENTS = {
+    **dict.fromkeys(("--i2v", "--clip"), _ONLY_TEXT),
+    **dict.fromkeys(("--debug_mode", "--console_width", "--console_back", "--console_num_images"), _NO_PREVIEW),
+    **dict.fromkeys(("--vae_chunk_size", "--vae_spatial_tile_sample_min_size"), _HUNYUAN_VAE),
+    "--one_frame": "one-frame training is for image-to-video models; use a dataset of pictures",
+    "--vae_cache_cpu": "the VAE keeps its frame cache on the GPU; use a smaller --batch_size, or --device cpu",
+    "--vae_tiling": "tiled latents differ from whole ones; use a smaller --batch_size, or --device cpu",
+}
+CACHING_TEXT = {
+    "--fp8_t5": "the text encoder runs in bf16; to save memory use --device cpu, or an fp8 file as --t5",
+}

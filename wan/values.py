@@ -1,0 +1,100 @@
+"""What users and files give, checked in one place: numbers in their range, names beside the nearest that exists."""
+
+import ast
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_SHOWN = 40  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Number:
+    """A range of numbers, a and b included; called with text or a number it returns the int or float, else ValueError.
+
+    The message says what is allowed and what came. nan and inf are in no range.
+    """
+
+    a: float
+    b: float
+    whole: bool = False
+    without_a: bool = False  # a itself is not allowed
+    words: str = ""  # for the message, in place of the range
+
+    def __call__(self, value: object) -> int | float:
+        number = self._convert(value)
+        if number is None or not self.a <= number <= self.b or (self.without_a and number == self.a):
+            raise ValueError(f"must be {self.allowed}, not {shown(value)}")
+        return number
+
+    @property
+    def allowed(self) -> str:
+        """The range in words."""
+        if self.words:
+            return self.words
+        kind = "a whole number" if self.whole else "a number"
+        low = f"above {_digits(self.a)} and up" if self.without_a else f"from {_digits(self.a)}"
+        return f"{kind} {low} to {_digits(self.b)}"
+
+    def _convert(self, value: object) -> int | float | None:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return None
+        if self.whole and isinstance(value, float):
+            return None
+        try:
+            number = (int if self.whole else float)(value)
+        except (ValueError, OverflowError):  # no number, or one with thousands of digits
+            return None
+        return number if math.isfinite(number) else None
+
+
+def _digits(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+SEED = Number(0, 2**64 - 1, whole=True)  # what a torch.Generator takes
+COUNT = Number(1, 10**9, whole=True)
+STEPS = Number(1, 10**7, whole=True)  # a run's steps or epochs
+COUNT_OR_NONE = Number(0, 10**9, whole=True)
+SHARE = Number(0, 1)
+SHIFT = Number(0, 10**4, without_a=True)  # of noise levels
+GUIDANCE = Number(-1000, 1000)
+STRENGTH = Number(-1000, 1000)  # of a slice
+
+
+def shown(value: object) -> str:
+    """A value in a message: short, whatever a user gave."""
+    try:
+        text = str(value)
+    except ValueError:  # an int of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` with the known name that is most like `name`; empty where none is."""
+    by_lower = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[found[0]]}?)" if found else ""
+
+
+def literal(text: str) -> object:
+    """The Python literal that `text` is, every number in it finite; ValueError says what is wrong with it."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        raise ValueError("write key=value, where value is a number, True, False, None or 'text'") from None
+    if not _is_finite(value):
+        raise ValueError("its numbers must be finite")
+    return value
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_finite, value))
+    if isinstance(value, dict):
+        return all(map(_is_finite, [*value, *value.values()]))
+    if isinstance(value, complex):
+        return False
+    return not isinstance(value, int | float) or abs(value) <= 1e300
