@@ -213,7 +213,7 @@ def test_pictures_without_a_caption_are_told_and_left_out(pictures, tmp_path, va
         (["--vae_cache_cpu"], "--vae_cache_cpu is not supported"),
         (["--vae_dtype", "int8"], "--vae_dtype int8 is not known; allowed: bfloat16"),
         (["--batch_size", "0"], "--batch_size must be 1 or more"),
-        (["--device", "cuda:99"], "--device cuda:99 is not here"),
+        (["--device", "cuda:99"], "--device: cuda:99 does not exist"),
         (["--vae", "nowhere.pth"], "--vae nowhere.pth does not exist"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],

@@ -1,5 +1,6 @@
-"""The training script's flags: the users' command, the file of defaults, each mistake told in one line."""
+"""The training script's flags: the user's command, the config file, one line for every mistake."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import torch
 from tiny_run import write_dataset
 
 import wan_train_network
-from utils.cli.command import run
+from utils.cli.command import Parser, dtype, run, text_to_video_task
+from utils.cli.swap_flags import size
 from utils.cli.train import parse_train
-from utils.cli.train_flags import REFUSED
+from utils.cli.train_flags import add_flags
+from utils.cli.unsupported import TRAINING
 from utils.selective_finetune import SliceError
 from wan.errors import InputError
 
@@ -83,7 +86,7 @@ def test_the_launchers_precision_is_taken_where_the_flag_is_missing(monkeypatch)
     assert parse_train(SHORT).mixed_precision == "bf16"
     assert parse_train([*SHORT, "--mixed_precision", "no"]).mixed_precision == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    assert "allowed are no, bf16, fp16" in refusal(*SHORT)
+    assert "fp8 is not one of no, bf16, fp16" in refusal(*SHORT)
 
 
 def test_a_file_gives_defaults_and_the_command_line_wins(folder):
@@ -113,23 +116,27 @@ def test_a_file_gives_defaults_and_the_command_line_wins(folder):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
-        ("learning_rat = 1", "unknown key learning_rat"),
-        ('seed = "x"', "invalid int"),
+        ("learning_rat = 1", "wrong.toml: unknown key learning_rat (did you mean learning_rate?)"),
+        ('seed = "x"', "wrong.toml: --seed must be a whole number from 0"),
+        ("lr_scheduler_power = nan", "--lr_scheduler_power must be a number from 0 to 100, not nan"),
+        (f"seed = {'9' * 5000}", "wrong.toml is not valid toml"),
+        (f"seed = 0x{'f' * 5000}", "--seed must be a whole number"),
+        ("[a]\n" * 2, "wrong.toml is not valid toml"),
         ("fp8_base = true", "--fp8_base is not supported"),
         ('config_file = "b.toml"', "unknown key config_file"),
     ],
 )
-def test_mistakes_in_the_file_are_told(folder, line, told):
+def test_a_mistake_in_the_config_file_is_named(folder, line, message):
     (folder / "wrong.toml").write_text(line, encoding="utf-8")
-    assert told in refusal(*SHORT, "--config_file", "wrong.toml")
+    assert message in refusal(*SHORT, "--config_file", "wrong.toml")
 
 
-@pytest.mark.parametrize("flag", REFUSED)
+@pytest.mark.parametrize("flag", TRAINING)
 def test_flags_that_are_not_supported_say_so_and_what_to_do(flag):
-    told = refusal(*SHORT, flag, "1")
-    assert told.startswith(f"{flag} is not supported: ") and len(told) > len(flag) + 40
+    message = refusal(*SHORT, flag, "1")
+    assert message.startswith(f"{flag} is not supported: ") and len(message) > len(flag) + 40
 
 
 MISTAKES = {
@@ -141,14 +148,8 @@ MISTAKES = {
     "--task i2v-A14B": "t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B",
     "--output_name a/b": "--output_dir",
     "--dataset_config none.toml": "does not exist",
-    "--max_train_epochs 0": "1 or more",
-    "--blocks_to_swap -1": "0 or more",
-    "--learning_rate 0": "above 0",
-    "--learning_rate nan": "above 0",
-    "--max_grad_norm -1": "0 (off) or more",
-    "--min_timestep 500 --max_timestep 400": "in order",
-    "--max_timestep 1001": "0 to 1000",
-    "--num_timestep_buckets 1": "2 or more",
+    "--task t2v-14b": "did you mean t2v-14B?",
+    "--min_timestep 500 --max_timestep 400": "must be below --max_timestep 400",
     "--timestep_sampling uniform --discrete_flow_shift 3": "no effect with --timestep_sampling uniform",
     "--timestep_sampling logsnr --sigmoid_scale 2": "no effect",
     "--timestep_sampling shift --weighting_scheme mode": "no effect",
@@ -159,7 +160,7 @@ MISTAKES = {
     "--save_last_n_epochs 2": "no effect without --save_every_n_epochs",
     "--save_every_n_steps 2 --save_last_n_steps_state 2": "no effect without --save_state",
     "--persistent_data_loader_workers --max_data_loader_n_workers 0": "no effect",
-    "--save_as slices": "invalid choice",
+    "--save_as slices": "slices is not one of checkpoint, slice, lora (did you mean slice?)",
     "--slices none.safetensors": "--slices none.safetensors does not exist",
     "--resume latest": "holds no state of one",
     "--sample_at_first": "needs --sample_prompts",
@@ -169,52 +170,90 @@ MISTAKES = {
     "--preserve_every 4": "no effect without --preserve_prompts",
     "--preserve_weight 1": "no effect without --preserve_prompts",
     "--preserve_prompts auto": "need --t5",
-    "--preserve_prompts auto --t5 models_t5.pth --preserve_every 0": "1 or more",
-    "--preserve_prompts auto --t5 models_t5.pth --preserve_weight 0": "above 0",
     "--preserve_prompts none.txt --t5 models_t5.pth": "none.txt does not exist",
     "--preserve_answers none.safetensors --t5 models_t5.pth": "none.safetensors does not exist",
     "--preserve_answers none.safetensors": "need --t5",
     "--preserve_levels 4": "no effect without --preserve_prompts",
-    "--preserve_prompts auto --t5 models_t5.pth --preserve_levels 0": "1 or more",
     "--log_with tensorboard": "needs --logging_dir",
     "--log_prefix x": "no effect without logging",
     "--logging_dir logs --wandb_run_name x": "--log_with wandb",
-    "--show_timesteps image": "use console",
-    "--mixed_precision fp8": "invalid choice",
+    "--show_timesteps image": "use --show_timesteps console",
+    "--mixed_precision fp8": "not one of no, fp16, bf16",
     "--vae_dtype int8": "not one of",
-    "--timestep_sampling ideogram4_shift": "invalid choice",
-    "--learning-rate 1": "unrecognized",
+    "--timestep_sampling shfit": "did you mean shift?",
+    "--learning-rate 1": "unknown flag --learning-rate (did you mean --learning_rate?)",
 }
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes_are_told_in_one_line(flags):
+def test_a_mistake_is_named_in_one_line(flags):
     assert MISTAKES[flags] in refusal(*SHORT, *flags.split())
 
 
+def actions():
+    """Every flag of the training script that does something."""
+    parser = Parser()
+    add_flags(parser)
+    return [action for action in parser._actions if action.dest != "help"]
+
+
+NUMBERS = [action for action in actions() if action.type not in (None, Path, dtype, size, text_to_video_task)]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1e999", "9" * 5000, "x", ""], ids=lambda value: value[:8])
+def test_no_flag_takes_a_number_that_is_none(value):
+    for action in NUMBERS:
+        [flag] = action.option_strings
+        assert f"{flag} must be a" in refusal(*SHORT, f"{flag}={value}")
+
+
+def test_every_number_is_read_in_one_place():
+    assert len(NUMBERS) > 30 and {int, float}.isdisjoint(action.type for action in NUMBERS)
+
+
+OUT_OF_RANGE = shlex.split("""
+    --max_train_epochs=0 --max_train_steps=100000000 --blocks_to_swap=-1 --block_swap_ring_size=0 --learning_rate=0
+    --learning_rate=1e38 --max_grad_norm=-1 --max_timestep=1001 --min_timestep=-1 --num_timestep_buckets=1
+    --seed=-1 --seed=18446744073709551616 --lr_scheduler_min_lr_ratio=-0.1 --lr_scheduler_min_lr_ratio=1.1
+    --lr_scheduler_power=-1 --preserve_every=0 --preserve_levels=0 --preserve_weight=0 --discrete_flow_shift=0
+    --sigmoid_scale=0 --logit_std=-1 --ddp_timeout=99999999999 --num_timestep_buckets=9999999999
+""")
+
+
+@pytest.mark.parametrize("flag", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused(flag):
+    name, _, value = flag.partition("=")
+    assert re.fullmatch(f"{name} must be a (whole )?number .*, not {re.escape(value)}", refusal(*SHORT, flag))
+
+
+@pytest.mark.parametrize("text", ["1" * 5000 + "GB", "2" * 16 + "TB", "1e3GB", "nan", "infGB", "9" * 16 + "G"])
+def test_a_size_that_no_memory_has_is_refused(text):
+    assert "--weights_vram: " in refusal(*SHORT, "--weights_vram", text)
+
+
 @pytest.mark.parametrize("name", ["a\x1b[2J", "x" * 256, "a\u202eb"], ids=ascii)
-def test_a_name_that_the_ledger_would_not_take_is_told_before_training(name):
-    assert "255 characters" in refusal(*SHORT, "--output_name", name)
+def test_a_name_that_the_ledger_would_refuse_is_refused_before_training(name):
+    assert "at most 255 characters" in refusal(*SHORT, "--output_name", name)
     assert parse_train([*SHORT, "--output_name", "a\u3000b"]).save.name == "a\u3000b"
 
 
 @pytest.mark.parametrize("ff", ["1_0e-2", "\uff10.1", "0." + "0" * 38 + "1"], ids=ascii)
-def test_a_share_that_the_ledger_would_not_take_is_told_before_training(ff):
+def test_a_share_that_the_ledger_would_refuse_is_refused_before_training(ff):
     assert "a decimal (0.001, 1e-3) or a fraction" in refusal(*SHORT, "--ff", ff)
     assert parse_train([*SHORT, "--ff", " 0.1 "]).ff == "0.1"
 
 
-def test_a_name_too_long_for_the_names_of_files_is_told_before_training():
-    assert "has 201 bytes, 200 are allowed" in refusal(*SHORT, "--output_name", "\xe9" * 100 + "x")
+def test_a_name_too_long_for_file_names_is_refused_before_training():
+    assert "has 201 bytes, at most 200 are allowed" in refusal(*SHORT, "--output_name", "\xe9" * 100 + "x")
     assert len(parse_train([*SHORT, "--output_name", "x" * 200]).save.name) == 200
 
 
 @pytest.mark.parametrize("flag", ["--output_name", "--training_comment", "--dit", "--slices"])
-def test_a_text_that_no_file_could_take_is_told_before_training(flag):
-    assert f"{flag} 'a\\udcff' is not UTF-8" in refusal(*SHORT, flag, "a\udcff")
+def test_a_text_that_no_file_could_contain_is_refused_before_training(flag):
+    assert f"{flag} 'a\\udcff' is not valid UTF-8" in refusal(*SHORT, flag, "a\udcff")
 
 
-def test_the_preservation_of_fewer_steps_weighs_more_unless_told():
+def test_preserving_on_fewer_steps_weighs_more_unless_a_weight_is_given():
     common = [*SHORT, "--t5", "models_t5.pth", "--preserve_prompts", "random_prompt.txt"]
     assert [(p.every, p.weight) for p in (parse_train(common).preserve,)] == [(4, 4.0)]
     every, weight = ("--preserve_every", "10"), ("--preserve_weight", "2")
@@ -224,7 +263,7 @@ def test_the_preservation_of_fewer_steps_weighs_more_unless_told():
 
 
 @pytest.mark.parametrize("name", ["dit", "dataset_config", "output_dir", "output_name"])
-def test_a_missing_file_flag_is_told(name):
+def test_a_missing_file_flag_is_named(name):
     at = SHORT.index(f"--{name}")
     assert f"--{name} is missing" in refusal(*SHORT[:at], *SHORT[at + 2 :])
 
@@ -239,7 +278,7 @@ def test_the_settings_of_trackers_come_from_a_file(folder):
     config = parse_train([*SHORT, "--logging_dir", "logs", "--log_tracker_config", "trackers.toml"])
     assert config.log.tracker_settings == {"tensorboard": {"max_queue": 3}}
     (folder / "trackers.toml").write_text("[wandb]\nname = 'x'\n", encoding="utf-8")
-    assert "wandb is no table" in refusal(*SHORT, "--logging_dir", "logs", "--log_tracker_config", "trackers.toml")
+    assert "wandb is not a table" in refusal(*SHORT, "--logging_dir", "logs", "--log_tracker_config", "trackers.toml")
 
 
 def test_the_script_ends_with_one_line_and_a_code(capsys, monkeypatch):

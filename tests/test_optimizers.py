@@ -27,9 +27,9 @@ REFUSED = {
     "bitsandbytes.optim.LAMB8bit": "starts at 0",
     "schedulefree.AdamWScheduleFree": "wrong one",
     "LBFGS": "several times",
-    "NoSuch": "no optimizer that is known",
+    "AdmaW": "not a known optimizer .did you mean AdamW",
     "no.such.Optimizer": "cannot be imported",
-    "torch.nn.Linear": "no optimizer that is known",
+    "torch.nn.Linear": "not a known optimizer",
 }
 
 
@@ -127,10 +127,10 @@ def test_wrong_warmups_are_refused(text):
 
 
 MISTAKES = {
-    "nosuch": (ScheduleConfig("nosuch"), "allowed: constant"),
+    "misspelt": (ScheduleConfig("linaer"), "did you mean linear.*allowed: constant"),
     "adafactor": (ScheduleConfig("adafactor"), "constant_with_warmup"),
     "warmup of constant": (ScheduleConfig("constant", warmup="50"), "use --lr_scheduler constant_with_warmup"),
-    "unread power": (ScheduleConfig("linear", power=2.0), "does not read --lr_scheduler_power"),
+    "unread power": (ScheduleConfig("linear", power=2.0), "does not use --lr_scheduler_power"),
     "unread argument": (ScheduleConfig("linear", args=("speed=3",)), "speed"),
     "no rules": (ScheduleConfig("piecewise_constant"), "step_rules"),
     "plateau": (ScheduleConfig(class_path="ReduceLROnPlateau"), "not a schedule over steps"),

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import sentencepiece
 import tokenizers
@@ -13,7 +14,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-import wan.tokenizer
 from wan.errors import InputError
 from wan.text_encoder import load_text_encoder, transformers_name
 from wan.tokenizer import clean_prompt
@@ -202,6 +202,13 @@ def test_prompts_are_trimmed_to_their_tokens_and_independent_of_the_batch(big_we
     assert encoder([]) == [] and encoder([""])[0].shape == (1, 48)
 
 
+@pytest.mark.parametrize("text", ["many", "0", "-1", "1e9", "9" * 5000, "nan", ""])
+def test_a_text_length_in_the_metadata_that_cannot_be_is_refused(big_weights, tmp_path, text):
+    save_file(big_weights, tmp_path / "t5.safetensors", {"text_len": text})
+    with pytest.raises(InputError, match="text_len in its metadata must be a whole number from 1"):
+        load_text_encoder(tmp_path / "t5.safetensors")
+
+
 LENGTHS = [({}, None, 512), ({}, 7, 7), ({"text_len": "9"}, None, 9), ({"text_len": "9"}, 7, 7)]
 
 
@@ -222,7 +229,7 @@ def test_the_hub_is_asked_last_and_only_when_text_is_encoded(big_weights, tmp_pa
     def offline(*_):
         raise LocalEntryNotFoundError("cannot reach the hub\nmore")
 
-    monkeypatch.setattr(wan.tokenizer, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     encoder = load_text_encoder(save(big_weights, tmp_path / "t5.pth"))
     encoder.encode_ids(torch.tensor([[5, 1]]), torch.ones(1, 2))
     with pytest.raises(InputError, match="--tokenizer") as error:
@@ -260,7 +267,7 @@ def without(name):
     [
         (lambda weights: {"decoder.head.0.gamma": torch.zeros(3)}, "not a UMT5 encoder"),
         (without("blocks.0.attn.q.weight"), "not a UMT5 encoder"),
-        (without("blocks.1.pos_embedding.embedding.weight"), "misses tensors"),
+        (without("blocks.1.pos_embedding.embedding.weight"), "lacks tensors"),
         (lambda weights: {**weights, "more": torch.zeros(1)}, "unknown tensors: more"),
         (lambda weights: {**weights, "norm.weight": torch.zeros(47)}, "misshapen"),
         (lambda weights: {**weights, "norm.weight": torch.zeros(48, dtype=torch.int8)}, "quantised"),

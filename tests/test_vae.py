@@ -160,7 +160,7 @@ def wan22(weights):
     [
         (wan22, "Wan 2.2"),
         (lambda weights: {"blocks.0.ffn.0.weight": torch.zeros(1)}, "not a Wan 2.1 VAE"),
-        (lambda weights: {n: w for n, w in weights.items() if n != "conv1.bias"}, "misses tensors: quant_conv.bias"),
+        (lambda weights: {n: w for n, w in weights.items() if n != "conv1.bias"}, "lacks tensors: quant_conv.bias"),
         (lambda weights: {**weights, "more": torch.zeros(1)}, "unknown tensors: more"),
         (lambda weights: {**weights, "conv1.bias": torch.zeros(31)}, "misshapen tensors: quant_conv.bias"),
         (lambda weights: {**weights, "conv2.weight": torch.zeros(48, 48, 1, 1, 1)}, "48 latent channels"),

@@ -125,6 +125,7 @@ def load_text_encoder(
         raise InputError("UMT5 overflows in float16: use bfloat16 or float32 (a float16 file can be loaded that way)")
     chosen = None if tokenizer is None else tokenizer_file(tokenizer)
     stored, metadata = read_state_dict(path, "text encoder")
+    text_len = _text_len(metadata, path) if text_len is None else text_len
     embedded = next((value for name, value in stored.items() if name.split(".")[-1] == "spiece_model"), None)
     source = f"{path} is not a UMT5 encoder"
     tensors = _dequantised(_transformers_names(stored, source), dtype, device, path)
@@ -146,7 +147,7 @@ def load_text_encoder(
         path=Path(path),
         tokenizer=chosen,
         embedded=None if embedded is None else embedded.numpy().tobytes(),
-        text_len=_text_len(metadata, path) if text_len is None else text_len,
+        text_len=text_len,
     )
 
 

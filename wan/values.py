@@ -46,14 +46,14 @@ class Number:
             number = (int if self.whole else float)(value)
         except (ValueError, OverflowError):  # no number, or one with thousands of digits
             return None
-        return number if math.isfinite(number) else None
+        return number if isinstance(number, int) or math.isfinite(number) else None
 
 
 def _digits(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
-SEED = Number(0, 2**64 - 1, whole=True)  # what a torch.Generator takes
+SEED = Number(0, 2**64 - 1, whole=True, words="a whole number from 0 to 18446744073709551615")  # a torch.Generator's
 COUNT = Number(1, 10**9, whole=True)
 STEPS = Number(1, 10**7, whole=True)  # a run's steps or epochs
 COUNT_OR_NONE = Number(0, 10**9, whole=True)

@@ -118,9 +118,7 @@ def text_to_video_task(text: str) -> str:
     """An argparse type: the name of a task that is supported."""
     allowed = [task.name for task in TASKS.values() if task.config.model_type == "t2v"]
     if text in TASKS and text not in allowed:
-        raise argparse.ArgumentTypeError(
-            f"{text} starts from a picture, which is not supported: {', '.join(allowed)} are"
-        )
+        raise argparse.ArgumentTypeError(f"{text} is not a text-to-video model: use one of {', '.join(allowed)}")
     if text not in allowed:
         raise argparse.ArgumentTypeError(unknown_choice(text, allowed))
     return text

@@ -243,7 +243,7 @@ def _add_saving(parser: ArgumentParser) -> None:
         "--resume",
         type=Path,
         metavar="FOLDER",
-        help="folder NAME-state to resume from; latest takes the newest in --output_dir (default: start from the beginning)",
+        help="folder NAME-state to resume from; latest takes the newest in --output_dir (default: start at step 0)",
     )
     add(
         "--save_precision",
