@@ -23,6 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 KEYS = ROOT / "tests" / "oracle" / "checkpoint_keys.json"
 FF = "0.001"
 
@@ -31,6 +32,7 @@ SAVE = """
 import sys, threading, time
 from pathlib import Path
 from utils.selective_finetune import attach_slice
+from utils.slice_saving import {method}
 from wan.loading import load_dit
 
 def anonymous():
@@ -47,7 +49,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 began = time.perf_counter()
-trained.{method}(sys.argv[1], sys.argv[2], concept="one", steps=1)
+{method}(trained, sys.argv[1], sys.argv[2], concept="one", steps=1)
 seconds = time.perf_counter() - began
 ended = True
 watcher.join()
@@ -93,7 +95,7 @@ def main() -> None:
     print("\n".join(report(base, slices, rows, slice_saved, own_list_time(slices))))
 
 
-COMMAND = [sys.executable, "-m", "utils.cli.slices"]
+COMMAND = [sys.executable, "-m", "utils.slices"]
 
 
 def parse() -> argparse.Namespace:

@@ -26,6 +26,8 @@ from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.selective_finetune import attach_slice, block_linears, slice_indices, slice_units
 from wan.configs import TASKS, WanConfig
 from wan.model import WanBlock, WanModel, rope_frequencies

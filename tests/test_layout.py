@@ -17,7 +17,7 @@ STEPS = (
     {"utils.swap"},
     {"utils.data", "utils.sampling", "utils.slices"},
     {"utils.learning"},
-    {"utils.files", "utils.interrupts", "utils.musubi_network"},
+    {"utils.files", "utils.devices", "utils.interrupts", "utils.musubi_network"},
     {"utils.slice_saving"},
     {"utils.selective_finetune"},
     {"wan"},

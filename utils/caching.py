@@ -29,6 +29,7 @@ from utils.data.cache_files import (
 from utils.data.media import read_image, read_video
 from utils.data.sizes import SizedSource, clip_windows, frames_needed, sized_sources
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
+from utils.devices import cpu_line
 from utils.files import writable_folder
 from wan.errors import InputError
 from wan.text_encoder import TextEncoder, load_text_encoder
@@ -88,6 +89,8 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
         writable_folder(dataset.cache_directory, "cache_directory")
     if config.disable_cudnn:
         torch.backends.cudnn.enabled = False
+    if line := cpu_line(config.device):
+        say(line)
     vae = load_vae(config.vae, dtype=config.vae_dtype, device=config.device)
     for number, (dataset, sized) in enumerate(plans, 1):
         remove_unfinished(dataset.cache_directory, "_wan")
@@ -104,6 +107,8 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     plans = [(dataset, _captioned(dataset, config.workers, say)) for dataset in config.dataset.datasets]
     for dataset, _ in plans:
         writable_folder(dataset.cache_directory, "cache_directory")
+    if line := cpu_line(config.device):
+        say(line)
     encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
     for number, (dataset, sources) in enumerate(plans, 1):
         remove_unfinished(dataset.cache_directory, "_wan_te")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.devices import cpu_line
 from utils.sampling import writers
 from utils.sampling.denoising import (
     TIMESTEPS,
@@ -91,6 +92,8 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
     """
     if config.device.type == "cuda" and config.device.index is not None:
         torch.cuda.set_device(config.device)  # for what knows no device: kernels of libraries, new events
+    if line := cpu_line(config.device):
+        say(line)
     if config.latent_paths:
         return _decode_latent_files(config, say)
     experts = _read_experts(config, say)

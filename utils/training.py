@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.data.dataset import make_loader
+from utils.devices import cpu_line
 from utils.interrupts import StopRequest
 from utils.learning.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.learning.lr_schedules import build_scheduler
@@ -61,6 +62,8 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     accelerator = _start_processes(config)
     say = say if accelerator.is_main_process else _say_nothing
+    if line := cpu_line(accelerator.device):
+        say(line)
     inputs = read_inputs(config, accelerator, say)
     if config.show_timesteps:
         for size in inputs.latent_sizes:
