@@ -91,5 +91,5 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     with pytest.raises(InputError, match="a is not a readable cache file"):
         cache_files.latents_shape(tmp_path / "a")
     save_file({"latents": torch.zeros(2)}, tmp_path / "b")
-    with pytest.raises(InputError, match="b holds 0 tensors of latents for Wan"):
+    with pytest.raises(InputError, match="b holds 0 latents tensors for Wan"):
         cache_files.read_latents(tmp_path / "b")

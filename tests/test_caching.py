@@ -151,7 +151,7 @@ def test_other_latents_are_deleted_unless_kept(pictures, tmp_path, vae_file):
     assert set(others) <= set(_names(tmp_path))
     said = _cache_latents(pictures, vae_file)
     assert set(others) - set(_names(tmp_path)) == {others[0]}
-    assert said == ["deleted 1 cache files that are not of this dataset (--keep_cache keeps them)"]
+    assert said == ["deleted 1 cache files of sources that are not in this dataset (--keep_cache keeps them)"]
 
 
 def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path, vae_file):
@@ -159,7 +159,7 @@ def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path
     weights["conv1.bias"] = torch.full_like(weights["conv1.bias"], float("nan"))
     save_file(weights, tmp_path / "nan.safetensors")
     with pytest.raises(
-        InputError, match=r"the latents for a_0032x0032_wan\.safetensors hold values that are not finite"
+        InputError, match=r"the latents for a_0032x0032_wan\.safetensors contain NaN or infinity and were not written"
     ):
         _cache_latents(pictures, tmp_path / "nan.safetensors")
     assert _names(tmp_path) == []
@@ -201,7 +201,7 @@ def test_text_of_other_sources_is_deleted_unless_kept(pictures, tmp_path, fake_e
 
 def test_pictures_without_a_caption_are_told_and_left_out(pictures, tmp_path, vae_file):
     (tmp_path / "pics" / "b.txt").unlink()
-    assert _cache_latents(pictures, vae_file) == ["1 pictures without a caption are left out: b.png"]
+    assert _cache_latents(pictures, vae_file) == ["pictures without a caption, left out: 1, such as b.png"]
     assert len(_names(tmp_path)) == 2
 
 

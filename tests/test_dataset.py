@@ -172,7 +172,7 @@ def test_a_changed_caption_is_noticed(pictures, tmp_path):
 
 def test_a_picture_of_another_size_is_noticed(pictures, tmp_path):
     Image.new("RGB", (48, 32)).save(tmp_path / "pics" / "a.png")
-    assert "a.png is 48x32, its cache was made of 40x32" in _refused(pictures)
+    assert "a.png is 48x32, but was 40x32 when it was cached" in _refused(pictures)
 
 
 def test_a_picture_changed_after_caching_is_noticed(pictures, tmp_path):

@@ -236,7 +236,7 @@ def test_a_random_seed_is_printed_and_makes_the_picture_again(files, tmp_path, c
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--video_length", "4"], "--video_length 4 must be 4k.1, such as 5 or 9"),
+        (["--video_length", "4"], "--video_length 4 must be 4k.1, such as 1 or 5"),
         (["--video_size", "30", "48"], "height 30 is not a multiple of 16; 16 or 32"),
         (["--task", "ti2v-5B"], "--task ti2v-5B: .* t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B"),
         (["--task", "t2v"], "--task t2v: "),

@@ -87,7 +87,7 @@ def test_a_caption_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_a_missing_folder_and_a_missing_list_are_named():
-    with pytest.raises(InputError, match="nowhere is not a folder"):
+    with pytest.raises(InputError, match="nowhere does not exist"):
         list_sources(_images(Path("nowhere")))
     with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
         list_sources(ImageDataset(Path(), image_jsonl_file=Path("nowhere.jsonl")))

@@ -155,7 +155,7 @@ def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfi
 
 def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:
     """Every (height, width) that latents of the dataset have."""
-    return sorted({(item.bucket[1] // 8, item.bucket[0] // 8) for item in dataset.items})
+    return sorted({item.latent_shape[-2:] for item in dataset.items})
 
 
 def check_plan(

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.files import existing_file, read_toml
+from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 
-PIXEL_MULTIPLE = 16  # 8 pixels a latent value, 2x2 latent values a token
+PIXEL_MULTIPLE = WAN_2_1_VAE.pixel_multiple
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def check_prompt(prompt: SamplePrompt, where: str) -> SamplePrompt:
         raise InputError(f"{where}: flow shift {prompt.flow_shift} must be greater than 0")
     if prompt.guidance_scale is not None and not math.isfinite(prompt.guidance_scale):
         raise InputError(f"{where}: guidance scale {prompt.guidance_scale} must be a finite number")
-    return replace(prompt, frames=(prompt.frames - 1) // 4 * 4 + 1)
+    return replace(prompt, frames=WAN_2_1_VAE.whole_frames(prompt.frames))
 
 
 def _in_range(where: str, name: str, value: int, lowest: int, highest: int) -> None:
