@@ -2,8 +2,8 @@
 
 import json
 import os
+import platform
 import reprlib
-import socket
 import sys
 import tempfile
 import time
@@ -219,10 +219,10 @@ def _refuse_living(path: Path, found: str, what: str, advice: str) -> None:
     if owner is None:
         if time.time() - path.stat().st_mtime < _STARTING:
             raise InputError(f"{what}: another process seems to be starting (lock file {path}); {advice}")
-    elif owner["host"] != socket.gethostname():
+    elif (owner["host"], owner["numbers"]) != _this_machine():
         raise InputError(
-            f"{what} is locked by process {owner['pid']} on the computer {file_name(owner['host'])}; {advice}; if that "
-            f"process has ended, delete {path}"
+            f"{what} is locked by process {owner['pid']} of another computer or container, {shown(owner['host'])}; "
+            f"{advice}; if that process has ended, delete {path}"
         )
     elif is_alive(owner["pid"], owner["started"]):
         raise InputError(f"{what} is in use by process {owner['pid']} (lock file {path}); {advice}")
@@ -242,8 +242,14 @@ def _remove_stale(path: Path, found: str) -> None:
 
 
 def _owner_text() -> str:
-    pid = os.getpid()
-    return json.dumps({"host": socket.gethostname(), "pid": pid, "started": started_at(pid)})
+    pid, (host, numbers) = os.getpid(), _this_machine()
+    return json.dumps({"host": host, "numbers": numbers, "pid": pid, "started": started_at(pid)})
+
+
+def _this_machine() -> tuple[str, str]:
+    """Its name, and for Linux whose process numbers count here: containers have their own."""
+    numbers = "/proc/self/ns/pid"
+    return platform.node(), os.readlink(numbers) if os.path.exists(numbers) else ""
 
 
 def _owner(text: str) -> dict | None:
@@ -252,7 +258,7 @@ def _owner(text: str) -> dict | None:
         owner = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    kinds = {"host": str, "pid": int, "started": str}
+    kinds = {"host": str, "numbers": str, "pid": int, "started": str}
     is_whole = isinstance(owner, dict) and all(isinstance(owner.get(key), kind) for key, kind in kinds.items())
     return owner if is_whole else None
 
