@@ -92,9 +92,9 @@ def test_a_folder_that_cannot_take_files_is_refused(tmp_path, monkeypatch):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match=r"--x .* cannot be created: a file is in the way"):
             writable_folder(path, "--x")
-    with pytest.raises(InputError, match="--x 'a.*b' cannot be created"):
+    with pytest.raises(InputError, match=r"--x 'a.*b' cannot be created"):
         writable_folder(Path("a\0b"), "--x")
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: open(dir / "no" / "such", "wb"))
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: (dir / "no" / "such").open("wb"))
     with pytest.raises(InputError, match="is not writable: No such file"):
         writable_folder(tmp_path, "--x")
 
@@ -111,11 +111,12 @@ def owner(folder, **changed):
 
 
 def test_a_second_writer_is_refused_and_the_lock_goes_with_the_first(tmp_path):
-    with lock(tmp_path), lock(tmp_path, "two"):
-        with pytest.raises(
-            InputError, match=rf"--output_name one is in use by process {os.getpid()} \(lock file .*wait"
-        ):
-            lock(tmp_path).__enter__()
+    with (
+        lock(tmp_path),
+        lock(tmp_path, "two"),
+        pytest.raises(InputError, match=rf"--output_name one is in use by process {os.getpid()} \(lock file .*wait"),
+    ):
+        lock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 

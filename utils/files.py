@@ -132,7 +132,7 @@ def path_text(path: Path) -> str:
 
 def names_text(names: Iterable[str]) -> str:
     """Keys from a file, as a message lists them."""
-    listed = [name if name.isidentifier() else shown(name) for name in islice(names, 30)]
+    listed = [name if name.isidentifier() and len(name) < 80 else shown(name) for name in islice(names, 30)]
     return ", ".join([*listed, *(["..."] if len(listed) == 30 else [])])
 
 
