@@ -245,6 +245,44 @@ def test_only_a_job_that_begins_removes_what_a_killed_one_left(pictures, tmp_pat
     assert not left.exists() and foreign.exists()
 
 
+def test_two_runs_of_one_kind_on_a_folder_are_refused_but_latents_and_text_go_together(
+    pictures, tmp_path, vae_file, fake_encoder, monkeypatch
+):
+    refused = []
+
+    def cache_both(*args, **settings):
+        if not refused:
+            with pytest.raises(InputError, match=r"the latents cache .*cache is in use by process \d+") as error:
+                _cache_latents(pictures, vae_file)
+            refused.append(error)
+            _cache_text(pictures, fake_encoder)
+        return load_vae(*args, **settings)
+
+    monkeypatch.setattr(caching, "load_vae", cache_both)
+    _cache_latents(pictures, vae_file)
+    assert refused and len(_names(tmp_path)) == 6  # the lock is gone with the run
+
+
+def test_a_cache_folder_that_is_a_file_is_named(pictures, tmp_path, vae_file):
+    (tmp_path / "cache").touch()
+    with pytest.raises(InputError, match=r"cache_directory .*cache cannot be created: a file is in the way"):
+        _cache_latents(pictures, vae_file)
+
+
+def test_a_damaged_cache_is_made_again_by_skip_existing(pictures, tmp_path, vae_file, fake_encoder):
+    _cache_latents(pictures, vae_file)
+    _cache_text(pictures, fake_encoder)
+    whole = {path: load_file(path) for path in (tmp_path / "cache").glob("a_*")}
+    for path in whole:
+        path.unlink()  # what load_file mapped stays
+        path.write_bytes(b"damaged")
+    _cache_latents(pictures, vae_file, "--skip_existing")
+    _cache_text(pictures, fake_encoder, "--skip_existing")
+    assert len(whole) == 2
+    for path, tensors in whole.items():
+        assert [torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items()] == [True]
+
+
 def _damage(pictures, how):
     folder = pictures.parent / "pics"
     if how == "broken":
