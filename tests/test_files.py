@@ -39,8 +39,8 @@ def test_a_name_that_every_system_takes_stays(text):
 
 def test_a_long_name_is_cut_between_characters_and_leaves_room_for_endings(tmp_path):
     name = file_name("é" * 400)
-    assert name == "é" * 95
-    (tmp_path / f"{name}_00000-081_0960x0544_wan.safetensors.0123abcd-12345.wan.tmp").touch()
+    assert name == "é" * 85
+    (tmp_path / f"{name}_00000-081_0960x0544_wan.safetensors.0123abcd-1234567-1234567890.wan.tmp").touch()
 
 
 TOO_DEEP = "[" * 100_000
@@ -156,15 +156,15 @@ def test_a_lock_without_an_owner_is_waited_for_at_first(tmp_path, text):
 
 
 def test_of_many_processes_that_take_over_one_lock_one_gets_it(tmp_path):
-    for _ in range(3):
+    for _ in range(2):
         owner(tmp_path, started="before")
         told, tell = os.pipe()
-        children = [os.fork() or _hold(tmp_path, tell) for _ in range(6)]
+        children = [os.fork() or _hold(tmp_path, tell) for _ in range(4)]
         results = b"".join(os.read(told, 1) for _ in children)
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        assert sorted(results) == sorted(b"y" + b"n" * 5)
+        assert sorted(results) == sorted(b"y" + b"n" * 3)
 
 
 def _hold(folder, tell):

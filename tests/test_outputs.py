@@ -55,7 +55,7 @@ def test_several_frames_are_saved_as_mp4(tmp_path):
 
 
 def test_the_same_frames_become_the_same_bytes_while_the_cpu_is_busy(tmp_path):
-    video_3THW = torch.rand(3, 9, 48, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video_3THW = torch.rand(3, 5, 160, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     busy = [subprocess.Popen([sys.executable, "-Sc", "while True: pass"]) for _ in range(2)]
     try:
         files = {save_sample(tmp_path, "a", video_3THW, fps=16).read_bytes() for _ in range(4)}

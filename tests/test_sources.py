@@ -103,7 +103,7 @@ def test_pipes_among_pictures_and_captions_are_not_waited_for(tmp_path):
 
 
 def test_a_name_that_is_too_long_for_a_cache_file_is_named(tmp_path):
-    folder = _folder(tmp_path / "p", **{"x" * 191 + "__png": "", "x" * 191 + "__txt": ""})
+    folder = _folder(tmp_path / "p", **{"x" * 171 + "__png": "", "x" * 171 + "__txt": ""})
     with pytest.raises(InputError, match="the name of its cache file would be too long, rename it"):
         list_sources(_images(folder))
 

@@ -23,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_LONGEST_NAME = 190  # bytes; file systems take 255, and endings such as _00000-081_0960x0544_wan.safetensors follow
+_LONGEST_NAME = 170  # bytes: file systems take 255, and what follows in the name of an unfinished file is up to 80
 _FORBIDDEN = '/\\:*?"<>|'
 _JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
 _DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {

@@ -11,7 +11,7 @@ from utils.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from utils.files import file_problem, folder_entries, names_text, parse_json, path_text, read_text
 from wan.errors import InputError
 
-_LONGEST_STEM = 190  # bytes: a file's name has 255 in most file systems, and what a cache file's name adds is up to 60
+_LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
 _FROM_HERE = "(paths start at the current folder)"
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 
