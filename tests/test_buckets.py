@@ -52,6 +52,13 @@ def test_no_upscale_means_nothing_without_buckets():
     assert _choose((50, 40), resolution=(64, 64), bucket_no_upscale=True) == (64, 64)
 
 
+@pytest.mark.parametrize("settings", [{}, {"enable_bucket": True}])
+def test_a_strip_of_which_nothing_would_be_left_is_named(settings):
+    with pytest.raises(InputError, match=r"a\.png is 1x65000: less than 1 % of it would be left at"):
+        _choose((1, 65000), resolution=(64, 64), **settings)
+    assert _choose((10, 900), resolution=(64, 64), **settings)
+
+
 def test_a_picture_below_16_pixels_is_named():
     with pytest.raises(InputError, match=r"a\.png is 40x12, smaller than 16x16"):
         _choose((40, 12), resolution=(64, 64), enable_bucket=True, bucket_no_upscale=True)

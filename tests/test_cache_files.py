@@ -1,5 +1,6 @@
 """Cache files as musubi-tuner writes and reads them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,66 @@ def test_only_caches_of_wan_are_listed(tmp_path):
     assert [path.name for path in cache_files.text_files(tmp_path)] == names[2:]
 
 
+NOT_LATENTS = {
+    "I16": torch.ones(16, 1, 4, 4).short(),
+    "U16": torch.ones(16, 1, 4, 4).to(torch.uint16),
+    "F64": torch.ones(16, 1, 4, 4).double(),
+    "F8_E4M3": torch.ones(16, 1, 4, 4).to(torch.float8_e4m3fn),
+    "[16, 4, 4]": torch.ones(16, 4, 4),
+    "[16, 0, 4, 4]": torch.ones(16, 0, 4, 4),
+}
+NOT_TEXT = {
+    "U16": torch.ones(3, 8).to(torch.uint16),
+    "I64": torch.ones(3, 8).long(),
+    "[3]": torch.ones(3),
+    "[0, 8]": torch.ones(0, 8),
+    "[1, 3, 8]": torch.ones(1, 3, 8),
+}
+
+
+@pytest.mark.parametrize("found", NOT_LATENTS)
+def test_latents_of_a_wrong_kind_or_shape_are_a_problem_that_names_it(tmp_path, found):
+    (tmp_path / "a.png").touch()
+    save_file({"latents_1x4x4_bfloat16": NOT_LATENTS[found]}, tmp_path / "a")
+    problem = cache_files.latents_problem(tmp_path / "a", tmp_path / "a.png", 1, (32, 32))
+    assert problem.startswith(f"has a damaged latent cache ({tmp_path / 'a'} holds latents ") and found in problem
+
+
+@pytest.mark.parametrize("found", NOT_TEXT)
+def test_text_of_a_wrong_kind_or_shape_is_a_problem_that_names_it(tmp_path, found):
+    save_file({"varlen_t5_bfloat16": NOT_TEXT[found]}, tmp_path / "a", {"caption1": "cat"})
+    problem = cache_files.text_problem(tmp_path / "a", "cat")
+    assert problem.startswith(f"has a damaged text cache ({tmp_path / 'a'} holds text ") and found in problem
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_value_that_is_not_finite_names_its_file(tmp_path, value, dtype):
+    tensors = {"latents_1x4x4_x": torch.zeros(16, 1, 4, 4, dtype=dtype), "varlen_t5_x": torch.zeros(3, 8, dtype=dtype)}
+    for tensor in tensors.values():
+        tensor.view(-1)[7] = value
+    save_file(tensors, tmp_path / "a")
+    for read in (cache_files.read_latents, cache_files.read_text):
+        with pytest.raises(InputError, match="a holds NaN or infinity"):
+            read(tmp_path / "a")
+
+
+def test_a_damaged_text_cache_is_written_anew(tmp_path):
+    (tmp_path / "a").write_bytes(b"damaged")
+    cache_files.write_text(tmp_path / "a", torch.zeros(2, 8), "new")
+    assert cache_files.text_problem(tmp_path / "a", "new") is None
+
+
+def test_folders_and_pipes_are_not_caches(tmp_path):
+    (tmp_path / "a_0064x0064_wan.safetensors").mkdir()
+    os.mkfifo(tmp_path / "b_wan_te.safetensors")
+    assert cache_files.latents_files(tmp_path) == cache_files.text_files(tmp_path) == []
+
+
 def test_damaged_and_foreign_files_are_named(tmp_path):
     (tmp_path / "a").write_bytes(b"\x00" * 20)
     with pytest.raises(InputError, match="a is not a readable cache file"):
         cache_files.latents_shape(tmp_path / "a")
     save_file({"latents": torch.zeros(2)}, tmp_path / "b")
-    with pytest.raises(InputError, match="b holds 0 tensors of latents for Wan"):
+    with pytest.raises(InputError, match="b holds 0 latents tensors for Wan"):
         cache_files.read_latents(tmp_path / "b")

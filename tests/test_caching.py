@@ -151,7 +151,7 @@ def test_other_latents_are_deleted_unless_kept(pictures, tmp_path, vae_file):
     assert set(others) <= set(_names(tmp_path))
     said = _cache_latents(pictures, vae_file)
     assert set(others) - set(_names(tmp_path)) == {others[0]}
-    assert said == ["deleted 1 cache files that are not of this dataset (--keep_cache keeps them)"]
+    assert said == ["deleted 1 cache files of sources that are not in this dataset (--keep_cache keeps them)"]
 
 
 def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path, vae_file):
@@ -159,7 +159,7 @@ def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path
     weights["conv1.bias"] = torch.full_like(weights["conv1.bias"], float("nan"))
     save_file(weights, tmp_path / "nan.safetensors")
     with pytest.raises(
-        InputError, match=r"the latents for a_0032x0032_wan\.safetensors hold values that are not finite"
+        InputError, match=r"the latents for a_0032x0032_wan\.safetensors contain NaN or infinity and were not written"
     ):
         _cache_latents(pictures, tmp_path / "nan.safetensors")
     assert _names(tmp_path) == []
@@ -201,7 +201,7 @@ def test_text_of_other_sources_is_deleted_unless_kept(pictures, tmp_path, fake_e
 
 def test_pictures_without_a_caption_are_told_and_left_out(pictures, tmp_path, vae_file):
     (tmp_path / "pics" / "b.txt").unlink()
-    assert _cache_latents(pictures, vae_file) == ["1 pictures without a caption are left out: b.png"]
+    assert _cache_latents(pictures, vae_file) == ["pictures without a caption, left out: 1, such as b.png"]
     assert len(_names(tmp_path)) == 2
 
 
@@ -243,6 +243,44 @@ def test_only_a_job_that_begins_removes_what_a_killed_one_left(pictures, tmp_pat
     assert left.exists()
     _cache_latents(pictures, vae_file)
     assert not left.exists() and foreign.exists()
+
+
+def test_two_runs_of_one_kind_on_a_folder_are_refused_but_latents_and_text_go_together(
+    pictures, tmp_path, vae_file, fake_encoder, monkeypatch
+):
+    refused = []
+
+    def cache_both(*args, **settings):
+        if not refused:
+            with pytest.raises(InputError, match=r"the latents cache .*cache is in use by process \d+") as error:
+                _cache_latents(pictures, vae_file)
+            refused.append(error)
+            _cache_text(pictures, fake_encoder)
+        return load_vae(*args, **settings)
+
+    monkeypatch.setattr(caching, "load_vae", cache_both)
+    _cache_latents(pictures, vae_file)
+    assert refused and len(_names(tmp_path)) == 6  # the lock is gone with the run
+
+
+def test_a_cache_folder_that_is_a_file_is_named(pictures, tmp_path, vae_file):
+    (tmp_path / "cache").touch()
+    with pytest.raises(InputError, match=r"cache_directory .*cache cannot be created: a file is in the way"):
+        _cache_latents(pictures, vae_file)
+
+
+def test_a_damaged_cache_is_made_again_by_skip_existing(pictures, tmp_path, vae_file, fake_encoder):
+    _cache_latents(pictures, vae_file)
+    _cache_text(pictures, fake_encoder)
+    whole = {path: load_file(path) for path in (tmp_path / "cache").glob("a_*")}
+    for path in whole:
+        path.unlink()  # what load_file mapped stays
+        path.write_bytes(b"damaged")
+    _cache_latents(pictures, vae_file, "--skip_existing")
+    _cache_text(pictures, fake_encoder, "--skip_existing")
+    assert len(whole) == 2
+    for path, tensors in whole.items():
+        assert [torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items()] == [True]
 
 
 def _damage(pictures, how):

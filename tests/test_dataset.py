@@ -172,7 +172,7 @@ def test_a_changed_caption_is_noticed(pictures, tmp_path):
 
 def test_a_picture_of_another_size_is_noticed(pictures, tmp_path):
     Image.new("RGB", (48, 32)).save(tmp_path / "pics" / "a.png")
-    assert "a.png is 48x32, its cache was made of 40x32" in _refused(pictures)
+    assert "a.png is 48x32, but was 40x32 when it was cached" in _refused(pictures)
 
 
 def test_a_picture_changed_after_caching_is_noticed(pictures, tmp_path):
@@ -192,6 +192,62 @@ def test_caches_that_tell_nothing_but_their_tensors_are_trusted(pictures, tmp_pa
 def test_text_of_two_encoders_is_refused(pictures, tmp_path):
     write_text(text_path(tmp_path / "cache", "a"), torch.ones(2, 16), "picture a")
     assert "their widths are [8, 16]" in _refused(pictures)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda path: path.write_bytes(b"damaged"), "is not a readable cache file"),
+        (lambda path: save_file({"varlen_t5_uint16": torch.ones(2, 8).to(torch.uint16)}, path), "holds text as U16"),
+        (lambda path: save_file({"varlen_t5_float32": torch.ones(0, 8)}, path), "shape [0, 8]"),
+    ],
+)
+def test_a_damaged_cache_is_named_with_the_command_that_replaces_it(pictures, tmp_path, spoil, named):
+    spoil(text_path(tmp_path / "cache", "b"))
+    message = _refused(pictures)
+    assert message.startswith(f"b.png has a damaged text cache ({tmp_path}") and named in message
+    assert "Run: python wan_cache_text_encoder_outputs.py" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_breaks_during_a_run_is_one_line_with_its_name(pictures, tmp_path, workers):
+    loader = make_loader(_build(pictures), 7, 1, workers=workers)
+    write_text(text_path(tmp_path / "cache", "b"), torch.full((2, 8), torch.nan), "picture b")
+    with pytest.raises(InputError, match=r"b_wan_te\.safetensors holds NaN or infinity") as error:
+        list(loader)
+    assert "\n" not in str(error.value)
+
+
+def test_workers_send_the_same_batches_and_none_through_shared_memory(pictures):
+    dataset = _build(pictures)
+    for batch, own in zip(make_loader(dataset, 7, 1, workers=1), make_loader(dataset, 7, 1), strict=True):
+        assert torch.equal(batch["latents"], own["latents"]) and not batch["latents"].is_shared()
+        assert [text.dtype for text in batch["t5"]] == [torch.bfloat16] and not batch["t5"][0].is_shared()
+        assert torch.equal(batch["t5"][0], own["t5"][0]) and batch["entries"] == own["entries"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_without_shared_memory_batches_are_read_without_workers_and_a_line_says_so(pictures, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", fail)
+    lines = []
+    loader = make_loader(_build(pictures), 7, 1, workers=2, persistent=True, say=lines.append)
+    assert len(list(loader)) == 5
+    assert lines == [f"note: shared memory cannot be used ({error}), so batches are read without data-loader workers"]
+
+
+def test_an_epoch_of_absurdly_many_items_is_refused(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.data.dataset._MOST_ENTRIES", 4_999_999)
+    message = _refused(_write_config(tmp_path, num_repeats=1_000_000))
+    assert "an epoch would show 5,000,000 items, more than 4,999,999: lower num_repeats" in message
+
+
+def test_a_cache_folder_that_is_a_file_is_named(pictures, tmp_path):
+    (tmp_path / "file").touch()
+    message = _refused(_write_config(tmp_path, cache_directory=str(tmp_path / "file")))
+    assert message == f"cache_directory {tmp_path / 'file'} is not a folder"
 
 
 @pytest.fixture

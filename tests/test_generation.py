@@ -133,6 +133,46 @@ def test_a_saved_latent_decodes_to_the_same_picture(files, tmp_path):
     assert re.fullmatch(STEM + rf"_0_{latent.stem}_000\.png", names(tmp_path / "b")[0])
 
 
+HOSTILE_SEEDS = ["/../../x", "..\\..\\x", "CON", "a\x1b[2J", "[7]*", "9" * 5000, ""]
+
+
+@pytest.mark.parametrize("seeds", HOSTILE_SEEDS, ids=lambda seeds: seeds[:9])
+def test_a_seed_from_a_file_never_leads_out_of_the_folder(files, tmp_path, seeds):
+    latent = tmp_path / f"{'l' * 230}.safetensors"
+    save_file({"latent": torch.zeros(16, 1, 2, 2)}, latent, {"seeds": seeds})
+    decode = ["--latent_path", str(latent), "--vae", f"{files}/vae.safetensors", "--device", "cpu"]
+    main([*decode, "--save_path", str(tmp_path / "a" / "b")])
+    inside = list(tmp_path.rglob("*.png"))
+    assert [path.parent for path in inside] == [tmp_path / "a" / "b"]
+    assert re.fullmatch(STEM + r"_[\w.\[\]-]*_000\.png", inside[0].name)
+
+
+def poisoned(source: Path, path: Path, name: str) -> Path:
+    with safe_open(source, "pt") as file:
+        save_file(load_file(source) | {name: torch.full_like(file.get_tensor(name), torch.nan)}, path, file.metadata())
+    return path
+
+
+def test_a_model_whose_output_is_not_finite_is_named_and_nothing_is_saved(files, tmp_path):
+    bad = poisoned(files / "dit.safetensors", tmp_path / "bad.safetensors", "blocks.1.ffn.0.bias")
+    with pytest.raises(InputError, match=rf"the output of {bad} in step 1 of 2 for 'a fox' contains NaN or infinity"):
+        made(files, tmp_path / "out", "--dit", str(bad))
+    both = ["--dit_high_noise", str(bad), "--timestep_boundary", "900"]
+    with pytest.raises(InputError, match=rf"the output of {bad} in step 1 of 2"):
+        made(files, tmp_path / "out", *both)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_or_text_encoder_whose_output_is_not_finite_is_named(files, tmp_path):
+    for flag, file, name in (("--vae", "vae", "conv2.bias"), ("--t5", "t5", "norm.weight")):
+        bad = poisoned(files / f"{file}.safetensors", tmp_path / f"{file}.safetensors", name)
+        more = ["--tokenizer", str(files / "spiece.model")]
+        told = {"--vae": "the output of the VAE contains", "--t5": "the text encoder's output for 'a fox' contains"}
+        with pytest.raises(InputError, match=told[flag]):
+            made(files, tmp_path / "out", flag, str(bad), *more)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_seed_gives_the_picture_that_training_samples_show(files, tmp_path):
     prompt = SamplePrompt("a fox", "dark", width=48, height=32, seed=3, steps=2)
     sample = resolve_sample(prompt, TASKS["t2v-14B"], seed=0)
@@ -236,7 +276,7 @@ def test_a_random_seed_is_printed_and_makes_the_picture_again(files, tmp_path, c
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--video_length", "4"], "--video_length 4 must be 4k.1, such as 5 or 9"),
+        (["--video_length", "4"], "--video_length 4 must be 4k.1, such as 1 or 5"),
         (["--video_size", "30", "48"], "height 30 must be a multiple of 16, such as 16 or 32"),
         (["--task", "ti2v-5B"], "--task: ti2v-5B .* t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B"),
         (["--task", "t2v"], "--task: t2v is not one of .*did you mean t2v-14B"),

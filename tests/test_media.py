@@ -1,5 +1,7 @@
 """Pictures and videos from disk, brought to a size."""
 
+import os
+import struct
 from fractions import Fraction
 
 import av
@@ -104,6 +106,26 @@ def test_a_folder_of_pictures_is_a_video(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{number:03d}.png")
     assert video_size(tmp_path) == (32, 16)
     assert np.array_equal(read_video(tmp_path, (32, 16)), frames)
+
+
+@pytest.mark.parametrize("error", [ValueError("bad\nvalue"), MemoryError(), struct.error("x"), KeyError(7)])
+def test_whatever_a_decoder_raises_is_one_line_with_the_file(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    Image.fromarray(_noise(8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(InputError, match=r"a\.png cannot be read: [^\n]+$"):
+        read_image(tmp_path / "a.png", (8, 8))
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    Image.fromarray(_noise(16, 16)).save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "0.png")
+    assert read_video(tmp_path, (16, 16)).shape == (1, 16, 16, 3)
+    for read in (image_size, video_size, lambda path: read_image(path, (8, 8)), count_frames):
+        with pytest.raises(InputError, match=r"0\.png is not a regular file"):
+            read(tmp_path / "0.png")
 
 
 @pytest.mark.parametrize("read", [image_size, video_size, lambda path: read_image(path, (16, 16)), count_frames])

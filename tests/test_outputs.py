@@ -1,6 +1,8 @@
 """Saved samples: what is read back, and that nothing half-written stays."""
 
 import os
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -52,6 +54,19 @@ def test_several_frames_are_saved_as_mp4(tmp_path):
     assert np.abs(frames.astype(int) - to_frames(video_3THW)).mean() < 3
 
 
+def test_the_same_frames_become_the_same_bytes_while_the_cpu_is_busy(tmp_path):
+    video_3THW = torch.rand(3, 5, 160, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    busy = [subprocess.Popen([sys.executable, "-Sc", "while True: pass"]) for _ in range(2)]
+    try:
+        files = {save_sample(tmp_path, "a", video_3THW, fps=16).read_bytes() for _ in range(4)}
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    # x264 writes its settings into the file; with threads, other bytes come up too rarely for a test of four.
+    assert len(files) == 1 and b" threads=1 " in files.pop()
+
+
 def test_frames_are_numbered_in_a_folder_of_their_own(tmp_path):
     video_3THW = smooth_video(5, 16, 16)
     assert save_frames(tmp_path, "a", video_3THW) == tmp_path / "a"
@@ -80,11 +95,25 @@ def test_a_latent_with_a_batch_axis_is_read(tmp_path):
         {"other": torch.zeros(16, 1, 2, 2)},
         {"latent": torch.zeros(48, 1, 2, 2)},
         {"latent": torch.zeros(2, 16, 1, 2, 2)},
+        {"latent": torch.zeros(16, 0, 2, 2)},
     ],
 )
 def test_what_is_no_latent_is_refused(tmp_path, tensors):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=r"a.safetensors: `latent` of \[16, frames, height, width\] expected"):
+        load_latent(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.float64])
+def test_a_latent_of_another_dtype_is_refused(tmp_path, dtype):
+    save_file({"latent": torch.zeros(16, 1, 2, 2).to(dtype)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=rf"`latent` is {dtype}, not float32, float16 or bfloat16"):
+        load_latent(tmp_path / "a.safetensors")
+
+
+def test_a_latent_that_is_not_finite_is_refused(tmp_path):
+    save_file({"latent": torch.full((16, 1, 2, 2), torch.nan)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"a\.safetensors contains NaN or infinity"):
         load_latent(tmp_path / "a.safetensors")
 
 

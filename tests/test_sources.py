@@ -1,6 +1,7 @@
 """The pictures and clips that a dataset names, with their captions."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,49 @@ def test_files_that_would_share_a_cache_are_refused(tmp_path, names):
         ),
         ('{"image_path": "a.png", "caption": 3}', "image_path and caption must be text"),
         ('{"image_path": "nowhere.png", "caption": "a"}', "nowhere.png does not exist"),
+        ('{"image_path": "nowhere.png", "caption": ' + "9" * 5000 + "}", "line 1 is not valid JSON: a number has too"),
+        ("[" * 100_000, "line 1 is not valid JSON: it is nested too deeply"),
+        ('{"image_path": "a\\ud800.png", "caption": "a"}', "line 1 is not valid JSON"),
+        ('{"image_path": "a\\u0000.png", "caption": "a"}', "line 1: 'a\\x00.png' is not a possible path"),
+        ('{"image_path": "' + "x" * 5000 + '", "caption": "a"}', "cannot be read: File name too long"),
+        ('{"image_path": "/dev/zero", "caption": "a"}', "/dev/zero is not a regular file"),
+        ('{"image_path": "/", "caption": "a"}', "/ is a folder"),
+        ('{"a\\n\\u001b[2J": 1}', "it has 'a\\n\\x1b[2J'"),
     ],
 )
 def test_mistakes_in_a_list_are_named(tmp_path, line, named):
     with pytest.raises(InputError) as error:
         list_sources(_jsonl(tmp_path / "l.jsonl", line))
-    assert named in str(error.value)
+    assert named in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    (tmp_path / "a.png").touch()
+    line = json.dumps({"image_path": str(tmp_path / "a.png"), "caption": "a\u2028b\x85c"}, ensure_ascii=False)
+    assert list_sources(_jsonl(tmp_path / "l.jsonl", line + "\r")).found[0].caption == "a\u2028b\x85c"
+
+
+def test_pipes_among_pictures_and_captions_are_not_waited_for(tmp_path):
+    folder = _folder(tmp_path / "p", a__png="", a__txt="a", b__png="")
+    for name in ("b.txt", "c.png"):
+        os.mkfifo(folder / name)
+    sources = list_sources(_images(folder))
+    assert ([source.stem for source in sources.found], sources.left_out) == (["a"], (folder / "b.png",))
+
+
+def test_a_name_that_is_too_long_for_a_cache_file_is_named(tmp_path):
+    folder = _folder(tmp_path / "p", **{"x" * 171 + "__png": "", "x" * 171 + "__txt": ""})
+    with pytest.raises(InputError, match="the name of its cache file would be too long, rename it"):
+        list_sources(_images(folder))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"folder .* cannot be read: Permission denied \(paths start at"):
+        list_sources(_images(tmp_path))
 
 
 def test_a_caption_that_is_not_utf8_is_named(tmp_path):
@@ -87,7 +125,7 @@ def test_a_caption_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_a_missing_folder_and_a_missing_list_are_named():
-    with pytest.raises(InputError, match="nowhere is not a folder"):
+    with pytest.raises(InputError, match="nowhere does not exist"):
         list_sources(_images(Path("nowhere")))
     with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
         list_sources(ImageDataset(Path(), image_jsonl_file=Path("nowhere.jsonl")))

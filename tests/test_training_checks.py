@@ -40,6 +40,16 @@ def refusal(folder, monkeypatch, *more):
     return str(error.value)
 
 
+@pytest.mark.parametrize(("name", "where"), [("out/sample", "the folder of samples"), ("logs", "--logging_dir")])
+def test_a_file_in_the_place_of_a_folder_is_named(folder, monkeypatch, name, where):
+    (folder / name).touch()
+    samples = ["--sample_prompts", str(folder / "prompts.txt"), "--sample_at_first", "--logging_dir", f"{folder}/logs"]
+    files = ["--vae", str(folder / "vae.safetensors"), "--t5", str(folder / "t5.safetensors")]
+    told = refusal(folder, monkeypatch, *samples, *files, "--ffid", "3")
+    (folder / name).unlink()
+    assert told == f"{where} {folder / name} cannot be created: a file is in the way"
+
+
 INPUTS = {
     "--vae": "vae.safetensors", "--t5": "t5.safetensors", "--tokenizer": "spiece.model", "--slices": "a.safetensors",
     "--sample_prompts": "prompts.txt", "--preserve_prompts": "prompts.txt", "--dataset_config": "data.toml",

@@ -6,6 +6,7 @@ B batch, C channels, T frames, H W height and width in pixels, F h w latent fram
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from utils.data.media import read_image, read_video
 from utils.data.sizes import SizedSource, clip_windows, frames_needed, sized_sources
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
 from utils.devices import cpu_line
-from utils.files import writable_folder
+from utils.files import sole_writer, writable_folder
 from wan.errors import InputError
 from wan.text_encoder import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae
@@ -67,7 +68,7 @@ class CacheTextConfig:
 
 @dataclass(frozen=True)
 class _Clip:
-    """One picture or clip to encode, without pixels if its cache is current; `named_size` is in its cache's name."""
+    """One picture or clip; no pixels: its cache is current. `named_size` is the one in its cache's name."""
 
     path: Path
     pixels_THWC: np.ndarray | None
@@ -78,51 +79,61 @@ class _Clip:
 def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> None:
     """Encodes every picture and clip of the datasets and writes their cache files.
 
-    InputError if a dataset, a file or the VAE cannot be read, or if a latent is not a finite number.
+    InputError if a dataset, a file or the VAE cannot be read, another process caches latents into one of the folders,
+    or a latent is not finite.
     """
-    # Sizes before the VAE: what cannot be opened is found before anything is loaded or written.
+    # Sizes before the VAE, so that files that cannot be opened are found before anything is loaded or written.
     plans = [
         (dataset, sized_sources(dataset, _captioned(dataset, config.workers, say), config.workers))
         for dataset in config.dataset.datasets
     ]
-    for dataset, _ in plans:
-        writable_folder(dataset.cache_directory, "cache_directory")
     if config.disable_cudnn:
         torch.backends.cudnn.enabled = False
     if line := cpu_line(config.device):
         say(line)
-    vae = load_vae(config.vae, dtype=config.vae_dtype, device=config.device)
-    for number, (dataset, sized) in enumerate(plans, 1):
-        remove_unfinished(dataset.cache_directory, "_wan")
-        wanted = _cache_dataset_latents(dataset, sized, vae, config, number, say)
-        if not config.keep_cache:
-            _delete_others(latents_files(dataset.cache_directory), wanted, say)
+    with _locked_folders(config.dataset, "latents"):
+        vae = load_vae(config.vae, dtype=config.vae_dtype, device=config.device)
+        for number, (dataset, sized) in enumerate(plans, 1):
+            remove_unfinished(dataset.cache_directory, "_wan")
+            wanted = _cache_dataset_latents(dataset, sized, vae, config, number, say)
+            if not config.keep_cache:
+                _delete_others(latents_files(dataset.cache_directory), wanted, say)
 
 
 def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     """Encodes every caption of the datasets and writes their cache files.
 
-    InputError if a dataset or the text encoder cannot be read, or if a token is not a finite number.
+    InputError if a dataset or the text encoder cannot be read, another process caches captions into one of the
+    folders, or a token is not finite.
     """
     plans = [(dataset, _captioned(dataset, config.workers, say)) for dataset in config.dataset.datasets]
-    for dataset, _ in plans:
-        writable_folder(dataset.cache_directory, "cache_directory")
     if line := cpu_line(config.device):
         say(line)
-    encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
-    for number, (dataset, sources) in enumerate(plans, 1):
-        remove_unfinished(dataset.cache_directory, "_wan_te")
-        _cache_dataset_text(dataset, sources, encoder, config, number)
-        if not config.keep_cache:
-            wanted = {text_path(dataset.cache_directory, source.stem) for source in sources}
-            _delete_others(text_files(dataset.cache_directory), wanted, say)
+    with _locked_folders(config.dataset, "text"):
+        encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
+        for number, (dataset, sources) in enumerate(plans, 1):
+            remove_unfinished(dataset.cache_directory, "_wan_te")
+            _cache_dataset_text(dataset, sources, encoder, config, number)
+            if not config.keep_cache:
+                wanted = {text_path(dataset.cache_directory, source.stem) for source in sources}
+                _delete_others(text_files(dataset.cache_directory), wanted, say)
+
+
+@contextmanager
+def _locked_folders(config: DatasetConfig, kind: str) -> Iterator[None]:
+    """Keeps other processes from writing caches of this kind ("latents" or "text") into the datasets' folders."""
+    with ExitStack() as locks:
+        for dataset in config.datasets:
+            folder = writable_folder(dataset.cache_directory, "cache_directory")
+            locks.enter_context(sole_writer(folder, f"wan_{kind}", f"the {kind} cache {folder}", "wait until it ends"))
+        yield
 
 
 def _captioned(dataset: AnyDataset, workers: int, say: Callable[[str], None]) -> Sequence[Source]:
     sources = list_sources(dataset, workers)
     if sources.left_out:
         names = ", ".join(path.name for path in sources.left_out[:3])
-        say(f"{len(sources.left_out)} pictures without a caption are left out: {names}")
+        say(f"pictures without a caption, left out: {len(sources.left_out)}, such as {names}")
     return sources.found
 
 
@@ -134,14 +145,14 @@ def _cache_dataset_latents(
     number: int,
     say: Callable[[str], None],
 ) -> set[Path]:
-    """Writes one dataset's latents; returns the paths of all that belong to it, those that were skipped included."""
+    """Writes one dataset's latents; returns the paths of all that belong to it, including those that were skipped."""
     batch_size = config.batch_size or dataset.batch_size
     units = _units(dataset, sized, batch_size)
     wanted: set[Path] = set()
     with tqdm(total=len(sized), desc=f"latents of dataset {number}", unit="file") as bar:
         for unit, clips in zip(units, _read_ahead(dataset, units, config), strict=True):
             if not clips:
-                say(f"{unit[0].source.path} is shorter than the smallest of its target_frames: left out")
+                say(f"{unit[0].source.path} is shorter than the smallest of its target_frames and is left out")
             wanted |= {clip.path for clip in clips}
             _encode_clips([clip for clip in clips if clip.pixels_THWC is not None], vae, batch_size, config.vae_dtype)
             bar.update(len(unit))
@@ -149,7 +160,7 @@ def _cache_dataset_latents(
 
 
 def _units(dataset: AnyDataset, sized: Sequence[SizedSource], batch_size: int) -> list[Sequence[SizedSource]]:
-    """What is read, encoded and written together: pictures of one bucket by batches, videos one by one."""
+    """What is read, encoded and written together: batches of pictures of one bucket, or one video."""
     if isinstance(dataset, VideoDataset):
         return [[entry] for entry in sized]
     buckets = defaultdict(list)
@@ -165,10 +176,10 @@ def _batches(entries: Sequence, size: int) -> Iterator[Sequence]:
 def _read_ahead(
     dataset: AnyDataset, units: Iterable[Sequence[SizedSource]], config: CacheLatentsConfig
 ) -> Iterator[list[_Clip]]:
-    """Each unit's clips in order, read by threads that are a few units ahead and no more."""
+    """Each unit's clips in order, read by threads that stay only a few units ahead."""
     is_video = isinstance(dataset, VideoDataset)
     read = _read_video_unit if is_video else _read_image_unit
-    # Whole videos are large, and their decoder has threads of its own.
+    # Whole videos are large, and their decoder uses several threads itself.
     ahead = 1 if is_video else config.workers
     with ThreadPoolExecutor(ahead) as pool:
         waiting = deque()
@@ -203,7 +214,7 @@ def _read_video_unit(dataset: VideoDataset, unit: Sequence[SizedSource], skip_ex
 
 
 def _encode_clips(clips: Sequence[_Clip], vae: WanVAE, batch_size: int, dtype: torch.dtype) -> None:
-    """Encodes a unit in batches of equal shape; writes when all are there, so that no video is cached in part."""
+    """Encodes a unit in batches of equal shape; writes once all are encoded, so that no video is cached in part."""
     by_shape = defaultdict(list)
     for clip in clips:
         by_shape[clip.pixels_THWC.shape].append(clip)
@@ -225,15 +236,19 @@ def _encode_batch(batch: Sequence[_Clip], vae: WanVAE) -> torch.Tensor:
 
 def _refuse_not_finite(values: torch.Tensor, what: str, advice: str) -> None:
     if not torch.isfinite(values).all():
-        raise InputError(f"{what} hold values that are not finite, nothing was written for it: {advice}")
+        raise InputError(f"{what} contain NaN or infinity and were not written: {advice}")
 
 
 def _delete_others(existing: Iterable[Path], wanted: set[Path], say: Callable[[str], None]) -> None:
-    others = [path for path in existing if path not in wanted]
-    for path in others:
-        path.unlink()
-    if others:
-        say(f"deleted {len(others)} cache files that are not of this dataset (--keep_cache keeps them)")
+    deleted = 0
+    for path in (path for path in existing if path not in wanted):
+        try:
+            path.unlink()
+            deleted += 1
+        except OSError as error:  # on Windows, a file that another program has open
+            say(f"could not delete {path} ({error.strerror}): delete it by hand")
+    if deleted:
+        say(f"deleted {deleted} cache files of sources that are not in this dataset (--keep_cache keeps them)")
 
 
 def _cache_dataset_text(

@@ -4,6 +4,7 @@ One model is in memory at a time: the text encoder, then each DiT, then the VAE 
 """
 
 import gc
+import glob
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.devices import cpu_line
+from utils.files import file_name
 from utils.sampling import writers
 from utils.sampling.denoising import (
     TIMESTEPS,
@@ -45,7 +47,7 @@ _FRAME_OUTPUTS = ("images", "latent_images")
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What to make (prompts, typed prompts or saved latents), with which files, where to."""
+    """What to generate (prompts, typed prompts or saved latents), from which files, into which folder."""
 
     task: str
     save_path: Path
@@ -74,7 +76,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class _Expert:
-    """A DiT and the timesteps that it samples: those >= t_end that no expert before it took."""
+    """A DiT and the timesteps that it samples: those >= t_end that are left by the expert before it."""
 
     path: Path
     slices: SlicesOnBase
@@ -86,12 +88,12 @@ class _Expert:
 
 
 def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
-    """Makes and saves what `config` asks for; the paths of the files and folders come back.
+    """Generates and saves what `config` asks for; returns the paths of the files and folders.
 
-    InputError, before anything is encoded or written, if a file does not fit.
+    InputError, before anything is encoded or written, if the files do not fit together.
     """
     if config.device.type == "cuda" and config.device.index is not None:
-        torch.cuda.set_device(config.device)  # for what knows no device: kernels of libraries, new events
+        torch.cuda.set_device(config.device)  # for code that takes no device: libraries' kernels, new events
     if line := cpu_line(config.device):
         say(line)
     if config.latent_paths:
@@ -111,19 +113,19 @@ def _read_experts(config: GenerateConfig, say: Callable[[str], None]) -> list[_E
         high = _read_expert(config, config.dit_high_noise, slices, config.guidance_scale_high, t_end, say)
         experts.insert(0, high)
     elif TASKS[config.task].boundary is not None:
-        say(f"{config.task} has two experts; without --dit_high_noise {config.dit.name} takes every step")
+        say(f"{config.task} has two experts; without --dit_high_noise, {config.dit.name} takes every step")
     return experts
 
 
 def _slices_by_dit(config: GenerateConfig) -> dict[Path, list[tuple[SliceFile, float]]]:
-    """Which slices, at which strength, go on top of which DiT: with two, a base's identity tells which one."""
+    """The slices, with their strengths, to apply to each DiT; of two, the one that a slice was trained on."""
     files = [read_slice_file(path) for path in config.slices]
     dits = [path for path in (config.dit, config.dit_high_noise) if path is not None]
     by_dit = {path: [] for path in dits}
     identities = {path: base_identity(read_checkpoint_header(path).files) for path in dits} if files else {}
     for file, strength in zip(files, config.slice_strengths, strict=True):
         fitting = [path for path in dits if identities[path] == file.entry.base]
-        # One that fits none goes to the first, which is checked again and refused with the reason.
+        # One that fits neither goes to the first, where the check that follows refuses it with the reason.
         for path in fitting or dits[:1]:
             by_dit[path].append((file, strength))
     return by_dit
@@ -146,15 +148,15 @@ def _read_expert(
     mapped = file_dtype(header) == dtype
     check_swap(widths, dtype, config.device, config.blocks_to_swap, config.swap, mapped)
     own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
-    told = "".join(f", with {entry.label}" for entry in own.entries)
-    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{told}")
+    with_slices = "".join(f", with {entry.label}" for entry in own.entries)
+    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{with_slices}")
     for line in own.notes:
         say(line)
     return _Expert(path, own, dtype, mapped, widths, guidance_scale, t_end)
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
-    """The VAE on the CPU: loaded first since it is small, and a wrong file should not cost a sampling run."""
+    """The VAE on the CPU: loaded first, because it is small and a wrong file should not cost a sampling run."""
     return None if config.output_type == "latent" else load_vae(config.vae, config.vae_dtype, "cpu")
 
 
@@ -162,14 +164,14 @@ def _sample_typed(
     config: GenerateConfig, experts: Sequence[_Expert], vae: WanVAE | None, say: Callable[[str], None]
 ) -> list[Path]:
     paths = []
-    say("type a prompt, with options as in a prompt file; an empty line ends")
+    say("type a prompt, with options as in a prompt file; an empty line exits")
     for number, line in enumerate(iter(sys.stdin.readline, ""), 1):
         if not line.strip():
             break
         try:
             prompt = parse_prompt_line(line, config.typed_defaults, f"line {number}")
         except InputError as error:
-            say(f"error: {error}")  # the next line may be right
+            say(f"error: {error}")  # the user can correct it on the next line
             continue
         paths += _sample_all(config, [prompt], experts, vae, say)
     return paths
@@ -234,10 +236,10 @@ def _run_expert(
         guidance_scale = expert.guidance_scale
         if guidance_scale is None:
             guidance_scale = denoising.sample.guidance_scale
-        advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step)
+        advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step, str(expert.path))
     del model, placement, overlays
     if config.blocks_to_swap or config.swap.weights_vram:
-        gc.collect()  # a swapped layer refers to itself through its forward, and the next model needs the memory
+        gc.collect()  # a swapped layer refers to itself through its forward; the next model needs the memory
 
 
 def _save_all(
@@ -246,7 +248,7 @@ def _save_all(
     stems = _free_stems(config.save_path, [denoising.sample.seed for denoising in denoisings])
     paths = []
     if config.output_type in _LATENT_OUTPUTS:
-        # All of them before the first is decoded: what took the time is safe if the decoder runs out of memory.
+        # All before the first is decoded: hours of sampling are safe if the decoder runs out of memory.
         for stem, denoising in zip(stems, denoisings, strict=True):
             metadata = _latent_metadata(denoising.sample) if config.write_metadata else {}
             path = config.save_path / f"{stem}_latent.safetensors"
@@ -263,11 +265,11 @@ def _save_all(
 
 
 def _free_stems(folder: Path, seeds: Sequence[int | str]) -> list[str]:
-    """One file name stem (time, seed) a seed, in order of time; none is in use in `folder` or given twice."""
+    """One file name stem (time, seed) per seed, in order of time; none is in use in `folder` or given twice."""
     stems = []
     moment = datetime.now()
     for seed in seeds:
-        while any(folder.glob(f"{_time_flag(moment)}_{seed}*")):
+        while any(folder.glob(f"{_time_flag(moment)}_{glob.escape(str(seed))}*")):
             moment += timedelta(milliseconds=1)
         stems.append(f"{_time_flag(moment)}_{seed}")
         moment += timedelta(milliseconds=1)
@@ -303,9 +305,9 @@ def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> 
     loaded = [writers.load_latent(path) for path in config.latent_paths]
     vae = load_vae(config.vae, config.vae_dtype, config.device)
     writers.remove_unfinished(config.save_path)
-    stems = _free_stems(config.save_path, [metadata.get("seeds", "0") for _, metadata in loaded])
+    stems = _free_stems(config.save_path, [file_name(metadata.get("seeds", "0")) for _, metadata in loaded])
     paths = []
     for source, stem, (latent_CFHW, _) in zip(config.latent_paths, stems, loaded, strict=True):
-        paths.append(_save_decoded(config, vae, latent_CFHW, f"{stem}_{source.stem}"))
+        paths.append(_save_decoded(config, vae, latent_CFHW, file_name(f"{stem}_{source.stem}")))
         say(f"saved {paths[-1]}")
     return paths

@@ -202,7 +202,15 @@ def _loop(run: Run, place: Place, stop: StopRequest) -> None:
     config, plan, accelerator = run.config, run.plan, run.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
     loader = make_loader(
-        run.dataset, run.seed, place.epoch, place.batch, rank, processes, config.workers, config.persistent_workers
+        run.dataset,
+        run.seed,
+        place.epoch,
+        place.batch,
+        rank,
+        processes,
+        config.workers,
+        config.persistent_workers,
+        run.say,
     )
     with tqdm(total=plan.steps, initial=place.step, desc="steps", disable=not accelerator.is_main_process) as bar:
         if config.samples and config.samples.at_first and place.step == 0:

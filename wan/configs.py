@@ -29,8 +29,38 @@ class WanConfig:
 
 
 @dataclass(frozen=True)
+class LatentLayout:
+    """How a VAE lays out a video: the channels of a latent, and what one latent value covers in time and space."""
+
+    channels: int
+    frame_stride: int
+    pixel_stride: int
+
+    @property
+    def pixel_multiple(self) -> int:
+        """What both sides of a picture are multiples of: the transformer takes 2x2 latent values as one token."""
+        return 2 * self.pixel_stride
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the latent of a clip."""
+        return self.channels, self.latent_frames(frames), height // self.pixel_stride, width // self.pixel_stride
+
+    def latent_frames(self, frames: int) -> int:
+        """The first frame has a latent frame of its own."""
+        return (frames - 1) // self.frame_stride + 1
+
+    def whole_frames(self, frames: int) -> int:
+        """The most frames, at most `frames`, that latent frames cover exactly: 1, 5, 9, ... at a stride of 4."""
+        return (frames - 1) // self.frame_stride * self.frame_stride + 1
+
+
+WAN_2_1_VAE = LatentLayout(16, 4, 8)
+WAN_2_2_VAE = LatentLayout(48, 4, 16)  # of ti2v-5B
+
+
+@dataclass(frozen=True)
 class WanTask:
-    """A value of `--task`: an architecture, its sampling defaults, its VAE's stride (frames, height, width).
+    """A value of `--task`: an architecture, its sampling defaults, the layout of its latents.
 
     Above `boundary` (a share of the 1000 timesteps) the high-noise expert samples, with `guidance_scale_high`.
     """
@@ -44,7 +74,7 @@ class WanTask:
     guidance_scale_high: float | None
     fps: int
     video_length: int
-    vae_stride: tuple[int, int, int]
+    latents: LatentLayout
 
 
 _T2V_1_3B = WanConfig("t2v", dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16)
@@ -55,11 +85,11 @@ _TI2V_5B = WanConfig("ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=3
 TASKS: dict[str, WanTask] = {
     task.name: task
     for task in (
-        WanTask("t2v-1.3B", _T2V_1_3B, None, 5.0, 50, 5.0, None, 16, 81, (4, 8, 8)),
-        WanTask("t2v-14B", _T2V_14B, None, 5.0, 50, 5.0, None, 16, 81, (4, 8, 8)),
-        WanTask("t2i-14B", _T2V_14B, None, 5.0, 50, 5.0, None, 16, 1, (4, 8, 8)),
-        WanTask("t2v-A14B", _T2V_14B, 0.875, 12.0, 40, 3.0, 4.0, 16, 81, (4, 8, 8)),
-        WanTask("i2v-A14B", _I2V_A14B, 0.900, 5.0, 40, 3.5, 3.5, 16, 81, (4, 8, 8)),
-        WanTask("ti2v-5B", _TI2V_5B, None, 5.0, 50, 5.0, None, 24, 121, (4, 16, 16)),
+        WanTask("t2v-1.3B", _T2V_1_3B, None, 5.0, 50, 5.0, None, 16, 81, WAN_2_1_VAE),
+        WanTask("t2v-14B", _T2V_14B, None, 5.0, 50, 5.0, None, 16, 81, WAN_2_1_VAE),
+        WanTask("t2i-14B", _T2V_14B, None, 5.0, 50, 5.0, None, 16, 1, WAN_2_1_VAE),
+        WanTask("t2v-A14B", _T2V_14B, 0.875, 12.0, 40, 3.0, 4.0, 16, 81, WAN_2_1_VAE),
+        WanTask("i2v-A14B", _I2V_A14B, 0.900, 5.0, 40, 3.5, 3.5, 16, 81, WAN_2_1_VAE),
+        WanTask("ti2v-5B", _TI2V_5B, None, 5.0, 50, 5.0, None, 24, 121, WAN_2_2_VAE),
     )
 }

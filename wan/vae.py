@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wan.configs import WAN_2_1_VAE as LAYOUT
 from wan.errors import InputError
 from wan.state_dict_files import fill_model, read_state_dict, strip_prefix
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-
-LATENT_CHANNELS = 16
-FRAME_STRIDE = 4
-PIXEL_STRIDE = 8
 
 # Per channel, from Wan's own VAE: stored latent = (mean of the posterior - LATENTS_MEAN) / LATENTS_STD.
 LATENTS_MEAN = (
@@ -83,9 +80,9 @@ class WanVAE:
     @torch.no_grad()
     def decode(self, latents_BCFHW: Tensor) -> Tensor:
         """The video [B, 3, 4F-3, 8h, 8w] in float32, clamped to [-1, 1], of normalised latents [B, 16, F, h, w]."""
-        if latents_BCFHW.ndim != 5 or latents_BCFHW.shape[1] != LATENT_CHANNELS:
+        if latents_BCFHW.ndim != 5 or latents_BCFHW.shape[1] != LAYOUT.channels:
             shape = tuple(latents_BCFHW.shape)
-            raise InputError(f"latents have the shape {shape}; the Wan 2.1 VAE decodes [B, {LATENT_CHANNELS}, F, h, w]")
+            raise InputError(f"latents have the shape {shape}; the Wan 2.1 VAE decodes [B, {LAYOUT.channels}, F, h, w]")
         mean, std = _normalisation(self.device)
         latents = latents_BCFHW.to(self.device, torch.float32) * std + mean
         return self.model.decode(latents.to(self.dtype)).sample.float()  # diffusers clamps
@@ -102,7 +99,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str |
     from diffusers import AutoencoderKLWan  # here, because it takes seconds
 
     with torch.device("meta"):
-        model = AutoencoderKLWan(base_dim=base_dim, z_dim=LATENT_CHANNELS)
+        model = AutoencoderKLWan(base_dim=base_dim, z_dim=LAYOUT.channels)
     renamed = {diffusers_name(name): tensor for name, tensor in tensors.items()}
     fill_model(model, renamed, dtype, device, f"{path} is not a Wan 2.1 VAE")
     return WanVAE(model)
@@ -127,8 +124,8 @@ def _base_dim(tensors: Mapping[str, Tensor], path: str | Path) -> int:
     if "decoder.head.0.gamma" not in tensors or "conv2.weight" not in tensors:
         raise InputError(f"{path} is not a Wan 2.1 VAE: it does not contain decoder.head.0.gamma or conv2.weight")
     channels = tensors["conv2.weight"].shape[1]
-    if channels != LATENT_CHANNELS:
-        raise InputError(f"{path} is a VAE with {channels} latent channels; the Wan 2.1 VAE has {LATENT_CHANNELS}")
+    if channels != LAYOUT.channels:
+        raise InputError(f"{path} is a VAE of {channels} latent channels; the Wan 2.1 VAE has {LAYOUT.channels}")
     return tensors["decoder.head.0.gamma"].shape[0]
 
 
@@ -136,10 +133,12 @@ def _check_video(video_BCTHW: Tensor) -> None:
     if video_BCTHW.ndim != 5 or video_BCTHW.shape[1] != 3:
         raise InputError(f"a video has the shape {tuple(video_BCTHW.shape)}; the VAE encodes [B, 3, T, H, W]")
     frames, height, width = video_BCTHW.shape[2:]
-    if frames % FRAME_STRIDE != 1:
+    if frames % LAYOUT.frame_stride != 1:
         raise InputError(f"a video has {frames} frames; the VAE encodes 1, 5, 9, ... (4k+1) frames")
-    if height % PIXEL_STRIDE or width % PIXEL_STRIDE or not height or not width:
-        raise InputError(f"a video is {width}x{height}; the VAE encodes sizes that are multiples of {PIXEL_STRIDE}")
+    if height % LAYOUT.pixel_stride or width % LAYOUT.pixel_stride or not height or not width:
+        raise InputError(
+            f"a video is {width}x{height}; the VAE encodes sizes that are multiples of {LAYOUT.pixel_stride}"
+        )
 
 
 def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:

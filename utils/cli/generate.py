@@ -253,9 +253,10 @@ def _prompt_defaults(flags: argparse.Namespace, task: WanTask) -> SamplePrompt:
     """The values for what a prompt's own options leave out."""
     height, width = flags.video_size
     frames = task.video_length if flags.video_length is None else flags.video_length
-    if frames % 4 != 1:
-        below = frames // 4 * 4 + 1
-        raise InputError(f"--video_length {frames} must be 4k+1, such as {below} or {below + 4}")
+    nearest = task.latents.whole_frames(max(frames, 1))
+    if frames != nearest:
+        above = nearest + task.latents.frame_stride
+        raise InputError(f"--video_length {frames} must be 4k+1, such as {nearest} or {above}")
     defaults = SamplePrompt(
         prompt=flags.prompt or "",
         negative_prompt=flags.negative_prompt,

@@ -11,20 +11,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from utils.files import file_problem
 from utils.slice_saving import UNFINISHED, whole_file
+from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
-from wan.safetensors_header import read_file_header
+from wan.safetensors_header import TensorEntry, read_file_header
 
 _FORMAT = {"architecture": "wan", "format_version": "1.0.1"}
-_LATENTS_NAME = re.compile(r"(.+)_(\d{4,})x(\d{4,})_wan\.safetensors")
-_CLIP_STEM = re.compile(r"(.+)_(\d{5,})-(\d{3,})")
+# Digits are bounded: a stray file with a huge position would have as many windows looked for.
+_LATENTS_NAME = re.compile(r"(.+)_([0-9]{4,6})x([0-9]{4,6})_wan\.safetensors", re.DOTALL)
+_CLIP_STEM = re.compile(r"(.+)_([0-9]{5,6})-([0-9]{3,5})", re.DOTALL)
 _LATENTS_KEY = re.compile(r"latents_(\d+)x(\d+)x(\d+)_\w+")
 _TEXT_KEY = re.compile(r"varlen_t5_\w+")
+_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class CachedClip:
-    """What the name of a video's latent cache tells: the first frame, the number of frames, the size in pixels."""
+    """What the name of a video's latent cache says: the first frame, the number of frames, the size in pixels."""
 
     path: Path
     start: int
@@ -33,28 +37,28 @@ class CachedClip:
 
 
 def image_latents_path(folder: Path, stem: str, size: tuple[int, int]) -> Path:
-    """Where a picture's latents lie; `size` is the picture's own (width, height)."""
+    """The cache file of a picture's latents; `size` is the picture's own (width, height)."""
     return folder / f"{stem}_{size[0]:04d}x{size[1]:04d}_wan.safetensors"
 
 
 def clip_latents_path(folder: Path, stem: str, start: int, frames: int, size: tuple[int, int]) -> Path:
-    """Where a clip's latents lie; `size` is the (width, height) that it was brought to."""
+    """The cache file of a clip's latents; `size` is the (width, height) that it was resized to."""
     return image_latents_path(folder, f"{stem}_{start:05d}-{frames:03d}", size)
 
 
 def text_path(folder: Path, stem: str) -> Path:
-    """Where the encoded caption of a picture or video lies."""
+    """The cache file of the encoded caption of a picture or video."""
     return folder / f"{stem}_wan_te.safetensors"
 
 
 def latents_files(folder: Path) -> list[Path]:
     """All latent caches of a folder, sorted."""
-    return sorted(path for path in folder.glob("*_wan.safetensors") if _LATENTS_NAME.fullmatch(path.name))
+    return [path for path in _files(folder, "*_wan.safetensors") if _LATENTS_NAME.fullmatch(path.name)]
 
 
 def text_files(folder: Path) -> list[Path]:
     """All text caches of a folder, sorted."""
-    return sorted(folder.glob("*_wan_te.safetensors"))
+    return _files(folder, "*_wan_te.safetensors")
 
 
 def remove_unfinished(folder: Path, ending: str) -> None:
@@ -89,87 +93,42 @@ def write_latents(
 
 
 def write_text(path: Path, text_SD: torch.Tensor, caption: str) -> None:
-    """Writes the encoded tokens of a caption; what else an existing file holds is kept."""
-    kept, metadata = _other_tensors(path) if path.exists() else ({}, {})
+    """Writes the encoded tokens of a caption; other tensors in an existing file are kept, if it can be read."""
+    kept, metadata = _other_tensors(path)
     kept[f"varlen_t5_{_dtype_name(text_SD)}"] = text_SD
     _write(path, kept, {**metadata, **_FORMAT, "caption1": caption})
 
 
 def read_latents(path: Path) -> torch.Tensor:
-    """[C, F, H, W] in the file's dtype."""
-    return _read(path, _LATENTS_KEY, "latents")
+    """[C, F, H, W] in the file's dtype; InputError names a file that is damaged or holds NaN or infinity."""
+    return _read(path, _latents_entry(path)[0])
 
 
 def read_text(path: Path) -> torch.Tensor:
-    """[S, D] in the file's dtype."""
-    return _read(path, _TEXT_KEY, "text")
+    """[S, D] in the file's dtype; InputError names a file that is damaged or holds NaN or infinity."""
+    return _read(path, _text_entry(path)[0])
 
 
 def latents_shape(path: Path) -> tuple[int, ...]:
-    """(C, F, H, W) as the file's header tells."""
-    return _header(path, _LATENTS_KEY, "latents")[0]
+    """(C, F, H, W) from the file's header; InputError if that is not a latent to train on."""
+    return _latents_entry(path)[0].shape
 
 
 def text_header(path: Path) -> tuple[tuple[int, ...], str | None]:
-    """The shape (S, D) and the caption that was encoded, None if the file does not tell it."""
-    shape, metadata = _header(path, _TEXT_KEY, "text")
-    return shape, metadata.get("caption1")
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _other_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with _opened(path) as file:
-        keys = [key for key in file.keys() if not _TEXT_KEY.fullmatch(key)]  # noqa: SIM118
-        # Copies, because Windows cannot replace a file that is still mapped.
-        return {key: file.get_tensor(key).clone() for key in keys}, file.metadata() or {}
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    with whole_file(path) as file:
-        file.write(save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata))
-
-
-def _read(path: Path, pattern: re.Pattern, what: str) -> torch.Tensor:
-    with _opened(path) as file:
-        return file.get_tensor(_only_key(file, pattern, what, path))
-
-
-def _header(path: Path, pattern: re.Pattern, what: str) -> tuple[tuple[int, ...], dict[str, str]]:
-    with _opened(path) as file:
-        key = _only_key(file, pattern, what, path)
-        return tuple(file.get_slice(key).get_shape()), file.metadata() or {}
-
-
-def _opened(path: Path):
-    try:
-        read_file_header(path)
-        return safe_open(path, framework="pt")
-    except (InputError, SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable cache file: {error}; delete it, then make it again") from None
-
-
-def _only_key(file, pattern: re.Pattern, what: str, path: Path) -> str:
-    keys = [key for key in file.keys() if pattern.fullmatch(key)]  # noqa: SIM118
-    if len(keys) != 1:
-        raise InputError(f"{path} holds {len(keys)} tensors of {what} for Wan, one is needed; delete it, make it again")
-    return keys[0]
-
-
-LATENT_CHANNELS = 16
-FRAME_STRIDE = 4
-PIXEL_STRIDE = 8
+    """The shape (S, D), and the caption that was encoded where the file has it; InputError as latents_shape."""
+    entry, metadata = _text_entry(path)
+    return entry.shape, metadata.get("caption1")
 
 
 def latents_problem(cache: Path, source: Path, frames: int, bucket: tuple[int, int]) -> str | None:
-    """What is wrong with the latents of `frames` frames brought to `bucket` (width, height); None if nothing is."""
+    """Why the latents of `frames` frames at `bucket` (width, height) cannot be trained on; None if they can."""
     if not cache.is_file():
         return "has no latent cache"
-    width, height = bucket
-    wanted = (LATENT_CHANNELS, (frames - 1) // FRAME_STRIDE + 1, height // PIXEL_STRIDE, width // PIXEL_STRIDE)
-    found = latents_shape(cache)
+    wanted = WAN_2_1_VAE.shape(frames, bucket[1], bucket[0])
+    try:
+        found = latents_shape(cache)
+    except InputError as error:  # to be cached again like one that is missing
+        return f"has a damaged latent cache ({error})"
     if found != wanted:
         return f"was cached as latents {_times(found)}, the dataset file now asks for {_times(wanted)}"
     if _changed_at(source) > cache.stat().st_mtime_ns:
@@ -178,12 +137,79 @@ def latents_problem(cache: Path, source: Path, frames: int, bucket: tuple[int, i
 
 
 def text_problem(cache: Path, caption: str) -> str | None:
-    """What is wrong with the encoded tokens of a caption; None if nothing is."""
+    """Why the encoded tokens of a caption cannot be trained on; None if they can."""
     if not cache.is_file():
         return "has no text cache"
-    cached_caption = text_header(cache)[1]
-    # A file that does not tell its caption cannot be compared.
+    try:
+        cached_caption = text_header(cache)[1]
+    except InputError as error:  # to be cached again like one that is missing
+        return f"has a damaged text cache ({error})"
+    # A file without its caption cannot be compared.
     return None if cached_caption in (None, caption) else "has another caption than its text cache"
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if file_problem(path) is None)
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _other_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        entries, metadata = read_file_header(path)
+        keys = [key for key in entries if not _TEXT_KEY.fullmatch(key)]
+        return {key: _tensor(path, key) for key in keys}, metadata
+    except InputError:  # missing, or damaged and therefore cached again
+        return {}, {}
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    with whole_file(path) as file:
+        file.write(save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata))
+
+
+def _read(path: Path, entry: TensorEntry) -> torch.Tensor:
+    tensor = _tensor(path, entry.key)
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path} holds NaN or infinity: delete it and cache again")
+    return tensor
+
+
+def _tensor(path: Path, key: str) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            # A copy, because Windows cannot replace a file that is still mapped.
+            return file.get_tensor(key).clone()
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it and cache again") from None
+
+
+def _latents_entry(path: Path) -> tuple[TensorEntry, dict[str, str]]:
+    return _only_entry(path, _LATENTS_KEY, "latents", "[channels, frames, height, width]")
+
+
+def _text_entry(path: Path) -> tuple[TensorEntry, dict[str, str]]:
+    return _only_entry(path, _TEXT_KEY, "text", "[tokens, width]")
+
+
+def _only_entry(path: Path, key: re.Pattern, what: str, axes: str) -> tuple[TensorEntry, dict[str, str]]:
+    """The one tensor whose name matches `key`, and the file's metadata."""
+    try:
+        entries, metadata = read_file_header(path)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{path} ")
+        raise InputError(f"{path} is not a readable cache file: {reason}") from None
+    found = [entry for name, entry in entries.items() if key.fullmatch(name)]
+    if len(found) != 1:
+        raise InputError(f"{path} holds {len(found)} {what} tensors for Wan, not one")
+    [entry] = found
+    if entry.dtype not in _DTYPES:
+        raise InputError(f"{path} holds {what} as {entry.dtype}; allowed: {', '.join(_DTYPES)}")
+    if len(entry.shape) != axes.count(",") + 1 or not all(entry.shape):
+        raise InputError(f"{path} holds {what} of shape {list(entry.shape)}; {axes} is expected, none of them 0")
+    return entry, metadata
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -1,30 +1,39 @@
-"""The dataset file (toml or json) as frozen dataclasses, every mistake in it named."""
+"""The dataset file (toml or json) as frozen dataclasses; every mistake in it is named."""
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
+
 from utils.data.sizes import STEP, nearest_multiples
 from utils.data.sources import FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
-from utils.files import existing_file, read_toml
+from utils.files import file_name, names_text, read_json, read_toml, readable, shown
+from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.values import nearest
 
+_MOST = 1_000_000  # of anything that is counted; batches, repeats and frames stay far below
+_BYTES_OF_A_PIXEL = 12  # as the VAE reads it: three fp32 values
+
 
 def read_dataset_config(path: Path) -> DatasetConfig:
-    """All datasets of the file; a key that a dataset lacks comes from [general], else it has its default.
+    """All datasets of the file; a key that a dataset lacks comes from [general], else from the defaults.
 
-    InputError names the table and the key, and what is allowed there.
+    InputError names the table and the key, and says what is allowed there.
     """
-    tables = _read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+    is_json = path.suffix.lower() == ".json"
+    tables = _table(read_json(path, "dataset file"), str(path)) if is_json else read_toml(path)
     unknown = sorted(set(tables) - {"general", "datasets"})
     if unknown:
         hint = nearest(unknown[0], ("general", "datasets"))
-        raise InputError(f"{path}: unknown {_names(unknown)}{hint}; a dataset file has [general] and [[datasets]] only")
+        raise InputError(
+            f"{path}: unknown {names_text(unknown)}{hint}; a dataset file has [general] and [[datasets]] only"
+        )
     general = _values(_table(tables.get("general", {}), f"{path} [general]"), _GENERAL, f"{path} [general]")
     entries = tables.get("datasets", [])
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path} has no [[datasets]] table, one at least is needed")
+        raise InputError(f"{path} has no [[datasets]] table; at least one is needed")
     datasets = [
         _dataset(_table(entry, where), general, where)
         for number, entry in enumerate(entries, 1)
@@ -34,16 +43,9 @@ def read_dataset_config(path: Path) -> DatasetConfig:
     return DatasetConfig(path, tuple(datasets))
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return _table(json.loads(existing_file(path, "dataset file").read_text(encoding="utf-8-sig")), str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-
-
 def _table(value, where: str) -> dict:
     if not isinstance(value, dict):
-        raise InputError(f"{where} must be a table of keys, not {value!r}")
+        raise InputError(f"{where} must be a table of keys, not {shown(value)}")
     return value
 
 
@@ -54,7 +56,7 @@ def _dataset(table: dict, general: dict, where: str) -> AnyDataset:
     folder, lines = values.get(f"{kind}_directory"), values.get(f"{kind}_jsonl_file")
     if (folder is None) == (lines is None):
         keys = "image_directory, image_jsonl_file, video_directory, video_jsonl_file"
-        raise InputError(f"{where} needs one of {keys}, it has {'none' if folder is None else 'two'}")
+        raise InputError(f"{where} needs one of {keys}; it has {'none' if folder is None else 'two'}")
     if folder is not None and values.get("caption_extension") is None:
         raise InputError(f'{where}: {kind}_directory needs caption_extension, for example ".txt"')
     if lines is not None and values.get("cache_directory") is None:
@@ -77,12 +79,10 @@ def _refuse_key(key: str, schema: Mapping[str, Callable], where: str) -> None:
         raise InputError(f"{where}: {key} is not supported: {_UNSUPPORTED[key]}; leave it out")
     if key in _VIDEO or key in _IMAGE:
         place = "[[datasets]] tables" if schema is _GENERAL else "video datasets" if key in _VIDEO else "image datasets"
-        raise InputError(f"{where}: {key} belongs in {place}; allowed here: {_names(schema)}")
-    raise InputError(f"{where}: unknown key {key}{nearest(key, schema)}; allowed here: {_names(schema)}")
-
-
-def _names(keys) -> str:
-    return ", ".join(sorted(map(str, keys)))
+        raise InputError(f"{where}: {key} belongs in {place}; allowed here: {names_text(sorted(schema))}")
+    raise InputError(
+        f"{where}: unknown key {names_text([key])}{nearest(key, schema)}; allowed here: {names_text(sorted(schema))}"
+    )
 
 
 def _check_resolution(dataset: AnyDataset, where: str) -> None:
@@ -93,77 +93,98 @@ def _check_resolution(dataset: AnyDataset, where: str) -> None:
             f"{where}: resolution {list(dataset.resolution)} must be multiples of {STEP}: instead of {wrong[0]} use "
             f"{nearest_multiples(wrong[0])}, or set enable_bucket = true"
         )
+    width, height = dataset.resolution
+    # A "full" clip is as long as its video, which may be far below max_frames.
+    has_targets = isinstance(dataset, VideoDataset) and dataset.frame_extraction != "full"
+    frames, memory = max(dataset.target_frames) if has_targets else 1, psutil.virtual_memory().total
+    if (needed := width * height * frames * _BYTES_OF_A_PIXEL) > memory:
+        raise InputError(
+            f"{where}: {frames} frames at {width}x{height} take {readable(needed)} before they are encoded, and this "
+            f"computer has {readable(memory)}: choose a smaller resolution or fewer frames"
+        )
 
 
 def _refuse_shared_caches(datasets: list[AnyDataset], path: Path) -> None:
-    folders = [dataset.cache_directory.resolve() for dataset in datasets]
-    for number, folder in enumerate(folders):
-        first = folders.index(folder)
+    numbers: dict[str, int] = {}
+    for number, dataset in enumerate(datasets, 1):
+        folder = os.path.realpath(dataset.cache_directory)
+        first = numbers.setdefault(os.path.normcase(folder), number)
         if first < number:
             raise InputError(
-                f"{path}: datasets {first + 1} and {number + 1} share one cache folder, {folder}; each needs its own: "
-                "set cache_directory"
+                f"{path}: datasets {first} and {number} share the cache folder {folder}; each needs its own: set "
+                "cache_directory"
             )
 
 
 def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST
 
 
 def _count(value, where: str) -> int:
     if not _is_count(value):
-        raise InputError(f"{where} must be a whole number from 1 up, not {value!r}")
+        raise InputError(f"{where} must be a whole number from 1 to {_MOST}, not {shown(value)}")
     return value
 
 
 def _flag(value, where: str) -> bool:
     if not isinstance(value, bool):
-        raise InputError(f"{where} must be true or false, not {value!r}")
+        raise InputError(f"{where} must be true or false, not {shown(value)}")
     return value
 
 
 def _text(value, where: str) -> str:
     if not isinstance(value, str) or not value:
-        raise InputError(f"{where} must be text in quotes, not {value!r}")
+        raise InputError(f"{where} must be text in quotes, not {shown(value)}")
     return value
 
 
 def _path(value, where: str) -> Path:
-    return Path(_text(value, where))
+    if "\0" in _text(value, where):
+        raise InputError(f"{where} cannot be a path: {shown(value)}")
+    return Path(value)
+
+
+def _extension(value, where: str) -> str:
+    if file_name(f"a{_text(value, where)}") != f"a{value}":
+        raise InputError(f'{where} must be the end of a file name, for example ".txt", not {shown(value)}')
+    return value
 
 
 def _resolution(value, where: str) -> tuple[int, int]:
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2 or not all(_is_count(side) and side >= STEP for side in sides):
-        raise InputError(f"{where} must be one whole number or [width, height], each from {STEP} up, not {value!r}")
+        raise InputError(
+            f"{where} must be one whole number or [width, height], each from {STEP} to {_MOST}, not {shown(value)}"
+        )
     return sides[0], sides[1]
 
 
 def _target_frames(value, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where} must be a list of whole numbers, for example [1, 25, 45], not {value!r}")
+        raise InputError(f"{where} must be a list of whole numbers, for example [1, 25, 45], not {shown(value)}")
     for frames in value:
-        if _count(frames, where) % 4 != 1:
-            below = (frames - 1) // 4 * 4 + 1
-            raise InputError(f"{where} must be of the form 4n+1: instead of {frames} use {below} or {below + 4}")
+        below = WAN_2_1_VAE.whole_frames(_count(frames, where))
+        if frames != below:
+            above = below + WAN_2_1_VAE.frame_stride
+            raise InputError(f"{where} must be of the form 4n+1: instead of {frames} use {below} or {above}")
     return tuple(sorted(set(value)))
 
 
 def _extraction(value, where: str) -> str:
-    if value not in FRAME_EXTRACTIONS:
-        raise InputError(f"{where} must be one of {', '.join(FRAME_EXTRACTIONS)}, not {value!r}")
+    if not isinstance(value, str) or value not in FRAME_EXTRACTIONS:
+        raise InputError(f"{where} must be one of {', '.join(FRAME_EXTRACTIONS)}, not {shown(value)}")
     return value
 
 
 def _fps(value, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise InputError(f"{where} must be a number above 0, for example 30, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST:
+        raise InputError(f"{where} must be a number above 0 (up to {_MOST}), for example 30, not {shown(value)}")
     return float(value)
 
 
 _GENERAL = {
     "resolution": _resolution,
-    "caption_extension": _text,
+    "caption_extension": _extension,
     "batch_size": _count,
     "num_repeats": _count,
     "enable_bucket": _flag,
@@ -182,9 +203,9 @@ _VIDEO = {
     "max_frames": _count,
     "source_fps": _fps,
 }
-_CONTROL = "control pictures and videos are for image-to-video and control models, this trains text-to-video"
-_FRAME_PACK = "it is for FramePack's one-frame training, this trains Wan"
-_EDIT_MODEL = "it is for picture-editing models, this trains Wan"
+_CONTROL = "control pictures and videos are for image-to-video and control models; this trains text-to-video"
+_FRAME_PACK = "it is for FramePack's one-frame training; this trains Wan"
+_EDIT_MODEL = "it is for picture-editing models; this trains Wan"
 _UNSUPPORTED = {
     "control_directory": _CONTROL,
     "multiple_target": _EDIT_MODEL,

@@ -5,10 +5,11 @@ B batch, C channels, F H W latent frames, height, width, S text tokens, D text w
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.cache_files import read_latents, read_text
@@ -22,6 +23,7 @@ _COMMANDS = {
     "text": "python wan_cache_text_encoder_outputs.py --dataset_config {path} --t5 T5",
 }
 _NAMED_PROBLEMS = 3
+_MOST_ENTRIES = 10_000_000  # of an epoch: at a second a step four months, and a gigabyte of numbers to shuffle
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class _Bucket:
 
 
 class TrainingDataset(Dataset):
-    """All items of all datasets; indexed by a batch, a tuple of entries.
+    """All items of all datasets; indexed by a batch, which is a tuple of entries.
 
-    An entry is one of the times that an epoch shows an item: the item's number, plus len(items) for each repeat.
+    An epoch shows an item num_repeats times, each time under an entry of its own: the item's number, plus len(items)
+    for each repeat before.
     """
 
     def __init__(self, items: Sequence[Item], buckets: Sequence[_Bucket], lines: Sequence[str]):
@@ -45,7 +48,7 @@ class TrainingDataset(Dataset):
         self._lines = tuple(lines)
 
     def describe(self) -> list[str]:
-        """What is trained on, one line per dataset, one more for what is left out."""
+        """What is trained on: one line per dataset, and one more for what is left out."""
         return list(self._lines)
 
     @property
@@ -84,25 +87,24 @@ class TrainingDataset(Dataset):
         items = [self.items[entry % len(self.items)] for entry in batch]
         return {
             "latents": torch.stack([read_latents(item.latents).float() for item in items]),
-            # Copies, so that no file stays mapped while the batch lives.
-            "t5": [read_text(item.text).clone() for item in items],
+            "t5": [read_text(item.text) for item in items],
             "names": [item.name for item in items],
             "entries": list(batch),
         }
 
 
 class EpochSampler:
-    """Yields one process's batches of an epoch; set_epoch moves a loader on without new worker processes."""
+    """Yields one process's batches of an epoch; set_epoch moves a loader on and keeps its worker processes."""
 
     def __init__(self, dataset: TrainingDataset, seed: int, epoch: int, skip: int, rank: int, world: int):
         self._dataset, self._seed, self._rank, self._world = dataset, seed, rank, world
         self.set_epoch(epoch, skip)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next iteration goes over `epoch`, without its first `skip` batches of this process."""
+        """The next iteration is over `epoch`, without the first `skip` batches of this process."""
         batches = self._dataset.epoch_batches(self._seed, epoch)
         per_rank = -(-len(batches) // self._world)
-        # Wrapped, because processes that disagree on the number of steps wait for each other for ever.
+        # Wrapped around, because processes with different numbers of steps would wait for each other forever.
         mine = range(self._rank, per_rank * self._world, self._world)
         self._batches = [batches[number % len(batches)] for number in mine][skip:]
 
@@ -114,7 +116,7 @@ class EpochSampler:
 
 
 def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
-    """The datasets with all their caches; InputError names what is missing or stale and the command that makes it."""
+    """The datasets with all their caches; InputError names what is missing, stale or damaged, and what to run."""
     found = [cached_items(dataset) for dataset in config.datasets]
     problems = [problem for cached in found for problem in cached.problems]
     if problems:
@@ -122,15 +124,33 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
     items = [item for cached in found for item in cached.items]
     if not items:
         raise InputError(
-            f"{config.path}: no video is as long as the smallest of its target_frames, nothing to train on"
+            f"{config.path}: no video is as long as the smallest of its target_frames; there is nothing to train on"
         )
     _check_text_widths(items)
+    _check_entries(config, found)
     lines = [
         line
         for number, (dataset, cached) in enumerate(zip(config.datasets, found, strict=True), 1)
         for line in _describe(number, dataset, cached)
     ]
     return TrainingDataset(items, _buckets(config.datasets, found), lines)
+
+
+class BatchLoader:
+    """One process's batches of an epoch; `sampler.set_epoch(epoch, skip=0)` moves it on, with the same workers."""
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+        self.sampler = loader.sampler
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self._loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
 
 def make_loader(
@@ -142,13 +162,17 @@ def make_loader(
     world: int = 1,
     workers: int = 0,
     persistent: bool = False,
-) -> DataLoader:
-    """A loader of this process's batches from batch `skip` on, every process as many.
+    say: Callable[[str], None] = print,
+) -> BatchLoader:
+    """A loader of this process's batches from batch `skip` on; every process has as many.
 
-    Its `.sampler.set_epoch(epoch, skip=0)` moves it on to another epoch, with the same workers if they are persistent.
+    Its workers are kept from epoch to epoch if they are persistent; says so if they cannot be started.
     """
-    return DataLoader(
-        dataset,
+    if workers and (problem := _workers_problem(workers)):
+        say(f"note: shared memory cannot be used ({problem}), so batches are read without data-loader workers")
+        workers = 0
+    loader = DataLoader(
+        _SentByPipe(dataset) if workers else dataset,
         batch_size=None,
         sampler=EpochSampler(dataset, seed, epoch, skip, rank, world),
         num_workers=workers,
@@ -157,6 +181,50 @@ def make_loader(
         # Its own, because a loader draws a number from the global generator otherwise.
         generator=torch.Generator(),
     )
+    return BatchLoader(loader)
+
+
+class _SentByPipe(Dataset):
+    """A dataset in a worker process: batches leave it through its pipe, errors of users as values.
+
+    Sent as tensors, batches would lie in shared memory, which is small in containers and where a full one ends in a
+    stall or a bus error; raised, an error would arrive with a traceback in its text.
+    """
+
+    def __init__(self, dataset: TrainingDataset):
+        self._dataset = dataset
+
+    def __getitem__(self, batch: tuple[int, ...]) -> "dict | InputError":
+        try:
+            loaded = self._dataset[batch]
+        except InputError as error:
+            return error
+        texts = [_PlainTensor(text_SD) for text_SD in loaded["t5"]]
+        return {**loaded, "latents": _PlainTensor(loaded["latents"]), "t5": texts}
+
+
+class _PlainTensor:
+    """A tensor that is pickled by its bytes, and unpickled as a tensor."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple:
+        values = self._tensor.contiguous()
+        return _tensor_of, (bytearray(values.view(torch.uint8).numpy()), values.dtype, tuple(values.shape))
+
+
+def _tensor_of(values: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(values, dtype=dtype).view(shape)
+
+
+def _workers_problem(workers: int) -> str | None:
+    """Why worker processes cannot be started; None if they can. Their queues need semaphores in shared memory."""
+    try:
+        _together = [multiprocessing.Queue() for _ in range(workers + 4)]  # about as many as the loader makes
+    except (OSError, ImportError) as error:  # ImportError: a system without semaphores
+        return str(error)
+    return None
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -179,7 +247,18 @@ def _problem_line(problems: Sequence[Problem], config: DatasetConfig) -> str:
 def _check_text_widths(items: Sequence[Item]) -> None:
     widths = sorted({item.text_shape[1] for item in items})
     if len(widths) > 1:
-        raise InputError(f"the text caches are of different text encoders, their widths are {widths}: make them again")
+        raise InputError(
+            f"the text caches come from different text encoders, their widths are {widths}: run "
+            "wan_cache_text_encoder_outputs.py again"
+        )
+
+
+def _check_entries(config: DatasetConfig, found: Sequence[CachedItems]) -> None:
+    counts = [len(cached.items) * dataset.num_repeats for dataset, cached in zip(config.datasets, found, strict=True)]
+    if sum(counts) > _MOST_ENTRIES:
+        raise InputError(
+            f"{config.path}: an epoch would show {sum(counts):,} items, more than {_MOST_ENTRIES:,}: lower num_repeats"
+        )
 
 
 def _buckets(datasets: Sequence[AnyDataset], found: Sequence[CachedItems]) -> list[_Bucket]:

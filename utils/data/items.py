@@ -1,5 +1,6 @@
-"""The items that a dataset trains on: every source with its caches, missing or stale ones named."""
+"""The items that a dataset trains on: every source with its caches; missing, stale or damaged ones are named."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from utils.data.cache_files import (
 from utils.data.media import count_frames
 from utils.data.sizes import SizedSource, clip_windows, frames_needed, longest_full_clip, sized_sources
 from utils.data.sources import AnyDataset, ImageDataset, Source, VideoDataset, list_sources
+from utils.files import folder_entries
+from wan.configs import WAN_2_1_VAE
 
 # Opening files waits for the disk, so threads help on one core too.
 _READERS = 8
@@ -26,20 +29,24 @@ _READERS = 8
 
 @dataclass(frozen=True)
 class Item:
-    """One picture or clip to train on; `bucket` is its (width, height) in pixels, `text_shape` is (tokens, width)."""
+    """One picture or clip to train on.
+
+    `bucket` is its (width, height) in pixels, `latent_shape` is (C, F, H, W), `text_shape` is (tokens, width).
+    """
 
     name: str
     latents: Path
     text: Path
     bucket: tuple[int, int]
     frames: int
+    latent_shape: tuple[int, int, int, int]
     text_shape: tuple[int, int]
     caption: str
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a source cannot be trained on, and which of its caches ("latents" or "text") has to be made."""
+    """Why a source cannot be trained on, and which of its caches ("latents" or "text") has to be created."""
 
     source: Path
     cache: str
@@ -48,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class CachedItems:
-    """What a dataset trains on, in order of the names; `left_out` has no caption or is too short for a clip."""
+    """What a dataset trains on, in order of the names; those in `left_out` have no caption or are too short."""
 
     items: tuple[Item, ...]
     problems: tuple[Problem, ...]
@@ -56,7 +63,9 @@ class CachedItems:
 
 
 def cached_items(dataset: AnyDataset) -> CachedItems:
-    """Looks up the caches of every source; InputError if a source or a cache file cannot be read."""
+    """Looks up the caches of every source; InputError if a source or the cache folder cannot be read."""
+    if os.path.exists(dataset.cache_directory):  # Path.exists raises where a folder above it cannot be read
+        folder_entries(dataset.cache_directory, "cache_directory")
     sources = list_sources(dataset, _READERS)
     sized = sized_sources(dataset, sources.found, _READERS)
     if isinstance(dataset, ImageDataset):
@@ -72,7 +81,7 @@ def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], left_out: 
         cache = image_latents_path(dataset.cache_directory, stem, entry.size)
         problem = latents_problem(cache, entry.source.path, 1, entry.bucket)
         if not cache.is_file() and stem in other_sizes:
-            problem = f"is {_size(entry.size)}, its cache was made of {_size(other_sizes[stem])}"
+            problem = f"is {_size(entry.size)}, but was {_size(other_sizes[stem])} when it was cached"
         _sort_out(dataset, entry, [(cache, 1, problem)], items, problems)
     return CachedItems(tuple(items), tuple(problems), left_out)
 
@@ -140,19 +149,19 @@ def _length(dataset: VideoDataset, source: Source) -> int:
 
 
 def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item], problems: list[Problem]) -> None:
-    """Files a source's (cache, frames, problem) under `items`, or under `problems` if there is one."""
-    source = entry.source
+    """Adds a source's (cache, frames, problem) to `items`, or to `problems` if there is one."""
+    source, (width, height) = entry.source, entry.bucket
     text = text_path(dataset.cache_directory, source.stem)
     broken = [Problem(source.path, "latents", problem) for *_, problem in found if problem][:1]
     problem = text_problem(text, source.caption)
     broken += [Problem(source.path, "text", problem)] if problem else []
     problems += broken
     if not broken:
-        shape = text_header(text)[0]
-        items += [
-            Item(source.path.name, cache, text, entry.bucket, frames, shape, source.caption)
-            for cache, frames, _ in found
-        ]
+        text_shape = text_header(text)[0]
+        for cache, frames, _ in found:
+            latent_shape = WAN_2_1_VAE.shape(frames, height, width)
+            name, caption = source.path.name, source.caption
+            items.append(Item(name, cache, text, entry.bucket, frames, latent_shape, text_shape, caption))
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures and videos from disk, brought to a size."""
+"""Pictures and videos from disk, resized and cropped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.files import file_problem, folder_entries
 from wan.errors import InputError
 
 try:
-    import pillow_jxl  # noqa: F401  (importing it teaches Pillow the format)
+    import pillow_jxl  # noqa: F401  (importing it registers the format with Pillow)
 
     _JXL = (".jxl",)
 except ImportError:
@@ -23,7 +24,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpe
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture as its header tells; InputError names a file that is none."""
+    """(width, height) from a picture's header; InputError names a file that is not a picture."""
+    _check_file(path)
     with _readable(path), Image.open(path) as image:
         return image.size
 
@@ -34,15 +36,17 @@ def video_size(path: Path) -> tuple[int, int]:
         return image_size(_pictures(path)[0])
     import av  # here, because workers that load caches open no video
 
+    _check_file(path)
     with _readable(path), av.open(path) as container:
         codec = _video_stream(container, path).codec_context
         if not codec.width or not codec.height:
-            raise InputError(f"{path} cannot be read: it tells no size")
+            raise InputError(f"{path} cannot be read: it has no size")
         return codec.width, codec.height
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     """A picture as uint8 [height, width, 3], resized and cropped to `size` (width, height); alpha is dropped."""
+    _check_file(path)
     with _readable(path), Image.open(path) as image:
         pixels = np.asarray(image if image.mode in ("RGB", "RGBA") else image.convert("RGB"))
     return resize_and_crop(pixels, size)[..., :3]
@@ -128,6 +132,7 @@ def _undecoded(path: Path) -> Iterator:
         return
     import av  # here, because workers that load caches open no video
 
+    _check_file(path)
     with av.open(path) as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
@@ -145,7 +150,8 @@ def _keep(frames: Iterator, source_fps: float | None, target_fps: float) -> Iter
 
 
 def _pictures(folder: Path) -> list[Path]:
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    named = [path for path in folder_entries(folder, "folder") if path.suffix.lower() in IMAGE_SUFFIXES]
+    pictures = [path for path in named if file_problem(path) is None]
     if not pictures:
         raise InputError(f"{folder} holds no pictures; looked for {' '.join(IMAGE_SUFFIXES)}")
     return pictures
@@ -157,15 +163,18 @@ def _video_stream(container, path: Path):
     return container.streams.video[0]
 
 
+def _check_file(path: Path) -> None:
+    """InputError for what opening would wait for, such as a named pipe."""
+    if problem := file_problem(path):
+        raise InputError(f"{path} {problem}")
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except _reading_errors() as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def _reading_errors() -> tuple[type[Exception], ...]:
-    import av  # here, because workers that load caches open no video
-
-    return OSError, SyntaxError, Image.DecompressionBombError, av.FFmpegError
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's and FFmpeg's readers raise whatever a damaged file leads them to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} cannot be read: {reason[:200]}") from None

@@ -1,4 +1,4 @@
-"""The size that a picture or video is brought to, and which frames of a video become clips."""
+"""What a source is cut to: its size in pixels, and for a video the frames that become clips."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +10,16 @@ import numpy as np
 
 from utils.data.media import image_size, video_size
 from utils.data.sources import AnyDataset, ImageDataset, Source, VideoDataset
+from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 
-# The VAE shrinks by 8, the transformer's patches by 2.
-STEP = 16
+STEP = WAN_2_1_VAE.pixel_multiple
+_MOST_CROPPED = 100  # times the area that is kept; scaling a strip of 1 pixel to a full size would fill the memory
 
 
 @dataclass(frozen=True)
 class SizedSource:
-    """A source with its own size and the bucket that it is brought to, both (width, height) in pixels."""
+    """A source with its own size and the bucket that it is resized to, both (width, height) in pixels."""
 
     source: Source
     size: tuple[int, int]
@@ -26,7 +27,7 @@ class SizedSource:
 
 
 def sized_sources(dataset: AnyDataset, sources: Sequence[Source], workers: int) -> list[SizedSource]:
-    """The sources with their sizes, read by `workers` threads; InputError names one that cannot be opened."""
+    """The sources with their sizes, read by `workers` threads; InputError names one that cannot be used."""
     size_of = image_size if isinstance(dataset, ImageDataset) else video_size
     with ThreadPoolExecutor(workers) as pool:
         sizes = list(pool.map(size_of, [source.path for source in sources]))
@@ -39,15 +40,24 @@ def sized_sources(dataset: AnyDataset, sources: Sequence[Source], workers: int) 
 def choose_bucket(dataset: AnyDataset, source: Source, size: tuple[int, int]) -> tuple[int, int]:
     """The (width, height) in pixels that a source of `size` is trained at, both multiples of 16.
 
-    Without buckets it is the dataset's resolution. InputError if a picture kept at its own size has a side below 16.
+    Without buckets it is the dataset's resolution. InputError if hardly anything of the source would be left, or if a
+    picture that is not enlarged has a side below 16.
     """
-    if not dataset.enable_bucket:
-        return dataset.resolution
     width, height = size
-    if dataset.bucket_no_upscale and width * height <= dataset.resolution[0] * dataset.resolution[1]:
-        return _own_size(source, width, height)
-    aspect = width / height
-    return min(bucket_sizes(dataset.resolution), key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
+    if not dataset.enable_bucket:
+        bucket = dataset.resolution
+    elif dataset.bucket_no_upscale and width * height <= dataset.resolution[0] * dataset.resolution[1]:
+        bucket = _own_size(source, width, height)
+    else:
+        aspect = width / height
+        bucket = min(bucket_sizes(dataset.resolution), key=lambda size: abs(size[0] / size[1] - aspect))
+    covered = width * bucket[1], height * bucket[0]
+    if max(covered) > _MOST_CROPPED * min(covered):
+        raise InputError(
+            f"{source.path} is {width}x{height}: less than 1 % of it would be left at {bucket[0]}x{bucket[1]}, crop it "
+            "or remove it"
+        )
+    return bucket
 
 
 @lru_cache
@@ -69,19 +79,6 @@ def nearest_multiples(value: int) -> str:
     return f"{below} or {below + STEP}" if below else f"{STEP}"
 
 
-def _floor(value: int) -> int:
-    return value - value % STEP
-
-
-def _own_size(source: Source, width: int, height: int) -> tuple[int, int]:
-    bucket = _floor(width), _floor(height)
-    if 0 in bucket:
-        raise InputError(
-            f"{source.path} is {width}x{height}, smaller than {STEP}x{STEP} (bucket_no_upscale keeps it so)"
-        )
-    return bucket
-
-
 def clip_windows(dataset: VideoDataset, available: int) -> list[tuple[int, int]]:
     """The clips (first frame, number of frames) of a video of `available` frames; empty if it is too short."""
     if dataset.frame_extraction == "full":
@@ -91,13 +88,24 @@ def clip_windows(dataset: VideoDataset, available: int) -> list[tuple[int, int]]
 
 
 def longest_full_clip(dataset: VideoDataset, available: int) -> int:
-    """The frames of the one clip that "full" makes: 4n+1, because the VAE drops what is over in silence."""
-    return (min(available, dataset.max_frames) - 1) // 4 * 4 + 1
+    """The frames of the one clip that "full" makes: 4n+1, because the VAE silently drops the others."""
+    return WAN_2_1_VAE.whole_frames(min(available, dataset.max_frames))
 
 
 def frames_needed(dataset: VideoDataset) -> int | None:
     """The most frames that the extraction looks at, None if it is all of them."""
     return {"head": max(dataset.target_frames), "full": dataset.max_frames}.get(dataset.frame_extraction)
+
+
+def _floor(value: int) -> int:
+    return value - value % STEP
+
+
+def _own_size(source: Source, width: int, height: int) -> tuple[int, int]:
+    bucket = _floor(width), _floor(height)
+    if 0 in bucket:
+        raise InputError(f"{source.path} is {width}x{height}, smaller than {STEP}x{STEP} (bucket_no_upscale is set)")
+    return bucket
 
 
 def _starts(dataset: VideoDataset, available: int, frames: int) -> list[int]:

@@ -1,6 +1,6 @@
 """The pictures and clips that a dataset names, with their captions, in one fixed order."""
 
-import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,8 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from utils.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from utils.files import file_problem, folder_entries, names_text, parse_json, path_text, read_text
 from wan.errors import InputError
 
+_LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
+_FROM_HERE = "(paths start at the current folder)"
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 
 
@@ -74,14 +77,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """A dataset's sources in order of their names, and its pictures left out because they have no caption."""
+    """A dataset's sources in order of their names, and the pictures left out because they have no caption."""
 
     found: tuple[Source, ...]
     left_out: tuple[Path, ...] = ()
 
 
 def list_sources(dataset: AnyDataset, workers: int = 1) -> Sources:
-    """A dataset's captioned files, read by `workers` threads; InputError if there are none, or two share a stem."""
+    """A dataset's captioned files, read by `workers` threads.
+
+    InputError if there are none, one cannot be read, or their cache files could not be told apart.
+    """
     if isinstance(dataset, ImageDataset):
         folder, lines, field, suffixes = dataset.image_directory, dataset.image_jsonl_file, "image_path", IMAGE_SUFFIXES
     else:
@@ -90,14 +96,13 @@ def list_sources(dataset: AnyDataset, workers: int = 1) -> Sources:
         sources = Sources(tuple(sorted(_read_jsonl(lines, field), key=lambda source: str(source.path))))
     else:
         sources = _read_folder(folder, suffixes, dataset, workers)
-    _refuse_shared_stems(sources.found)
+    _check_stems(sources.found)
     return sources
 
 
 def _read_folder(folder: Path, suffixes: Sequence[str], dataset: AnyDataset, workers: int) -> Sources:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder (paths in a dataset file start at the current folder)")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+    named = [path for path in folder_entries(folder, "folder", _FROM_HERE) if path.suffix.lower() in suffixes]
+    paths = [path for path in named if file_problem(path) is None]
     if not paths:
         raise InputError(f"{folder} holds no files to train on; looked for {' '.join(suffixes)}")
     with ThreadPoolExecutor(workers) as pool:
@@ -110,14 +115,7 @@ def _read_folder(folder: Path, suffixes: Sequence[str], dataset: AnyDataset, wor
 
 def _read_caption(path: Path, extension: str) -> str | None:
     caption = path.with_name(path.stem + extension)
-    return _read_text(caption).strip() if caption.is_file() else None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    return read_text(caption, "caption file").strip() if file_problem(caption) is None else None
 
 
 def _check_captions(folder: Path, paths: list[Path], missing: Sequence[Path], dataset: AnyDataset) -> None:
@@ -130,37 +128,37 @@ def _check_captions(folder: Path, paths: list[Path], missing: Sequence[Path], da
 
 
 def _read_jsonl(file: Path, field: str) -> list[Source]:
-    if not file.is_file():
-        raise InputError(f"{file} does not exist (paths in a dataset file start at the current folder)")
-    lines = [(number, line) for number, line in enumerate(_read_text(file).splitlines(), 1) if line.strip()]
+    if problem := file_problem(file):
+        raise InputError(f"{file} {problem} {_FROM_HERE}")
+    # Not splitlines, which also splits at characters that captions may hold, such as U+2028.
+    lines = [(number, line) for number, line in enumerate(read_text(file, "file").split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"{file} is empty: each line needs a {field} and a caption")
     return [_read_line(line, field, f"{file} line {number}") for number, line in lines]
 
 
 def _read_line(line: str, field: str, where: str) -> Source:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from None
+    entry = parse_json(line, where)
     if not isinstance(entry, dict) or sorted(entry) != sorted([field, "caption"]):
         raise InputError(f'{where} must be {{"{field}": ..., "caption": ...}}; it has {_keys(entry)}')
     if not all(isinstance(value, str) for value in entry.values()):
         raise InputError(f"{where}: {field} and caption must be text")
     path = Path(entry[field])
-    if not path.exists():
-        raise InputError(f"{where}: {path} does not exist (paths start at the current folder)")
+    if problem := file_problem(path, or_folder=field == "video_path"):
+        raise InputError(f"{where}: {path_text(path)} {problem} {_FROM_HERE}")
     return Source(path, entry["caption"].strip())
 
 
-def _keys(entry) -> str:
-    return ", ".join(map(str, entry)) if isinstance(entry, dict) else "no keys"
+def _keys(entry: object) -> str:
+    return names_text(entry) if isinstance(entry, dict) and entry else "no keys"
 
 
-def _refuse_shared_stems(sources: Sequence[Source]) -> None:
+def _check_stems(sources: Sequence[Source]) -> None:
     seen: dict[str, Path] = {}
     for source in sources:
         # Folded, because the cache files of A.png and a.png are one file on Windows.
         other = seen.setdefault(source.stem.casefold(), source.path)
         if other != source.path:
             raise InputError(f"{other} and {source.path} would share one cache file: rename one of them")
+        if len(os.fsencode(source.stem)) > _LONGEST_STEM:
+            raise InputError(f"{source.path}: the name of its cache file would be too long, rename it")

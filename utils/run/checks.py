@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.data.dataset import TrainingDataset, build_training_dataset
+from utils.files import writable_folder
 from utils.learning.flow_matching import check_timesteps
 from utils.learning.lr_schedules import check_schedule
 from utils.learning.optimizers import check_optimizer
@@ -155,7 +156,7 @@ def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfi
 
 def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:
     """Every (height, width) that latents of the dataset have."""
-    return sorted({(item.bucket[1] // 8, item.bucket[0] // 8) for item in dataset.items})
+    return sorted({item.latent_shape[-2:] for item in dataset.items})
 
 
 def check_plan(
@@ -182,6 +183,10 @@ def check_plan(
     if asking:
         others[asking.path] = asking.size
     check_saves(saves, config.save, inputs, sizes, others)
+    if config.samples:
+        writable_folder(config.save.folder / "sample", "the folder of samples")
+    if config.log.trackers and config.log.folder:
+        writable_folder(config.log.folder, "--logging_dir")
     replaced = _replaced_lines(saves, own_entry(config.ff, config.ffid, config.save.name))
     free = shutil.disk_usage(config.save.folder).free
     use = disk_use(saves, sizes, values * _STATE_BYTES)

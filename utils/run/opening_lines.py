@@ -135,6 +135,6 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _tokens(item: Item, model: WanModel) -> int:
-    width, height = item.bucket
-    frames, rows, columns = model.config.patch_size
-    return ((item.frames - 1) // 4 + 1) // frames * (height // 8 // rows) * (width // 8 // columns)
+    return math.prod(
+        length // patch for length, patch in zip(item.latent_shape[1:], model.config.patch_size, strict=True)
+    )

@@ -92,7 +92,8 @@ def draw_samples(
     on_step: Callable[[], object] | None = None,
 ) -> list[SavedSample]:
     """Saves every sample as {stem}_{number}_{time}[_{seed, if the prompt gave it}]_000.png or .mp4."""
-    latents = [sample_prompt(model, sample, prepared.texts, device, on_step) for sample in prepared.samples]
+    source = "the model in training"
+    latents = [sample_prompt(model, sample, prepared.texts, device, on_step, source) for sample in prepared.samples]
     prepared.vae.to(device)
     time = datetime.now().strftime("%Y%m%d%H%M%S")
     saved = []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from utils.sampling.prompts import SamplePrompt
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, WanTask
+from wan.errors import InputError
 from wan.model import WanModel
 from wan.vae import WanVAE
 
@@ -39,8 +40,6 @@ class Sample:
 
 def resolve_sample(prompt: SamplePrompt, task: WanTask, seed: int, solver: str = "unipc") -> Sample:
     """`prompt` with the task's values and `seed` where it has none of its own."""
-    temporal, vertical, horizontal = task.vae_stride
-    latent_size = ((prompt.frames - 1) // temporal + 1, prompt.height // vertical, prompt.width // horizontal)
     return Sample(
         prompt=prompt.prompt,
         negative_prompt=_given(prompt.negative_prompt, DEFAULT_NEGATIVE_PROMPT),
@@ -52,7 +51,7 @@ def resolve_sample(prompt: SamplePrompt, task: WanTask, seed: int, solver: str =
         guidance_scale=_given(prompt.guidance_scale, task.guidance_scale),
         flow_shift=_given(prompt.flow_shift, task.flow_shift),
         solver=solver,
-        latent_shape=(task.config.out_dim, *latent_size),
+        latent_shape=task.latents.shape(prompt.frames, prompt.height, prompt.width),
     )
 
 
@@ -62,9 +61,15 @@ def _given(value, otherwise):
 
 @torch.no_grad()
 def encode_samples(text_encoder: Callable[[list[str]], list[Tensor]], samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """The embeddings [S, D] (CPU) of every prompt and negative prompt, each encoded once and on its own."""
+    """The encoded text [S, D] (CPU) of every prompt and negative prompt, each encoded once and alone.
+
+    InputError if one is not finite.
+    """
     texts = dict.fromkeys(text for sample in samples for text in (sample.prompt, sample.negative_prompt))
-    return {text: text_encoder([text])[0].cpu() for text in texts}
+    encoded = {text: text_encoder([text])[0].cpu() for text in texts}
+    for text, text_SD in encoded.items():
+        check_finite(text_SD, f"the text encoder's output for {text!r}", "the --t5 file may be damaged")
+    return encoded
 
 
 def sample_prompt(
@@ -73,13 +78,14 @@ def sample_prompt(
     texts: Mapping[str, Tensor],
     device: torch.device | str,
     on_step: Callable[[], object] | None = None,
+    source: str = "the model",
 ) -> Tensor:
     """The latent [C, F, H, W] (float32, CPU, normalised) of `sample` by one model, which runs on `device`.
 
-    `texts` comes from encode_samples; on_step is called after each step.
+    `texts` comes from encode_samples; on_step is called after each step; `source` names the model in an InputError.
     """
     denoising = Denoising(sample)
-    advance(denoising, model, sample.guidance_scale, texts, device, on_step=on_step)
+    advance(denoising, model, sample.guidance_scale, texts, device, on_step=on_step, source=source)
     return denoising.latent_CFHW
 
 
@@ -113,10 +119,12 @@ def advance(
     device: torch.device | str,
     t_end: float = 0.0,
     on_step: Callable[[], object] | None = None,
+    source: str = "the model",
 ) -> None:
     """Takes the steps at timesteps >= t_end with `model`; the latent and the solver stay on the CPU in float32.
 
-    A high-noise expert has t_end = 1000 * boundary; the low-noise one then takes the rest.
+    A high-noise expert has t_end = 1000 * boundary; the low-noise one then takes the rest. InputError, with `source`
+    and the step, if the model's output is not finite.
     """
     sample = denoising.sample
     context_SD, negative_SD = (texts[text].to(device) for text in (sample.prompt, sample.negative_prompt))
@@ -125,6 +133,8 @@ def advance(
         velocity_CFHW = _velocity(model, latents_BCFHW, t, guidance_scale, context_SD, negative_SD)[0].cpu()
         denoising.latent_CFHW = denoising.scheduler.step(velocity_CFHW, t, denoising.latent_CFHW).prev_sample
         denoising.done += 1
+        where = f"the output of {source} in step {denoising.done} of {sample.steps} for {sample.prompt!r}"
+        check_finite(denoising.latent_CFHW, where, "its weights may be damaged, or trained at too high a learning rate")
         if on_step:
             on_step()
 
@@ -177,5 +187,13 @@ def make_scheduler(solver: str, steps: int, shift: float):
 
 
 def decode_latent(vae: WanVAE, latent_CFHW: Tensor) -> Tensor:
-    """The video [3, T, H, W] of one latent: float32 in [-1, 1], on the CPU."""
-    return vae.decode(latent_CFHW[None])[0].float().cpu()
+    """The video [3, T, H, W] of one latent: float32 in [-1, 1], on the CPU; InputError if it is not finite."""
+    video_3THW = vae.decode(latent_CFHW[None])[0].float().cpu()
+    check_finite(video_3THW, "the output of the VAE", "try --vae_dtype float32")
+    return video_3THW
+
+
+def check_finite(values: Tensor, what: str, advice: str) -> None:
+    """InputError if `values` are not all finite: they would become a black picture."""
+    if not torch.isfinite(values).all():
+        raise InputError(f"{what} contains NaN or infinity, so nothing is saved from it: {advice}")

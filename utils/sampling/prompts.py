@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.files import existing_file, read_toml
+from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.values import GUIDANCE, SEED, SHIFT, Number, nearest, shown
 
-PIXEL_MULTIPLE = 16  # 8 pixels per latent value, 2x2 latent values per token
+PIXEL_MULTIPLE = WAN_2_1_VAE.pixel_multiple
 LARGEST_SIDE = 16_384
 FRAMES = Number(1, 10_000, whole=True)
 SAMPLE_STEPS = Number(1, 1000, whole=True)
@@ -95,7 +96,7 @@ def check_prompt(prompt: SamplePrompt, where: str) -> SamplePrompt:
         value = getattr(prompt, name)
         if value is not None:
             _check_number(value, allowed, name.replace("_", " "), where)
-    return replace(prompt, frames=(prompt.frames - 1) // 4 * 4 + 1)
+    return replace(prompt, frames=WAN_2_1_VAE.whole_frames(prompt.frames))
 
 
 def _sides(pixels: int) -> str:

@@ -1,4 +1,4 @@
-"""Writing samples: PNG, mp4 and latent files, each complete or not there at all.
+"""Writing samples: PNG, mp4 and latent files, each of them complete or absent.
 
 Shapes: T frames, H W height and width in pixels, C latent channels, F h w latent frames, height, width.
 """
@@ -11,27 +11,32 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from utils.sampling.denoising import check_finite
 from utils.slice_saving import UNFINISHED, whole_file
+from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.state_dict_files import read_state_dict
 
 LATENT_KEY = "latent"
+_LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _GONE = 600  # seconds without a byte
+_THREADS = 1  # with more, x264 now and then gives other bytes for the same frames while the CPU is busy
 _NAME = re.compile(r"\d{8}-\d{6}-\d{3}_.*\.(png|mp4|safetensors)")  # the names of generation
 
 
 def to_frames(video_3THW: Tensor) -> np.ndarray:
-    """uint8 [T, H, W, 3] of a video [3, T, H, W] in [-1, 1]; what lies outside is clamped."""
+    """uint8 [T, H, W, 3] of a video [3, T, H, W] in [-1, 1]; values outside are clamped."""
     levels = ((video_3THW.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def save_sample(folder: Path, stem: str, video_3THW: Tensor, fps: int) -> Path:
-    """Saves {stem}_000.png for one frame, else {stem}.mp4; the path comes back."""
+    """Saves {stem}_000.png for one frame, else {stem}.mp4; returns the path."""
     if video_3THW.shape[1] == 1:
         return save_image(folder / f"{stem}_000.png", video_3THW[:, 0])
     return save_video(folder / f"{stem}.mp4", video_3THW, fps)
@@ -55,7 +60,7 @@ def save_image(path: Path, frame_3HW: Tensor) -> Path:
 
 
 def save_video(path: Path, video_3THW: Tensor, fps: int) -> Path:
-    """Saves a video [3, T, H, W] in [-1, 1] as H.264 mp4; H and W are even."""
+    """Saves a video [3, T, H, W] in [-1, 1] as H.264 mp4, the same bytes for the same frames; H and W are even."""
     import av  # here, because only videos need it
 
     frames = to_frames(video_3THW)
@@ -64,8 +69,9 @@ def save_video(path: Path, video_3THW: Tensor, fps: int) -> Path:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = _THREADS
         for frame in frames:
-            # Converted here: the encoder's own conversion (PyAV 18) gave a frame other bits now and then, under load.
+            # Converted here: the encoder's own conversion (PyAV 18) now and then changed a frame's bits under load.
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=stream.pix_fmt)
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -80,14 +86,20 @@ def save_latent(path: Path, latent_CFhw: Tensor, metadata: Mapping[str, str]) ->
 
 
 def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """The latent [16, F, h, w] (float32) and the metadata of a latent file; InputError if it is not one."""
+    """The latent [C, F, h, w] (float32) and the metadata of a latent file; InputError if it cannot be decoded."""
     tensors, metadata = read_state_dict(path, "latent file")
-    shape = list(tensors[LATENT_KEY].shape) if LATENT_KEY in tensors else None
+    latent, channels = tensors.get(LATENT_KEY), WAN_2_1_VAE.channels
+    shape = None if latent is None else list(latent.shape)
     # Older files have a batch axis.
-    if shape is None or len(shape) not in (4, 5) or shape[:-3] not in ([16], [1, 16]):
+    if shape is None or len(shape) not in (4, 5) or shape[:-3] not in ([channels], [1, channels]) or 0 in shape:
         found = "none" if shape is None else f"the shape {shape}"
-        raise InputError(f"latent file {path}: `{LATENT_KEY}` of [16, frames, height, width] expected, found {found}")
-    return tensors[LATENT_KEY].float().reshape(shape[-4:]), metadata
+        raise InputError(
+            f"latent file {path}: `{LATENT_KEY}` of [{channels}, frames, height, width] expected, found {found}"
+        )
+    if latent.dtype not in _LATENT_DTYPES:
+        raise InputError(f"latent file {path}: `{LATENT_KEY}` is {latent.dtype}, not float32, float16 or bfloat16")
+    check_finite(latent, f"latent file {path}", "generate it again")
+    return latent.float().reshape(shape[-4:]), metadata
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -99,7 +111,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def _completed(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path` once written, its folder made if missing; a failure leaves nothing behind."""
+    """A file that becomes `path` once written, its folder created if missing; a failure leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         yield file
