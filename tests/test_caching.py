@@ -39,6 +39,11 @@ def vae_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def without_advice_on_gpus(monkeypatch):
+    monkeypatch.setattr(caching, "cpu_line", lambda device: None)
+
+
 @pytest.fixture
 def fake_encoder(monkeypatch, tmp_path):
     monkeypatch.setattr(caching, "load_text_encoder", lambda *args, **settings: FakeEncoder())
@@ -211,11 +216,11 @@ def test_pictures_without_a_caption_are_told_and_left_out(pictures, tmp_path, va
         (["--i2v"], "--i2v is not supported"),
         (["--debug_mode", "image"], "--debug_mode is not supported"),
         (["--vae_cache_cpu"], "--vae_cache_cpu is not supported"),
-        (["--vae_dtype", "int8"], "--vae_dtype int8 is not known; allowed: bfloat16"),
-        (["--batch_size", "0"], "--batch_size must be 1 or more"),
+        (["--vae_dtype", "int8"], "--vae_dtype: int8 is not one of bfloat16"),
+        (["--batch_size", "0"], "--batch_size must be a whole number from 1 to 10,000, not 0"),
         (["--device", "cuda:99"], "--device: cuda:99 does not exist"),
         (["--vae", "nowhere.pth"], "--vae nowhere.pth does not exist"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--unknown"], "unknown flag --unknown"),
     ],
 )
 def test_wrong_flags_are_named_before_anything_is_written(pictures, tmp_path, vae_file, flags, named):
