@@ -33,11 +33,17 @@ from utils.learning.optimizers import OptimizerConfig, build_optimizer  # noqa: 
 from utils.selective_finetune import TrainedSlice, attach_slice  # noqa: E402
 from utils.swap.backend import CudaBackend, HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
-from utils.swap.host_memory import available_bytes  # noqa: E402
-from utils.swap.placement import Placement, checkpoint_blocks, memory_line, place_model  # noqa: E402
+from utils.swap.placement import (  # noqa: E402
+    LoadedWeights,
+    Placement,
+    checkpoint_blocks,
+    memory_line,
+    place_model,
+)
 from utils.swap.plan import SwapConfig  # noqa: E402
 from wan.configs import TASKS, WanConfig  # noqa: E402
 from wan.errors import InputError  # noqa: E402
+from wan.memory import available_bytes  # noqa: E402
 from wan.model import WanModel  # noqa: E402
 
 TINY = replace(TASKS["t2v-14B"].config, dim=48, ffn_dim=96, num_heads=4, num_layers=4, text_dim=24, text_len=8)
@@ -185,11 +191,10 @@ def measure(
     trained = attach_slice(model, "0.001" if is_gpu else "0.05", 1, device=device)
     inputs = OptionalInputs(len(model.blocks), device, TimedBackend(device) if is_gpu else None)
     checkpoint_blocks(model, inputs)
-    swap = SwapConfig(placing.ring_blocks, host_weights=placing.host_weights)
-    blocks = round(placing.blocks * len(model.blocks))
+    swap = SwapConfig(round(placing.blocks * len(model.blocks)), placing.ring_blocks, host_weights=placing.host_weights)
     started = time.perf_counter()
     # As if mapped: windows of one small table are not the memory that the choice of a store would count on.
-    placement = place_model(model, device, blocks, trained, swap, mapped=True, backend=backend)
+    placement = place_model(model, device, swap, trained, LoadedWeights(mapped=True), backend)
     print(
         f"# {placing.name}: placed in {time.perf_counter() - started:.0f} s; {memory_line(placement, device)}",
         flush=True,

@@ -24,7 +24,7 @@ import wan.model  # noqa: E402
 from utils.selective_finetune import attach_slice  # noqa: E402
 from utils.swap.backend import HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
-from utils.swap.placement import checkpoint_blocks, place_model  # noqa: E402
+from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model  # noqa: E402
 from utils.swap.plan import SwapConfig  # noqa: E402
 from utils.swap.streamer import Traffic  # noqa: E402
 from wan.configs import TASKS  # noqa: E402
@@ -136,10 +136,8 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40) -> Peaks:
             trained = attach_slice(model, ff, 1, device=META)
             inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
             checkpoint_blocks(model, inputs)
-            swap = SwapConfig(ring_blocks=case.ring_blocks)
-            placement = place_model(
-                model, META, min(case.blocks_to_swap, blocks), trained, swap, mapped=True, backend=backend
-            )
+            swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
+            placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
             optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
             count.add(*model.parameters())
             placed = count.live

@@ -46,10 +46,10 @@ def test_it_runs_without_git(monkeypatch):
 def test_a_placing_that_fails_is_said_and_the_others_are_measured(capsys, monkeypatch):
     place = gpu.place_model
 
-    def fail_once(model, device, blocks, *args, **kwargs):
-        if blocks == 2:
+    def fail_once(model, device, swap, *args):
+        if swap.blocks_to_swap == 2:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nmore")
-        return place(model, device, blocks, *args, **kwargs)
+        return place(model, device, swap, *args)
 
     monkeypatch.setattr(gpu, "place_model", fail_once)
     monkeypatch.setattr(gpu, "PLACINGS", gpu.PLACINGS[:3])

@@ -141,6 +141,12 @@ def is_fp8(header: CheckpointHeader) -> bool:
     return any(entry.dtype in FP8 for entry in header.tensors.values())
 
 
+def cast_bytes(header: CheckpointHeader, dtype: torch.dtype) -> int:
+    """RAM that load_dit takes for a model in `dtype`: that of tensors stored in another one; others stay mapped."""
+    stored = (entry for name, entry in header.tensors.items() if not is_companion(name))
+    return sum(entry.numel * dtype.itemsize for entry in stored if DTYPES[entry.dtype] != dtype)
+
+
 def load_dit(
     path: str | Path,
     dtype: torch.dtype | None = None,
