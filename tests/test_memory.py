@@ -4,15 +4,20 @@ import re
 
 import pytest
 import torch
-from tiny_run import run, write_dit, write_inputs
+from safetensors.torch import load_file, save_file
+from tiny_run import CONFIG, ORACLE, flags, run, write_dataset, write_dit, write_inputs
 
+from utils.cli.train import parse_train
+from utils.data.dataset import build_training_dataset
+from utils.run.opening_lines import input_bytes
 from utils.swap import memory_checks
 from utils.swap.memory_checks import StepNeeds, check_device, check_host, check_loading, weight_needs
 from utils.swap.plan import SwapConfig, WeightSizes, device_bytes, plan_swap
-from wan import memory
+from wan import memory, text_encoder
 from wan.errors import InputError
 from wan.loading import cast_bytes, load_dit, read_checkpoint_header
 from wan.memory import check_room
+from wan.text_encoder import load_text_encoder
 
 GB = 10**9
 SQUARE, TALL = 2 * 5120 * 5120, 2 * 5120 * 13824
@@ -189,3 +194,35 @@ def test_a_run_without_the_memory_ends_before_its_model_loads(more, line, folder
     monkeypatch.setattr(memory_checks, "available_bytes", lambda: 10_000)
     with pytest.raises(InputError, match=f"^not enough RAM: .*{line}"):
         run(folder, *(flag.format(folder=folder) for flag in more))
+
+
+def test_the_input_of_a_block_is_that_of_the_largest_batch_also_where_items_repeat(tmp_path):
+    config = write_dataset(tmp_path)
+    config.write_text(config.read_text(encoding="utf-8") + "\nnum_repeats = 3", encoding="utf-8")
+    write_dit(tmp_path / "base.safetensors")
+    dataset = build_training_dataset(parse_train(flags(tmp_path)).dataset)
+    batches = dataset.epoch_batches(seed=0, epoch=0)
+    tokens = 2 * 2  # in a batch of two pictures of 16x32
+    assert input_bytes(CONFIG, torch.bfloat16, dataset, batches) == tokens * CONFIG.dim * 2
+    assert input_bytes(CONFIG, torch.bfloat16, dataset, batches, (16, 1, 4, 8)) == 8 * CONFIG.dim * 2
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    stored = load_file(ORACLE / "umt5_encoder.safetensors")
+    weights = {key.removeprefix("weight."): value for key, value in stored.items() if key.startswith("weight.")}
+    save_file(weights, tmp_path / "t5.safetensors")
+    return tmp_path / "t5.safetensors"
+
+
+def test_a_text_encoder_that_is_cast_needs_ram_and_one_that_is_read_in_place_needs_none(encoder, monkeypatch):
+    monkeypatch.setattr(text_encoder, "available_bytes", lambda: 1000)
+    load_text_encoder(encoder, dtype=torch.float32)
+    with pytest.raises(InputError, match=r"^not enough RAM: .* for the text encoder .*; use the bfloat16 file of"):
+        load_text_encoder(encoder, dtype=torch.bfloat16)
+
+
+def test_a_text_encoder_that_does_not_fit_on_the_device_is_refused_before_it_is_moved_there(encoder, monkeypatch):
+    monkeypatch.setattr(text_encoder, "free_device_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match=r"^not enough memory on cuda:1: .*; caching and generating also work"):
+        load_text_encoder(encoder, device="cuda:1")
