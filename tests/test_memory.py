@@ -196,6 +196,13 @@ def test_a_run_without_the_memory_ends_before_its_model_loads(more, line, folder
         run(folder, *(flag.format(folder=folder) for flag in more))
 
 
+def test_a_run_without_the_device_memory_ends_before_its_model_loads(folder, monkeypatch):
+    monkeypatch.setattr("utils.training.load_with_slices", None)
+    monkeypatch.setattr(memory_checks, "free_device_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match=r"^not enough memory on cpu: .* for the slice"):
+        run(folder, "--mixed_precision", "bf16")
+
+
 def test_the_input_of_a_block_is_that_of_the_largest_batch_also_where_items_repeat(tmp_path):
     config = write_dataset(tmp_path)
     config.write_text(config.read_text(encoding="utf-8") + "\nnum_repeats = 3", encoding="utf-8")

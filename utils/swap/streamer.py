@@ -7,24 +7,24 @@ that a later copy could overwrite. A weight is valid until the next use(). The i
 2. A slot has two events. `arrived`: its copy is complete; computing waits for it before the weight is read for the
    first time. `free`: whoever used the slot last has been computed; a copy waits for it before it overwrites the slot.
 3. A slot gets its `free` event when the next weight is asked for, since only then has its user been enqueued.
-4. A slot becomes vacant only after such a use, at the places in the order that evictions() chose when the pass began.
+4. Which weights give up their slots, and after which use, is decided by evictions() when a pass begins.
 5. Vacant slots are filled at once, with the weights that are needed next. So copies run ahead of computing.
 
-Three weights A, B, C, two slots, forward A B C and backward C B A, whose order an earlier pass has taught:
+An example: three weights A, B, C and two slots; forward uses A B C and backward C B A, as an earlier pass has shown.
 
     begin_pass          future: A B C C B A, then A B C ... of the next pass. The slots hold A and B from the pass
                         before. evictions(): A goes after its first use, C after its second, B not at all.
-    use(A)              There already. Both slots are taken, so there is nothing to fetch.
-    use(B)              A has been computed up to here: slot 1 is marked free, and A goes. C is fetched into slot 1:
-                        the copy waits on the device for `free`, and runs while B computes.
+    use(A)              Already there. Both slots are taken, so nothing is fetched.
+    use(B)              Whatever used A has been enqueued: slot 1 is marked free, and A goes. C is fetched into slot
+                        1: the copy waits on the device for `free`, and runs while B computes.
     use(C)              Slot 2 is marked free, and B stays. Computing waits for `arrived` of slot 1.
     use(C), backward    Still there: no copy.
     use(B), backward    C goes, and A is fetched into slot 1 while B computes.
     use(A), backward    Computing waits for `arrived`. A and B stay for the next pass.
 
-Six uses take two copies, which is twice the one weight that has no slot. While an order is learned (in the first pass,
-or where a pass differs from the last one of its kind), each weight that is missing takes the slot that was used
-longest ago, and computing waits for its copy: a miss. Such a copy too waits for the slot's `free` event.
+So six uses take two copies: twice the one weight that has no slot. While an order is learned (in the first pass, or
+where a pass differs from the last one of its kind), a weight that is missing takes the slot that was used longest ago,
+and computing waits for its copy: a miss. Such a copy too waits for the slot's `free` event.
 """
 
 import weakref
