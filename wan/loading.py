@@ -23,7 +23,7 @@ _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 # What else users have, recognised by a part of its tensors' names.
 _OTHER_FILES = {
-    "condition_embedder.": "is a diffusers checkpoint; use the original one (from the repository without -Diffusers in its name)",
+    "condition_embedder.": "is a diffusers checkpoint; use the original one, from the repository without -Diffusers",
     "lora_": "is a LoRA; use a whole checkpoint",
     "decoder.": "is a VAE; use the file of the transformer",
     "token_embedding.": "is a text encoder; use the file of the transformer",

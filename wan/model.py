@@ -2,8 +2,8 @@
 
 Shapes: B batch, C latent channels, F H W latent frames/height/width, f h w the same in patches, L video tokens (f*h*w),
 S text tokens, D width, N heads, K head width. T is L where timesteps differ per token, else 1.
-No autocast: the dtype of the weights is the compute dtype; where float32 is needed, the cast is written out. In bf16 the
-residual stream is bf16, while norm statistics, modulation, gates, RoPE, the time path and the head are float32.
+No autocast: the dtype of the weights is the compute dtype; where float32 is needed, the cast is written out. In bf16
+the residual stream is bf16, while norm statistics, modulation, gates, RoPE, the time path and the head are float32.
 """
 
 import torch
