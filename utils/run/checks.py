@@ -16,7 +16,7 @@ from utils.learning.flow_matching import check_timesteps
 from utils.learning.lr_schedules import check_schedule
 from utils.learning.optimizers import check_optimizer
 from utils.preserve.answers_file import ENDING
-from utils.preserve.asking import AskingPlan, plan_asking, read_old_prompts
+from utils.preserve.asking import AskedModel, AskingPlan, TrainedOn, plan_asking, read_old_prompts
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.fingerprint import base_settings, deciding_settings
 from utils.run.opening_lines import expert_line, input_bytes, saving_lines
@@ -87,9 +87,9 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
     processes = accelerator.num_processes
     batches = dataset.epoch_batches(seed, 0)
     steps = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
-    base = base_model(header, below.entries) if config.preserve else None
+    model = AskedModel(base_model(header, below.entries), inputs.model_config) if config.preserve else None
     own = own_entry(config.ff, config.ffid, config.save.name)
-    prompts = read_old_prompts(config.preserve, base, inputs.model_config, below.entries, own, dataset.items)
+    prompts = read_old_prompts(config.preserve, model, below.entries, own, dataset.items)
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
     if config.resume:
         check_state(config.resume, settings)
@@ -97,9 +97,8 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
     answers = config.save.folder / f"{config.save.name}{ENDING}"
-    asking = plan_asking(
-        config.preserve, answers, config.timesteps, base, inputs.model_config, prompts, dataset.items, batches, seed
-    )
+    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed)
+    asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
     saving_lines = check_plan(config, header, steps, asking)
     kept = asking.largest_kept if asking else ()
     block_input = input_bytes(inputs.model_config, COMPUTE_DTYPES[config.mixed_precision], dataset, batches, kept)
