@@ -172,8 +172,8 @@ def attempt(what: str, deadline: float, rows: Callable[[], Iterator[Row]]) -> It
         print(f"# {what}: {error}", flush=True)
     except RuntimeError as error:  # libraries' own words for memory that they do not get, on the device or the host
         print(f"# {what}: {str(error).partition(chr(10))[0]}", flush=True)
-    gc.collect()  # a streamed layer refers to itself through its forward
     if torch.cuda.is_available():
+        gc.collect()  # a checkpointed block refers to itself through its forward
         torch.cuda.empty_cache()
 
 
@@ -194,17 +194,21 @@ def measure(
     swap = SwapConfig(round(placing.blocks * len(model.blocks)), placing.ring_blocks, host_weights=placing.host_weights)
     started = time.perf_counter()
     # As if mapped: windows of one small table are not the memory that the choice of a store would count on.
-    placement = place_model(model, device, swap, trained, LoadedWeights(mapped=True), backend)
-    print(
-        f"# {placing.name}: placed in {time.perf_counter() - started:.0f} s; {memory_line(placement, device)}",
-        flush=True,
-    )
-    if is_gpu and placement.streamer and placement.streamer.link is not backend:
-        placement.streamer.link.wait = backend.wait
-    placed = Placed(placing.name, model, trained, placement, [backend, inputs.backend])
-    equal = equality(placed, PICTURE if is_gpu else SMALL, reference)
+    with place_model(model, device, swap, trained, LoadedWeights(mapped=True), backend) as placement:
+        seconds = time.perf_counter() - started
+        print(f"# {placing.name}: placed in {seconds:.0f} s; {memory_line(placement, device)}", flush=True)
+        if is_gpu and placement.streamer and placement.streamer.link is not backend:
+            placement.streamer.link.wait = backend.wait
+        placed = Placed(placing.name, model, trained, placement, [backend, inputs.backend])
+        equal = equality(placed, PICTURE if is_gpu else SMALL, reference)
+        yield from measure_sizes(placing, placed, inputs, deadline, equal)
+
+
+def measure_sizes(
+    placing: Placing, placed: "Placed", inputs: "OptionalInputs", deadline: float, equal: str
+) -> Iterator[Row]:
     second = 0.0
-    for size, optimizer in cases_of(placing, is_gpu):
+    for size, optimizer in cases_of(placing, placed.device.type == "cuda"):
         inputs.in_use = size.offload_inputs
         needed = (1 + size.steps) * size.work * second
         what = f"{placing.name}, {size.name}, {optimizer}"

@@ -122,8 +122,11 @@ class MetaBackend(HostBackend):
         return buffer
 
 
-def measure(case: Case, ff: str = "0.001", blocks: int = 40) -> Peaks:
-    """The peaks of the third step, and of a sampling pass after it."""
+def measure(case: Case, ff: str = "0.001", blocks: int = 40, steps: int = 3) -> Peaks:
+    """The peaks of the last step, and of a sampling pass after it.
+
+    Of three steps, the first learns the order of the weights, and the second fills what the third one starts with.
+    """
     config = TASKS["t2v-14B"].config
     config = wan.model.WanConfig(**{**vars(config), "num_layers": blocks})
     with META:
@@ -142,7 +145,7 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40) -> Peaks:
             count.add(*model.parameters())
             placed = count.live
             traffic = placement.streamer.traffic if placement.streamer else Traffic()
-            for _ in range(3):  # one to learn the order, one to fill what the next one begins with
+            for _ in range(steps):
                 before = traffic.bytes
                 forward, backward, update = step(model, trained, optimizer, case.latents, count)
             copied = traffic.bytes - before

@@ -138,7 +138,7 @@ def with_models(folder):
 
 def test_swapped_runs_with_samples_write_the_checkpoint_of_a_resident_one(folder):
     """Every way to keep weights; samples are drawn between steps, with the teacher of none."""
-    more = [*BF16, *with_models(folder), "--max_train_epochs", "1"]
+    more = [*BF16, *with_models(folder), "--max_train_epochs", "1", "--gradient_accumulation_steps", "2"]
     base = hash_of(folder / "base.safetensors")
     run(folder, *more, "--output_name", "plain")
     with torch.device("meta"):
