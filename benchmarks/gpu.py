@@ -33,11 +33,17 @@ from utils.learning.optimizers import OptimizerConfig, build_optimizer  # noqa: 
 from utils.selective_finetune import TrainedSlice, attach_slice  # noqa: E402
 from utils.swap.backend import CudaBackend, HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
-from utils.swap.host_memory import available_bytes  # noqa: E402
-from utils.swap.placement import Placement, checkpoint_blocks, memory_line, place_model  # noqa: E402
+from utils.swap.placement import (  # noqa: E402
+    LoadedWeights,
+    Placement,
+    checkpoint_blocks,
+    memory_line,
+    place_model,
+)
 from utils.swap.plan import SwapConfig  # noqa: E402
 from wan.configs import TASKS, WanConfig  # noqa: E402
 from wan.errors import InputError  # noqa: E402
+from wan.memory import available_bytes  # noqa: E402
 from wan.model import WanModel  # noqa: E402
 
 TINY = replace(TASKS["t2v-14B"].config, dim=48, ffn_dim=96, num_heads=4, num_layers=4, text_dim=24, text_len=8)
@@ -166,8 +172,8 @@ def attempt(what: str, deadline: float, rows: Callable[[], Iterator[Row]]) -> It
         print(f"# {what}: {error}", flush=True)
     except RuntimeError as error:  # libraries' own words for memory that they do not get, on the device or the host
         print(f"# {what}: {str(error).partition(chr(10))[0]}", flush=True)
-    gc.collect()  # a streamed layer refers to itself through its forward
     if torch.cuda.is_available():
+        gc.collect()  # a checkpointed block refers to itself through its forward
         torch.cuda.empty_cache()
 
 
@@ -185,21 +191,24 @@ def measure(
     trained = attach_slice(model, "0.001" if is_gpu else "0.05", 1, device=device)
     inputs = OptionalInputs(len(model.blocks), device, TimedBackend(device) if is_gpu else None)
     checkpoint_blocks(model, inputs)
-    swap = SwapConfig(placing.ring_blocks, host_weights=placing.host_weights)
-    blocks = round(placing.blocks * len(model.blocks))
+    swap = SwapConfig(round(placing.blocks * len(model.blocks)), placing.ring_blocks, host_weights=placing.host_weights)
     started = time.perf_counter()
     # As if mapped: windows of one small table are not the memory that the choice of a store would count on.
-    placement = place_model(model, device, blocks, trained, swap, mapped=True, backend=backend)
-    print(
-        f"# {placing.name}: placed in {time.perf_counter() - started:.0f} s; {memory_line(placement, device)}",
-        flush=True,
-    )
-    if is_gpu and placement.streamer and placement.streamer.link is not backend:
-        placement.streamer.link.wait = backend.wait
-    placed = Placed(placing.name, model, trained, placement, [backend, inputs.backend])
-    equal = equality(placed, PICTURE if is_gpu else SMALL, reference)
+    with place_model(model, device, swap, trained, LoadedWeights(mapped=True), backend) as placement:
+        seconds = time.perf_counter() - started
+        print(f"# {placing.name}: placed in {seconds:.0f} s; {memory_line(placement, device)}", flush=True)
+        if is_gpu and placement.streamer and placement.streamer.link is not backend:
+            placement.streamer.link.wait = backend.wait
+        placed = Placed(placing.name, model, trained, placement, [backend, inputs.backend])
+        equal = equality(placed, PICTURE if is_gpu else SMALL, reference)
+        yield from measure_sizes(placing, placed, inputs, deadline, equal)
+
+
+def measure_sizes(
+    placing: Placing, placed: "Placed", inputs: "OptionalInputs", deadline: float, equal: str
+) -> Iterator[Row]:
     second = 0.0
-    for size, optimizer in cases_of(placing, is_gpu):
+    for size, optimizer in cases_of(placing, placed.device.type == "cuda"):
         inputs.in_use = size.offload_inputs
         needed = (1 + size.steps) * size.work * second
         what = f"{placing.name}, {size.name}, {optimizer}"

@@ -24,7 +24,7 @@ import wan.model  # noqa: E402
 from utils.selective_finetune import attach_slice  # noqa: E402
 from utils.swap.backend import HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
-from utils.swap.placement import checkpoint_blocks, place_model  # noqa: E402
+from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model  # noqa: E402
 from utils.swap.plan import SwapConfig  # noqa: E402
 from utils.swap.streamer import Traffic  # noqa: E402
 from wan.configs import TASKS  # noqa: E402
@@ -122,8 +122,11 @@ class MetaBackend(HostBackend):
         return buffer
 
 
-def measure(case: Case, ff: str = "0.001", blocks: int = 40) -> Peaks:
-    """The peaks of the third step, and of a sampling pass after it."""
+def measure(case: Case, ff: str = "0.001", blocks: int = 40, steps: int = 3) -> Peaks:
+    """The peaks of the last step, and of a sampling pass after it.
+
+    Of three steps, the first learns the order of the weights, and the second fills what the third one starts with.
+    """
     config = TASKS["t2v-14B"].config
     config = wan.model.WanConfig(**{**vars(config), "num_layers": blocks})
     with META:
@@ -136,15 +139,13 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40) -> Peaks:
             trained = attach_slice(model, ff, 1, device=META)
             inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
             checkpoint_blocks(model, inputs)
-            swap = SwapConfig(ring_blocks=case.ring_blocks)
-            placement = place_model(
-                model, META, min(case.blocks_to_swap, blocks), trained, swap, mapped=True, backend=backend
-            )
+            swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
+            placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
             optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
             count.add(*model.parameters())
             placed = count.live
             traffic = placement.streamer.traffic if placement.streamer else Traffic()
-            for _ in range(3):  # one to learn the order, one to fill what the next one begins with
+            for _ in range(steps):
                 before = traffic.bytes
                 forward, backward, update = step(model, trained, optimizer, case.latents, count)
             copied = traffic.bytes - before

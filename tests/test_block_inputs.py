@@ -10,6 +10,7 @@ from test_block_swap import BLOCKS, loss_of, tiny_model
 from utils.selective_finetune import attach_slice
 from utils.swap.block_inputs import BlockInputs
 from utils.swap.placement import checkpoint_blocks, place_model
+from utils.swap.plan import SwapConfig
 
 U = 2 * 4 * 48 * 2  # bytes of one block's input: two samples of four tokens
 
@@ -21,7 +22,7 @@ class Run:
         self.model = tiny_model()
         self.trained = attach_slice(self.model, "0.02", 3)
         checkpoint_blocks(self.model, inputs)
-        place_model(self.model, "cpu", swapped, self.trained, backend=backend)
+        place_model(self.model, "cpu", SwapConfig(swapped), self.trained, backend=backend)
 
     def gradients(self, seed=0):
         loss = loss_of(self.model, seed)

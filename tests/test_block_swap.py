@@ -1,6 +1,7 @@
 """Streamed blocks against resident ones: the same bits for every budget and timing, and no byte copied twice."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from utils.files import readable
 from utils.selective_finetune import attach_slice, block_linears, slice_units
 from utils.slices.overlay import Overlay
-from utils.swap.placement import checkpoint_blocks, memory_line, place_model, weight_sizes
+from utils.swap.placement import LoadedWeights, checkpoint_blocks, memory_line, place_model, weight_sizes
 from utils.swap.plan import SwapConfig
 from utils.swap.streamer import WeightStreamer
 from wan.configs import WanConfig
@@ -46,10 +47,9 @@ class Run:
         self.trained = attach_slice(self.model, ff, 1)
         if checkpointed:
             checkpoint_blocks(self.model)
-        config = SwapConfig(host_weights=host_weights, **swap)
-        self.placement = place_model(
-            self.model, "cpu", swapped, self.trained, config, True, self.backend, overlays=overlays
-        )
+        config = SwapConfig(swapped, host_weights=host_weights, **swap)
+        loaded = LoadedWeights(mapped=True, overlays=overlays)
+        self.placement = place_model(self.model, "cpu", config, self.trained, loaded, self.backend)
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1e-2)
 
     def step(self, seed, accumulate=1):
@@ -292,7 +292,7 @@ def test_the_line_tells_what_is_where():
     placement = Run(swapped=BLOCKS).placement
     line = memory_line(placement, torch.device("cpu"))
     buffers = readable(2 * SIZES.block)
-    assert f"{readable(SIZES.small + 2 * SIZES.block)} of weights on cpu, buffers of {buffers}" in line
+    assert f"{readable(SIZES.small + 2 * SIZES.block)} of weights on cpu, {buffers} of it buffers" in line
     assert f"5 blocks ({readable(BLOCKS * SIZES.block + SIZES.outside)}) stream from page-locked RAM (" in line
 
 
@@ -305,3 +305,27 @@ def test_a_model_that_goes_waits_for_its_copies_and_leaves_nothing_locked(mode):
     del run
     gc.collect()
     assert device.queue == [] and device.locked == {}
+
+
+@pytest.mark.parametrize("mode", ["pinned", "staged"])
+def test_at_the_end_of_a_placement_copies_have_ended_and_layers_use_their_own_weights(mode):
+    device = FakeDevice("lazy")
+    run = Run(device, BLOCKS, host_weights=mode)
+    with run.placement:
+        run.train(3)
+    assert device.queue == [] and device.locked == {}
+    assert all(matrix.fetch is None for matrix in run.trained.matrices.values())
+    copied = len(device.copied)
+    pass_without_gradient(run)
+    assert len(device.copied) == copied
+
+
+def test_a_model_is_freed_at_the_end_of_its_placement_without_the_garbage_collector():
+    model = tiny_model()
+    gone = weakref.ref(model)
+    gc.disable()
+    with place_model(model, "cpu", SwapConfig(BLOCKS), backend=FakeDevice()), torch.no_grad():
+        loss_of(model, 0)
+    del model
+    gc.enable()
+    assert gone() is None

@@ -58,7 +58,7 @@ def refusal(*flags):
 
 def test_the_users_command_is_understood():
     config = parse_train(COMMAND)
-    assert (config.ff, config.ffid, config.task, config.seed, config.blocks_to_swap) == (
+    assert (config.ff, config.ffid, config.task, config.seed, config.swap.blocks_to_swap) == (
         "0.001",
         1,
         "t2v-A14B",

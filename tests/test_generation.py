@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from utils import generation
+from utils.cli.generate import parse_generate
 from utils.sampling.denoising import decode_latent, encode_samples, resolve_sample, sample_prompt
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.writers import to_frames
@@ -180,6 +181,15 @@ def test_a_seed_gives_the_picture_that_training_samples_show(files, tmp_path):
     latent = sample_prompt(load_dit(files / "dit.safetensors"), sample, texts, "cpu")
     wanted = to_frames(decode_latent(load_vae(files / "vae.safetensors"), latent))[0]
     assert np.array_equal(made(files, tmp_path, "--negative_prompt", "dark"), wanted)
+
+
+def test_weights_that_do_not_fit_when_they_are_cast_are_refused_before_anything_is_encoded(
+    files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("utils.swap.memory_checks.available_bytes", lambda: 1000)
+    monkeypatch.setattr(generation, "load_text_encoder", None)
+    with pytest.raises(InputError, match=r"^not enough RAM: .* from float32 to bfloat16.*; leave out --dit_dtype"):
+        generation.generate(parse_generate(flags(files, tmp_path, "--prompt", "a fox", "--dit_dtype", "bf16")), print)
 
 
 def test_a_clip_is_saved_as_mp4_at_the_tasks_rate(files, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import test_musubi_network as musubi
@@ -29,7 +30,7 @@ def train(device, blocks_to_swap=0, dtype=torch.bfloat16, optimizer="adamw", ste
     model = tiny_model(dtype)
     trained = attach_slice(model, "0.05", 3, device=device)
     checkpoint_blocks(model, BlockInputs(len(model.blocks), torch.device(device)) if offload else None)
-    place_model(model, device, blocks_to_swap, trained, swap)
+    place_model(model, device, replace(swap or SwapConfig(), blocks_to_swap=blocks_to_swap), trained)
     steps_taken = build_optimizer(OptimizerConfig(optimizer, 1e-3), trained.parameters())
     losses = []
     for step in range(steps):
@@ -71,7 +72,7 @@ def test_swapped_blocks_train_bit_for_bit_like_resident_ones(blocks_to_swap, opt
 @pytest.mark.parametrize("host_weights", ["pinned", "staged"])
 @pytest.mark.parametrize("ring_blocks", [1, 2])
 def test_every_store_and_ring_trains_bit_for_bit_over_many_steps(host_weights, ring_blocks):
-    swap = SwapConfig(ring_blocks, host_weights=host_weights)
+    swap = SwapConfig(ring_blocks=ring_blocks, host_weights=host_weights)
     assert same(train("cuda", 3, swap=swap, steps=30), train("cuda", steps=30))
 
 
@@ -82,7 +83,7 @@ def test_block_inputs_on_the_host_change_no_bit():
 def test_swapped_weights_stay_on_the_host():
     model = tiny_model(torch.bfloat16)
     trained = attach_slice(model, "0.05", 3, device="cuda")
-    placement = place_model(model, "cuda", 2, trained, SwapConfig(ring_blocks=1))
+    placement = place_model(model, "cuda", SwapConfig(2, ring_blocks=1), trained)
     kinds = {linear.weight.device.type for linear in (model.blocks[0].ffn[0], model.blocks[2].ffn[0])}
     assert kinds == {"cpu"} and placement.streamed_blocks == 3
     assert model.blocks[2].ffn[0].bias.device.type == "cuda" and model.head.head.weight.device.type == "cuda"

@@ -94,7 +94,7 @@ def answers_of(path, folder):
     return {old.text: old for old in read_answers(path, identity(folder), CONFIG)}
 
 
-def test_a_run_asks_the_model_that_it_begins_with(folder):
+def test_a_run_records_the_model_that_it_starts_with(folder):
     first, then = (kept_by(folder / "chain" / f"{name}.answers.safetensors", folder) for name in ("one", "two"))
     base, one = (load_dit(folder / name, torch.float32) for name in ("base.safetensors", "chain/one.safetensors"))
     assert [p.text for p in first.general] == list(PROMPTS) and not first.of_concepts
@@ -107,7 +107,7 @@ def test_a_run_asks_the_model_that_it_begins_with(folder):
                 torch.testing.assert_close(answer.velocity_CFHW, expected.half(), rtol=1e-3, atol=1e-3)
 
 
-def test_what_is_asked_is_what_is_kept(folder):
+def test_what_is_recorded_is_what_the_file_holds(folder):
     """The rounded latents, not those that were rounded for the file."""
     asked, forward = [], WanModel.forward
 
@@ -137,13 +137,13 @@ def test_questions_spread_over_the_noise_levels_and_pictures_that_are_trained(fo
     assert {answer.shape for answer in answers} == {(16, 1, 2, 4), (16, 1, 4, 2)}
 
 
-def test_along_a_chain_nothing_that_was_kept_changes_and_nothing_is_asked_twice(folder):
+def test_along_a_chain_no_recorded_prediction_changes_and_none_is_recorded_twice(folder):
     told = "\n".join(run(folder, *third(folder), "--max_train_epochs", "1"))
-    assert "asks for 24 answers before the first step: none are kept yet to 8 of 18 old prompts" in told
+    assert "records 24 predictions of the model, for the 8 of 18 listed prompts that have none" in told
     size = (folder / "out" / "three.answers.safetensors").stat().st_size
     told_size = re.search(r"three.answers.safetensors \(up to ([0-9.]+) kB\), the --preserve_answers of the next", told)
     assert 0.6 * size < 1000 * float(told_size[1]) < 1.1 * size  # its header is not counted, too many tokens are
-    assert "preserves the answers to 2 general prompts and 16 of concepts, on one step in 4, with weight 4" in told
+    assert "preserves 2 general prompts and 16 prompts of concepts, on one step in 4, with weight 4" in told
     files = ("chain/one", "chain/two", "out/three")
     one, two, three = (answers_of(folder / f"{name}.answers.safetensors", folder) for name in files)
     assert (len(one), len(two), len(three)) == (2, 10, 18)
@@ -231,7 +231,7 @@ def test_a_resumed_or_swapped_run_keeps_the_same_answers(folder, more):
     assert path.read_bytes() == whole
 
 
-def test_a_run_that_is_begun_again_does_not_ask_again(folder):
+def test_a_run_that_is_started_again_does_not_record_again(folder):
     common = (*third(folder), "--max_train_epochs", "1")
     run(folder, *common)
     with patch("utils.preserve.asking.write_answers") as writing:
@@ -243,9 +243,9 @@ def test_a_run_that_is_begun_again_does_not_ask_again(folder):
     assert writing.called
 
 
-def test_a_run_that_was_begun_before_says_that_it_asks_nothing(folder):
+def test_a_run_that_was_started_before_says_that_it_records_nothing(folder):
     common = (*asking(folder), "--max_train_epochs", "1")
-    for said, unsaid in (("asks for 6 answers", "already"), ("holds the answers already", "asks for")):
+    for said, unsaid in (("records 6 predictions", "already"), ("already has the reference predictions", "records")):
         told = "\n".join(run(folder, *common))
         assert said in told and unsaid not in told
 
@@ -267,7 +267,7 @@ def other_encoder(folder, name, change):
 def test_answers_of_another_text_encoder_are_refused_and_its_rounding_is_not(folder):
     torch.manual_seed(0)
     another = other_encoder(folder, "another", lambda value: torch.randn_like(value.float()))
-    with pytest.raises(InputError, match=r"two.answers.safetensors was made with another text encoder than --t5"):
+    with pytest.raises(InputError, match=r"two.answers.safetensors was recorded with another text encoder than --t5"):
         run(folder, *third(folder), *another)
     rounded = other_encoder(folder, "rounded", lambda value: value.to(torch.float8_e4m3fn).float())
     run(folder, *third(folder), *rounded, "--max_train_epochs", "1")
@@ -326,29 +326,29 @@ def test_a_concept_that_is_no_longer_there_as_it_was_is_left_out_with_a_line(fol
         shutil.copy(folder / "base.safetensors", dit)
     others = ("--preserve_prompts", str(folder / "old.txt"), "--max_train_epochs", "1", "--ffid", "5")
     told = "\n".join(run(folder, *third(folder), "--dit", str(dit), *others))
-    assert "left out of" in told and "one (ff 0.1 ffid 2), not held by --dit, or not as it was asked" in told
-    assert "preserves the answers to 2 general prompts and 0 of concepts" in told
+    assert "not used from" in told and "one (ff 0.1 ffid 2), no longer in --dit, or changed since" in told
+    assert "preserves 2 general prompts and 0 prompts of concepts" in told
 
 
 def test_a_concept_without_old_prompts_is_named(folder):
     only_first = ("--preserve_answers", str(folder / "chain" / "one.answers.safetensors"))
     told = "\n".join(run(folder, *third(folder), *only_first, "--preserve_prompts", str(folder / "old.txt")))
-    assert "no old prompt belongs to one (ff 0.1 ffid 2), two (ff 0.1 ffid 3): --preserve_prompts auto" in told
+    assert "nothing is preserved of one (ff 0.1 ffid 2), two (ff 0.1 ffid 3): to use its captions, add auto" in told
 
 
 def test_a_slice_that_is_trained_further_is_not_held_to_what_it_was(folder):
     further = ("--ffid", "3", "--continue_slice", "--output_name", "b", "--max_train_epochs", "1")
     told = "\n".join(run(folder, *third(folder), *further))
-    assert "preserves the answers to 2 general prompts and 8 of concepts" in told
+    assert "preserves 2 general prompts and 8 prompts of concepts" in told
 
 
 def test_what_is_trained_now_is_not_preserved(folder):
     again = ("--dataset_config", str(folder / "data.toml"), "--max_train_epochs", "1")
     told = "\n".join(run(folder, *second(folder), *again))
-    assert "not preserved, since it is trained now: high0, high1" in told
-    assert "preserves the answers to 2 general prompts and 0 of concepts" in told
+    assert "not preserved, because this run trains it: high0, high1" in told
+    assert "preserves 2 general prompts and 0 prompts of concepts" in told
     (folder / "own.txt").write_text("wide0", encoding="utf-8")
-    with pytest.raises(InputError, match=r"nothing to preserve.*trained now: wide0"):
+    with pytest.raises(InputError, match=r"nothing to preserve.*this run trains it: wide0"):
         run(folder, *t5(folder), "--preserve_prompts", str(folder / "own.txt"))
 
 
@@ -363,7 +363,7 @@ def test_clips_and_pictures_may_follow_each_other(folder):
     assert all(math.isfinite(value) for value in found["loss/preserve"].values())
 
 
-def test_answers_that_are_larger_than_what_is_trained_are_told(folder):
+def test_predictions_that_are_larger_than_the_batches_are_named(folder):
     tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
     own = [key for key in tensors if key.startswith("3.") and not key.endswith("text")]
     tensors |= {key: tensors[key].repeat(1, 3, 2, 2) for key in own}
@@ -382,7 +382,7 @@ def test_what_the_run_reads_is_not_written_over(folder):
             run(folder, *third(folder), "--preserve_answers", path, "--output_name", name)
 
 
-def test_a_disk_without_room_for_the_answers_is_told_before_the_model_loads(folder):
+def test_a_disk_without_room_for_the_predictions_is_found_before_the_model_loads(folder):
     free = SimpleNamespace(free=(folder / "base.safetensors").stat().st_size + 1000)
     with (
         patch("utils.run.save_schedule.shutil.disk_usage", return_value=free),

@@ -193,7 +193,7 @@ def test_two_processes_preserve_what_their_joint_batch_would(folder):
     check_losses(scalars(folder), Reference(folder, ranks=2).losses(6))
 
 
-def test_concepts_and_general_prompts_are_asked_equally_often_and_all_their_answers():
+def test_concepts_and_general_prompts_are_drawn_equally_often_and_all_their_predictions():
     """Each concept as often as the next, though one has five prompts and the others one."""
 
     def prompt(number, concept=None):
@@ -225,14 +225,14 @@ def chosen(ledger, kept=(), prompts=(), auto=True, captions=()):
     return {old.text: (old.concept and old.concept.name, old in kept) for old in found.all}, "\n".join(found.notes)
 
 
-def test_a_caption_belongs_to_the_newest_concept_that_was_taught_with_it():
-    """Kept answers from before would pull it back."""
+def test_a_caption_belongs_to_the_newest_concept_that_was_trained_with_it():
+    """Earlier reference predictions would pull it back."""
     a, b = concept("a", 1, "both", "of a"), concept("b", 2, "both", "listed")
     kept = [OldPrompt("listed"), OldPrompt("both", a), OldPrompt("of a", a), OldPrompt("other")]
     found, notes = chosen([a, b], kept)
     expected = {"both": ("b", False), "listed": ("b", False), "of a": ("a", True), "other": (None, True)}
     assert found == expected
-    assert "left out of a.safetensors: both, listed, which a concept was taught with since it was asked" in notes
+    assert "not used from a.safetensors: both, listed, the caption of a concept that was trained since" in notes
     again = [OldPrompt("both", b), OldPrompt("listed", b), *kept[2:]]
     assert chosen([a, b], again)[0] == {text: (name, True) for text, (name, _) in expected.items()}
     assert chosen([a, b], [OldPrompt("listed")], prompts=["listed"], auto=False)[0] == {"listed": ("b", False)}
@@ -240,32 +240,32 @@ def test_a_caption_belongs_to_the_newest_concept_that_was_taught_with_it():
 
 def test_prompts_that_are_the_same_to_the_tokenizer_are_one():
     found, notes = chosen([], prompts=["a cat", "a  cat", "a&nbsp;cat", "a dog"], captions=["a   dog"])
-    assert list(found.values()) == [(None, False)] and "trained now: a dog" in notes
+    assert list(found.values()) == [(None, False)] and "this run trains it: a dog" in notes
 
 
 @pytest.mark.parametrize(
     ("captions", "auto", "reason"),
     [
-        (("x",), True, "its captions are trained now"),
-        (("y",), False, "--preserve_prompts auto adds its captions"),
-        ((), True, "the ledger tells no captions of it"),
-        ((), False, "the ledger tells no captions of it"),
+        (("x",), True, "this run trains its captions"),
+        (("y",), False, "to use its captions, add auto to --preserve_prompts"),
+        ((), True, "the ledger has no captions of it"),
+        ((), False, "the ledger has no captions of it"),
     ],
 )
-def test_a_concept_without_an_old_prompt_is_told_with_the_reason(captions, auto, reason):
+def test_a_concept_without_an_old_prompt_is_named_with_the_reason(captions, auto, reason):
     _, notes = chosen([concept("a", 1, *captions)], prompts=["other"], auto=auto, captions=["x"])
-    assert f"no old prompt belongs to a (ff 0.1 ffid 1): {reason}" in notes
+    assert f"nothing is preserved of a (ff 0.1 ffid 1): {reason}" in notes
 
 
 def test_auto_without_another_concept_says_that_there_is_none():
-    with pytest.raises(InputError, match=r"--dit holds no concept beside ff 0\.1 ffid 9, which trains"):
+    with pytest.raises(InputError, match=r"--dit contains no concept except ff 0\.1 ffid 9, which this run trains"):
         chosen([concept("own before", 9, "x")], captions=["z"])
 
 
-def test_what_is_at_stake_is_told_of_concepts_that_stay():
+def test_a_run_that_preserves_nothing_says_what_that_means_for_other_concepts():
     a, silent, under = concept("a", 1, "x"), concept("silent", 2), Entry(CONTRACT, "0.3", 3, "under", 1, "")
     (line,) = preserve_lines(None, [a, silent, under], OWN)
-    assert "was taught a, silent; this run leaves those values alone" in line and "auto" in line
+    assert "the model has learned a, silent; this run does not change their slices" in line and "auto" in line
     assert "auto" not in preserve_lines(None, [silent], OWN)[0]
     assert preserve_lines(None, [OWN, under], OWN) == []
 
@@ -275,9 +275,9 @@ def test_preserving_on_no_step_of_the_run_is_refused(folder):
         run(folder, *preserving(folder, every=11))
 
 
-def test_a_prompt_of_which_the_model_reads_a_part_is_told(folder):
+def test_a_prompt_that_is_too_long_is_named(folder):
     told = "\n".join(run(folder, *preserving(folder), "--max_train_epochs", "1"))
-    assert "note: 'a red cat' has 11 tokens, of which the model reads 8" in told
+    assert "note: 'a red cat' has 11 tokens; the model reads the first 8" in told
 
 
 def test_a_text_encoder_of_another_width_is_refused_before_the_model_loads(folder, monkeypatch):
@@ -329,18 +329,18 @@ def test_captions_go_from_the_ledger_into_a_later_run(folder):
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
     second += ("--dataset_config", str(write_dataset(folder / "new", "new")))
     told = "\n".join(run(folder, *second))
-    assert "was taught one;" in told and "--preserve_prompts auto" in told
+    assert "has learned one;" in told and "--preserve_prompts auto" in told
     kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--max_train_epochs", "1")
     told = "\n".join(run(folder, *second, *kept))
-    assert "preserves the answers to 3 general prompts and 8 of concepts, on one step in 4, with weight 4" in told
-    assert "was taught" not in told
+    assert "preserves 3 general prompts and 8 prompts of concepts, on one step in 4, with weight 4" in told
+    assert "has learned" not in told
 
 
 def test_without_metadata_no_captions_are_written_and_auto_says_so(folder):
     run(folder, "--max_train_epochs", "1", "--no_metadata")
     assert "captions" not in entry_of(folder / "out" / "one.safetensors")
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
-    with pytest.raises(InputError, match=r"nothing to preserve.*one .*: the ledger tells no captions of it"):
+    with pytest.raises(InputError, match=r"nothing to preserve.*one .*: the ledger has no captions of it"):
         run(folder, *second, *t5(folder), "--preserve_prompts", "auto")
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from utils.selective_finetune import SliceError, attach_slice, block_linears, contract_name, slice_indices, slice_units
 from utils.slice_saving import read_ledger, save_checkpoint
 from utils.swap.placement import checkpoint_blocks, place_model
+from utils.swap.plan import SwapConfig
 from wan.configs import WanConfig
 from wan.model import WanModel
 
@@ -59,7 +60,7 @@ def test_slice_gradients_equal_those_of_whole_weights(ff, ffid, swapped, checkpo
     trained = attach_slice(model, ff, ffid)
     if checkpointed:
         checkpoint_blocks(model)
-    place_model(model, "cpu", swapped, trained)
+    place_model(model, "cpu", SwapConfig(swapped), trained)
     loss_of(model).backward()
     for name, matrix in trained.matrices.items():
         torch.testing.assert_close(matrix.difference.grad, cut(expected[name], name, ff, ffid), rtol=1e-5, atol=1e-8)
@@ -121,7 +122,7 @@ def test_a_swapped_model_trains_bit_for_bit_like_a_resident_one(swapped):
         model = tiny_model(torch.bfloat16)
         trained = attach_slice(model, "0.02", 3)
         checkpoint_blocks(model)
-        place_model(model, "cpu", blocks_to_swap, trained)
+        place_model(model, "cpu", SwapConfig(blocks_to_swap), trained)
         runs.append((train(model, trained), [p.detach() for p in trained.parameters()]))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
@@ -131,7 +132,7 @@ def test_swapped_weights_keep_their_start_values_on_the_host():
     model = tiny_model(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = attach_slice(model, "0.02", 3)
-    place_model(model, "cpu", 3, trained)
+    place_model(model, "cpu", SwapConfig(3), trained)
     train(model, trained)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

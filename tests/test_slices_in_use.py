@@ -13,7 +13,7 @@ from utils import training
 from utils.cli.slices import main as slices
 from utils.slices.on_base import SlicesOnBase, read_slice_file
 from utils.slices.overlay import load_with_slices
-from utils.swap.placement import place_model
+from utils.swap.placement import LoadedWeights, place_model
 from wan.errors import InputError
 from wan.loading import load_dit, read_checkpoint_header
 
@@ -197,7 +197,7 @@ def test_a_model_with_slices_is_loaded_without_a_file_in_between_and_leaves_the_
     for dtype in (torch.bfloat16, torch.float32):
         model, overlays = load_with_slices(base, dtype, SlicesOnBase(read_checkpoint_header(base), [slice_file], [1]))
         assert bool(overlays) == (dtype == torch.bfloat16)  # what is cast is a copy, which the slice is put into
-        place_model(model, "cpu", overlays=overlays)
+        place_model(model, "cpu", loaded=LoadedWeights(overlays=overlays))
         theirs = load_dit(folder / "first" / "one.safetensors", dtype).state_dict()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
     assert base.read_bytes() == before

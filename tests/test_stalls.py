@@ -38,7 +38,7 @@ class Clock:
 
 def third_step(swapped, ring, forward):
     """Its length, and how much of it was waited; computing a block forward takes `forward`, in backward twice that."""
-    plan, clock = plan_swap(SIZES, swapped, SwapConfig(ring_blocks=ring)), Clock()
+    plan, clock = plan_swap(SIZES, SwapConfig(swapped, ring)), Clock()
     streamed = [size for _ in plan.streamed for size in SIZES.matrices]
     weights = [StreamedWeight(torch.empty(size, dtype=torch.uint8, device="meta")) for size in streamed]
     streamer = WeightStreamer(weights, plan.slots, clock, clock, version=lambda: 0)

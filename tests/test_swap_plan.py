@@ -17,23 +17,23 @@ WAN_14B = WeightSizes(40, [SQUARE] * 8 + [TALL] * 2, outside=464_912_384, small=
 
 @pytest.mark.parametrize(("swapped", "ring"), [(1, 2), (24, 2), (24, 1), (38, 2), (39, 2), (40, 2), (40, 1), (40, 50)])
 def test_the_device_holds_the_blocks_that_are_not_swapped_or_the_ring(swapped, ring):
-    plan = plan_swap(WAN_14B, swapped, SwapConfig(ring_blocks=ring))
+    plan = plan_swap(WAN_14B, SwapConfig(swapped, ring))
     buffers = max(40 - swapped, min(ring, 40))
     assert (40 - len(plan.streamed)) * WAN_14B.block + plan.slot_bytes == buffers * WAN_14B.block
     assert plan.streams_outside == (swapped == 40)
 
 
 def test_blocks_that_stay_are_spread_between_those_that_stream():
-    streamed = plan_swap(WAN_14B, 24, SwapConfig()).streamed
+    streamed = plan_swap(WAN_14B, SwapConfig(24)).streamed
     gaps = [after - before for before, after in itertools.pairwise(streamed)]
     assert len(streamed) == len(set(streamed)) == 26 and set(gaps) == {1, 2}
-    assert plan_swap(WAN_14B, 0, SwapConfig()).streamed == ()
+    assert plan_swap(WAN_14B, SwapConfig()).streamed == ()
 
 
 @pytest.mark.parametrize("vram", [0.22, 0.5, 0.7, 0.72, 1.0, 1.5, 2.0, 2.4, 8.0, 16.0, 28.0, 28.6])
 def test_weights_take_the_bytes_that_are_given_and_little_less(vram):
     budget = int(vram * 1e9)
-    plan = plan_swap(WAN_14B, 0, SwapConfig(weights_vram=budget))
+    plan = plan_swap(WAN_14B, SwapConfig(weights_vram=budget))
     resident = (40 - len(plan.streamed)) * WAN_14B.block + WAN_14B.small
     taken = resident + plan.slot_bytes + (0 if plan.streams_outside else WAN_14B.outside)
     assert taken <= budget
@@ -41,15 +41,15 @@ def test_weights_take_the_bytes_that_are_given_and_little_less(vram):
 
 
 def test_two_of_each_size_come_first_so_that_copies_overlap_with_computing():
-    plan = plan_swap(WAN_14B, 0, SwapConfig(weights_vram=WAN_14B.small + 2 * (SQUARE + TALL) + SQUARE))
+    plan = plan_swap(WAN_14B, SwapConfig(weights_vram=WAN_14B.small + 2 * (SQUARE + TALL) + SQUARE))
     assert plan.slots == {SQUARE: 3, TALL: 2}
 
 
 def test_too_few_bytes_are_refused_with_the_least_that_works():
-    with pytest.raises(InputError, match=f"need {WAN_14B.small + SQUARE + TALL:,} at the least") as error:
-        plan_swap(WAN_14B, 0, SwapConfig(weights_vram=100_000_000))
-    least = int(str(error.value).split("need ")[1].split(" ")[0].replace(",", ""))
-    assert plan_swap(WAN_14B, 0, SwapConfig(weights_vram=least)).slots == {SQUARE: 1, TALL: 1}
+    with pytest.raises(InputError, match=f"needs at least {WAN_14B.small + SQUARE + TALL:,}") as error:
+        plan_swap(WAN_14B, SwapConfig(weights_vram=100_000_000))
+    least = int(str(error.value).split("at least ")[1].split(", and")[0].replace(",", ""))
+    assert plan_swap(WAN_14B, SwapConfig(weights_vram=least)).slots == {SQUARE: 1, TALL: 1}
 
 
 def test_slots_begin_where_tensors_may():

@@ -3,7 +3,6 @@
 One model is in memory at a time: the text encoder, then each DiT, then the VAE decodes.
 """
 
-import gc
 import glob
 import random
 import sys
@@ -32,7 +31,8 @@ from utils.sampling.prompts import SamplePrompt, parse_prompt_line
 from utils.slice_saving import base_identity
 from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file
 from utils.slices.overlay import load_with_slices
-from utils.swap.placement import check_swap, memory_line, place_model
+from utils.swap.memory_checks import check_memory
+from utils.swap.placement import LoadedWeights, check_swap, memory_line, place_model
 from utils.swap.plan import SwapConfig
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
@@ -67,7 +67,6 @@ class GenerateConfig:
     solver: str
     boundary: float | None  # share of the timesteps above which dit_high_noise works
     guidance_scale_high: float | None
-    blocks_to_swap: int
     swap: SwapConfig
     device: torch.device
     dit_dtype: torch.dtype | None  # None: the file's
@@ -142,11 +141,11 @@ def _read_expert(
     header = read_checkpoint_header(path)
     check_fits_task(header, config.task)
     widths = config_from_header(header)
-    if config.blocks_to_swap > widths.num_layers:
-        raise InputError(f"--blocks_to_swap {config.blocks_to_swap}: {path} has {widths.num_layers} blocks")
     dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
     mapped = file_dtype(header) == dtype
-    check_swap(widths, dtype, config.device, config.blocks_to_swap, config.swap, mapped)
+    check_swap(widths, dtype, config.device, config.swap, mapped)
+    lighter = "use a bf16 file" if is_fp8(header) else "leave out --dit_dtype"
+    check_memory(header, widths, dtype, config.device, config.swap, f"{lighter}, so that the weights are read in place")
     own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     with_slices = "".join(f", with {entry.label}" for entry in own.entries)
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{with_slices}")
@@ -227,19 +226,14 @@ def _run_expert(
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
     model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices)
-    placement = place_model(
-        model, config.device, config.blocks_to_swap, swap=config.swap, mapped=expert.mapped, overlays=overlays
-    )
-    with tqdm.external_write_mode():
-        say(memory_line(placement, config.device))
-    for denoising in denoisings:
-        guidance_scale = expert.guidance_scale
-        if guidance_scale is None:
-            guidance_scale = denoising.sample.guidance_scale
-        advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step, str(expert.path))
-    del model, placement, overlays
-    if config.blocks_to_swap or config.swap.weights_vram:
-        gc.collect()  # a swapped layer refers to itself through its forward; the next model needs the memory
+    with place_model(model, config.device, config.swap, loaded=LoadedWeights(expert.mapped, overlays)) as placement:
+        with tqdm.external_write_mode():
+            say(memory_line(placement, config.device))
+        for denoising in denoisings:
+            guidance_scale = expert.guidance_scale
+            if guidance_scale is None:
+                guidance_scale = denoising.sample.guidance_scale
+            advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step, str(expert.path))
 
 
 def _save_all(

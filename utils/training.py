@@ -27,7 +27,7 @@ from utils.run.checks import Inputs, RunPlan, check, read_inputs
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.fingerprint import other_settings, start_hash
 from utils.run.finite import check_slice_is_finite, check_start_is_finite, check_step_is_finite
-from utils.run.opening_lines import input_bytes, opening_lines, timestep_lines
+from utils.run.opening_lines import opening_lines, timestep_lines
 from utils.run.plan import first_items
 from utils.run.run import Place, Run, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
@@ -46,7 +46,7 @@ from utils.run.turns import (
 from utils.selective_finetune import TrainedSlice, attach_slice
 from utils.slices.overlay import load_with_slices, start_from_overlays
 from utils.swap.block_inputs import BlockInputs
-from utils.swap.placement import Placement, checkpoint_blocks, place_model
+from utils.swap.placement import LoadedWeights, Placement, checkpoint_blocks, place_model
 from utils.training_debug import TrainingDebug
 from wan.configs import TASKS
 from wan.loading import file_dtype
@@ -71,13 +71,13 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
         return
     plan = check(config, inputs, accelerator, say)
     samples, asking = _encode_prompts(config, inputs, plan, accelerator, say)
-    placed = place(config, inputs, plan, asking, accelerator.device)
+    placed = place(config, inputs, plan, accelerator.device)
     run = prepare(config, inputs, plan, samples, asking, placed, accelerator, started, say)
     position = resume(run) if config.resume else Place(0, 0, 0, deque(maxlen=run.plan.steps_per_epoch))
     for line in opening_lines(run, placed.placement, placed.input_bytes, plan.saving_lines):
         say(line)
     _start_trackers(run)
-    with StopRequest() as stop:
+    with placed.placement, StopRequest() as stop:
         _loop(run, position, stop)
     accelerator.end_training()
 
@@ -123,9 +123,7 @@ class PlacedModel:
     input_bytes: int
 
 
-def place(
-    config: TrainConfig, inputs: Inputs, plan: RunPlan, asking: AskingPlan | None, device: torch.device
-) -> PlacedModel:
+def place(config: TrainConfig, inputs: Inputs, plan: RunPlan, device: torch.device) -> PlacedModel:
     """Loads the model, attaches the slice, and moves to the device what trains and what fits."""
     model, overlays = load_with_slices(config.dit, COMPUTE_DTYPES[config.mixed_precision], inputs.below)
     trained = attach_slice(model, config.ff, config.ffid, device=device)
@@ -135,19 +133,11 @@ def place(
     block_inputs = BlockInputs(len(model.blocks), device) if config.offload_block_inputs else None
     if config.gradient_checkpointing:
         checkpoint_blocks(model, block_inputs)
-    kept = asking.largest_kept if asking else ()
-    input_size = input_bytes(model, inputs.dataset, plan.batches, kept) if config.offload_block_inputs else 0
-    placement = place_model(
-        model,
-        device,
-        config.blocks_to_swap,
-        trained,
-        config.swap,
-        mapped=file_dtype(inputs.header) == model.dtype,
-        reserved=(len(model.blocks) - 1) * input_size,
-        overlays=overlays,
-    )
-    return PlacedModel(model, trained, placement, input_size)
+    offloaded = plan.block_input if config.offload_block_inputs else 0
+    reserved = (len(model.blocks) - 1) * offloaded
+    loaded = LoadedWeights(file_dtype(inputs.header) == model.dtype, overlays, reserved)
+    placement = place_model(model, device, config.swap, trained, loaded)
+    return PlacedModel(model, trained, placement, offloaded)
 
 
 def prepare(

@@ -93,3 +93,5 @@ TASKS: dict[str, WanTask] = {
         WanTask("ti2v-5B", _TI2V_5B, None, 5.0, 50, 5.0, None, 24, 121, WAN_2_2_VAE),
     )
 }
+# The others' files are recognised, and refused.
+SUPPORTED_TASKS = tuple(name for name, task in TASKS.items() if task.config.model_type == "t2v")

@@ -20,7 +20,7 @@ _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _SCALES = (".scale_weight", ".weight_scale")
 # Scales of activations, which only fp8 matrix products use.
 _INPUT_SCALES = (".scale_input", ".input_scale")
-_USE = "use a bf16, fp16, fp32 or fp8 file"
+_USE = "use a bf16, fp16 or fp32 file"  # for training too, which refuses fp8
 
 
 def is_companion(name: str) -> bool:
@@ -71,7 +71,7 @@ def _parsed(source: object, name: str, text: str | bytes) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError(f"{source}: {name} is no JSON, so the weights' format is unknown; {_USE}") from None
+        raise InputError(f"{source}: {name} is not JSON, so the format of the weights is unknown; {_USE}") from None
 
 
 def _short(settings: object) -> str:
@@ -83,17 +83,17 @@ def _check_weight(source: object, name: str, entry: TensorEntry, scale: TensorEn
         raise InputError(f"{source}: {name} is stored as {entry.dtype}, which is not supported; {_USE}")
     matrix = name.endswith(".weight") and len(entry.shape) == 2
     if scaled and matrix and entry.dtype in FP8 and scale is None:
-        raise InputError(f"{source}: {name} is scaled fp8 without its scale; {_USE}")
+        raise InputError(f"{source}: {name} is scaled fp8, but its scale is missing; {_USE}")
 
 
 def _check_scale(source: object, name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]) -> None:
     weight = tensors.get(name.rsplit(".", 1)[0] + ".weight")
     if weight is None:
-        raise InputError(f"{source}: {name} scales no weight of the file; {_USE}")
+        raise InputError(f"{source}: {name} belongs to no weight of the file; {_USE}")
     rows = weight.shape[:1]
     if entry.dtype not in _PLAIN or (entry.numel != 1 and entry.shape not in (rows, (*rows, 1))):
         found = f"{entry.dtype} {list(entry.shape)}"
-        raise InputError(f"{source}: {name} is {found}, supported is one scale per matrix or per row; {_USE}")
-    # Some converters leave scales of 1 at the layers they kept in 16 bit.
+        raise InputError(f"{source}: {name} is {found}, supported are one scale per matrix and one per row; {_USE}")
+    # Some converters leave scales of 1 for the layers that they kept in 16 bit.
     if weight.dtype not in FP8 and not torch.all(read_tensor(entry) == 1):
         raise InputError(f"{source}: {name} scales a weight that is stored as {weight.dtype}; {_USE}")

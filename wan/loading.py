@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan.configs import TASKS, WanConfig
+from wan.configs import SUPPORTED_TASKS, TASKS, WanConfig
 from wan.errors import InputError
 from wan.fp8 import FP8, check_quantisation, dequantised, is_companion, scale_of
 from wan.model import WanModel
@@ -21,13 +21,13 @@ from wan.stored_tensors import DTYPES, mapped_bytes, mapped_tensor, read_tensor
 _PREFIX = re.compile(r"(?:model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)*")
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
-# What else users have, told by a part of its tensors' names.
+# What else users have, recognised by a part of its tensors' names.
 _OTHER_FILES = {
-    "condition_embedder.": "has diffusers' names; use the file with Wan's own (its repository has no -Diffusers)",
-    "lora_": "is a LoRA; use the checkpoint itself",
-    "decoder.": "is a VAE; use the transformer's file",
-    "token_embedding.": "is a text encoder; use the transformer's file",
-    "shared.weight": "is a text encoder; use the transformer's file",
+    "condition_embedder.": "is a diffusers checkpoint; use the original one, from the repository without -Diffusers",
+    "lora_": "is a LoRA; use a whole checkpoint",
+    "decoder.": "is a VAE; use the file of the transformer",
+    "token_embedding.": "is a text encoder; use the file of the transformer",
+    "shared.weight": "is a text encoder; use the file of the transformer",
 }
 _OTHER_MODELS = {
     "img_emb.": "is a Wan 2.1 image-to-video model with a CLIP branch",
@@ -35,11 +35,13 @@ _OTHER_MODELS = {
     "control_adapter.": "is a camera control model",
     "ref_conv.": "is a Fun control model",
 }
+_MODEL_TYPES = {"i2v": "an image-to-video model", "ti2v": "a text-and-image-to-video model"}
+_SUPPORTED = f"which is not supported; supported are the models of --task {', '.join(SUPPORTED_TASKS)}"
 
 
 @dataclass(frozen=True)
 class CheckpointHeader:
-    """The headers of a checkpoint's files: where each tensor lies by its original name, and all metadata.
+    """The headers of a checkpoint's files: where each tensor lies, by its original name, and all metadata.
 
     Stored names have `prefix` in front of the original ones.
     """
@@ -64,13 +66,15 @@ def read_checkpoint_header(path: str | Path) -> CheckpointHeader:
     for file in files:
         entries, file_metadata = read_file_header(file)
         if twice := stored.keys() & entries.keys():
-            raise InputError(f"{path}: {min(twice)} is in two of its files; get them again")
+            raise InputError(f"{path}: {min(twice)} is in two of its files; download them again")
         stored.update(entries)
         metadata.update(file_metadata)
     prefix = _find_prefix(path, stored)
     tensors = {_WRAPPERS.sub("", key).removeprefix(prefix): entry for key, entry in stored.items()}
     if len(tensors) < len(stored):
-        raise InputError(f"{path}: some tensors are there with and without a prefix; use a file with one model")
+        raise InputError(
+            f"{path}: some tensors are there both with and without a prefix; use a file with a single model"
+        )
     check_quantisation(path, tensors, metadata)
     return CheckpointHeader(tuple(files), tensors, metadata, prefix)
 
@@ -83,7 +87,7 @@ def config_from_header(header: CheckpointHeader) -> WanConfig:
     source, tensors = header.files[0], header.tensors
     for part, what in _OTHER_MODELS.items():
         if any(part in name for name in tensors):
-            raise InputError(f"{source} {what}, which is not supported; supported are {', '.join(TASKS)}")
+            raise InputError(f"{source} {what}, {_SUPPORTED}")
     dim = _length(header, "head.modulation", 3, 2)
     in_dim = _length(header, "patch_embedding.weight", 5, 1)
     out_dim = _length(header, "head.head.weight", 2, 0) // 4
@@ -104,12 +108,12 @@ def config_from_header(header: CheckpointHeader) -> WanConfig:
 
 
 def check_fits_task(header: CheckpointHeader, task_name: str) -> None:
-    """InputError, naming the tasks that fit, if the file's model is another task's.
+    """InputError, naming the tasks that fit, if the file's model belongs to another task.
 
-    A file with `num_heads` in its metadata is no released model; it goes with any task of its kind.
+    A file with `num_heads` in its metadata is not a released model; it fits any task of its kind.
     """
     if task_name not in TASKS:
-        raise InputError(f"--task {task_name} is unknown; allowed are {', '.join(TASKS)}")
+        raise InputError(f"--task {task_name} is unknown; allowed are {', '.join(SUPPORTED_TASKS)}")
     config = config_from_header(header)
     kinds = {name: task.config for name, task in TASKS.items() if task.config.model_type == config.model_type}
     fits = [name for name, known in kinds.items() if replace(config, text_len=known.text_len) == known]
@@ -117,13 +121,15 @@ def check_fits_task(header: CheckpointHeader, task_name: str) -> None:
         fits = list(kinds)
     if task_name in fits:
         return
+    if config.model_type in _MODEL_TYPES:
+        raise InputError(f"{header.files[0]} is {_MODEL_TYPES[config.model_type]}, {_SUPPORTED}")
     widths = f"width {config.dim}, {config.num_layers} blocks, {config.in_dim} input channels"
-    advice = f"use --task {' or '.join(fits)}" if fits else "no task has these widths"
+    advice = f"use --task {' or '.join(fits)}" if fits else "no task has a model of this size"
     raise InputError(f"{header.files[0]} ({widths}) does not fit --task {task_name}: {advice}")
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file of this name is taken for one part of a checkpoint of several."""
+    """Whether a file of this name is taken as one of several parts of a checkpoint."""
     return _SHARD.fullmatch(path.name) is not None
 
 
@@ -141,6 +147,12 @@ def is_fp8(header: CheckpointHeader) -> bool:
     return any(entry.dtype in FP8 for entry in header.tensors.values())
 
 
+def cast_bytes(header: CheckpointHeader, dtype: torch.dtype) -> int:
+    """RAM that load_dit takes for a model in `dtype`: that of tensors stored in another one; others stay mapped."""
+    stored = (entry for name, entry in header.tensors.items() if not is_companion(name))
+    return sum(entry.numel * dtype.itemsize for entry in stored if DTYPES[entry.dtype] != dtype)
+
+
 def load_dit(
     path: str | Path,
     dtype: torch.dtype | None = None,
@@ -150,9 +162,9 @@ def load_dit(
 ) -> WanModel:
     """The frozen model of a checkpoint, all in `dtype`: the file's own by default, bfloat16 for fp8 files.
 
-    On the CPU, tensors that are in `dtype` already stay mapped from the file: a page is copied when it is written to;
-    if `read_only`, as files larger than the RAM need, nothing may be written to them. `patches` change copies of the
-    tensors as they are stored, by original name. Errors: as read_checkpoint_header's and config_from_header's.
+    On the CPU, tensors that are already in `dtype` stay mapped from the file: a page is copied when it is written to;
+    if `read_only`, which files larger than the RAM need, nothing may be written to them. `patches` change copies of
+    the stored tensors, by original name. Errors: those of read_checkpoint_header and config_from_header.
     """
     header = read_checkpoint_header(path)
     config = config_from_header(header)
@@ -173,7 +185,7 @@ def _checkpoint_files(path: Path) -> list[Path]:
     if path.name.endswith(".index.json"):
         return _indexed_files(path)
     if path.suffix.lower() != ".safetensors":
-        raise InputError(f"{path} is no .safetensors file, the one format that transformers are loaded from")
+        raise InputError(f"{path} is not a .safetensors file, the only format that transformers are loaded from")
     shard = _SHARD.fullmatch(path.name)
     if shard is None:
         return [path]
@@ -191,8 +203,8 @@ def _only_checkpoint(folder: Path) -> Path:
         return folder / names[0]
     found = ", ".join([*indices, *names][:4]) or "none"
     experts = [name for name in ("high_noise_model", "low_noise_model") if (folder / name).is_dir()]
-    hint = f"; give {' or '.join(experts)} inside it" if experts else "; give the file itself"
-    raise InputError(f"{folder} does not hold exactly one checkpoint (found: {found}){hint}")
+    hint = f"; use its folder {' or '.join(experts)}" if experts else "; name the file itself"
+    raise InputError(f"{folder} does not contain exactly one checkpoint (found: {found}){hint}")
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -202,7 +214,7 @@ def _indexed_files(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError):
         plain = False
     if not plain or not names:
-        raise InputError(f"{index} is no index of a sharded checkpoint (a weight_map with file names)")
+        raise InputError(f"{index} is not the index of a sharded checkpoint: it has no weight_map with file names")
     return [index.with_name(name) for name in sorted(names)]
 
 
@@ -213,18 +225,20 @@ def _find_prefix(path: Path, stored: Mapping[str, TensorEntry]) -> str:
     if len(known) == 1:
         return known[0]
     if known:
-        raise InputError(f"{path} holds {len(known)} transformers; use a file with one model")
+        raise InputError(f"{path} contains {len(known)} transformers; use a file with a single model")
     for part, what in _OTHER_FILES.items():
         if any(part in name for name in names):
             raise InputError(f"{path} {what}")
-    raise InputError(f"{path} is no Wan transformer: it has no head.modulation, under no prefix that is known")
+    raise InputError(
+        f"{path} is not a Wan transformer: it has no tensor head.modulation, with or without a known prefix"
+    )
 
 
 def _length(header: CheckpointHeader, name: str, dimensions: int, axis: int) -> int:
     entry = header.tensors.get(name)
     if entry is None or len(entry.shape) != dimensions:
         found = "is missing" if entry is None else f"is {list(entry.shape)}"
-        raise InputError(f"{header.files[0]} is no whole Wan transformer: {name} {found}")
+        raise InputError(f"{header.files[0]} is not a complete Wan transformer: {name} {found}")
     return entry.shape[axis]
 
 
@@ -234,42 +248,43 @@ def _model_type(source: Path, in_dim: int, out_dim: int) -> str:
     if in_dim == 2 * out_dim + 4:  # the latents, 4 channels of mask, the latents of the given frames
         return "i2v"
     raise InputError(
-        f"{source} has {in_dim} input and {out_dim} output channels (a control or inpainting model?), "
-        f"which is not supported; supported are {', '.join(TASKS)}"
+        f"{source} has {in_dim} input and {out_dim} output channels (a control or inpainting model?), {_SUPPORTED}"
     )
 
 
 def _num_heads(header: CheckpointHeader, dim: int) -> int:
     num_heads = _metadata_number(header, "num_heads", dim // 128)
-    # RoPE turns pairs of channels, at least one pair for each of three axes.
+    # RoPE rotates pairs of channels, at least one pair for each of three axes.
     if num_heads < 1 or dim % num_heads or dim // num_heads % 2 or dim // num_heads < 6:
         raise InputError(f"{header.files[0]}: width {dim} cannot be split into {num_heads} heads")
     if "num_heads" not in header.metadata and dim % 128:
-        raise InputError(f"{header.files[0]}: width {dim} is no multiple of 128, and its metadata has no num_heads")
+        raise InputError(f"{header.files[0]}: width {dim} is not a multiple of 128, and the metadata has no num_heads")
     return num_heads
 
 
 def _metadata_number(header: CheckpointHeader, key: str, default: int) -> int:
     text = header.metadata.get(key, str(default))
     if not re.fullmatch(r"[0-9]{1,6}", text) or (key in header.metadata and int(text) == 0):
-        raise InputError(f"{header.files[0]}: {key} in its metadata is {text[:20]!r}, not a number from 1 on")
+        raise InputError(
+            f"{header.files[0]}: {key} in its metadata is {text[:20]!r}, which is not a whole number above 0"
+        )
     return int(text)
 
 
 def _check_tensors(header: CheckpointHeader, config: WanConfig) -> None:
     wanted = _shapes(config)
-    found = {name: entry.shape for name, entry in header.tensors.items() if not is_companion(name)}
+    stored = {name: entry.shape for name, entry in header.tensors.items() if not is_companion(name)}
     problems = {
-        "missing": wanted.keys() - found.keys(),
-        "unexpected": found.keys() - wanted.keys(),
-        "of another shape": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
+        "missing": wanted.keys() - stored.keys(),
+        "unexpected": stored.keys() - wanted.keys(),
+        "of another shape": {name for name in wanted.keys() & stored.keys() if wanted[name] != stored[name]},
     }
-    told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in problems.items() if names]
-    if told:
-        raise InputError(f"{header.files[0]} is not exactly one Wan transformer; tensors: {'; '.join(told)}")
+    found = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in problems.items() if names]
+    if found:
+        raise InputError(f"{header.files[0]} is not exactly one Wan transformer; tensors: {'; '.join(found)}")
 
 
-@lru_cache(maxsize=2)  # asked when flags are checked, again when the model is loaded; two experts share it
+@lru_cache(maxsize=2)  # used when flags are checked and when the model is loaded; two experts share it
 def _shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}

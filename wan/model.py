@@ -2,8 +2,8 @@
 
 Shapes: B batch, C latent channels, F H W latent frames/height/width, f h w the same in patches, L video tokens (f*h*w),
 S text tokens, D width, N heads, K head width. T is L where timesteps differ per token, else 1.
-No autocast: the weights' dtype is the compute dtype; where float32 is needed the cast is written out. In bf16 the
-residual stream is bf16, while norm statistics, modulation, gates, RoPE, the time path and the head are float32.
+No autocast: the dtype of the weights is the compute dtype; where float32 is needed, the cast is written out. In bf16
+the residual stream is bf16, while norm statistics, modulation, gates, RoPE, the time path and the head are float32.
 """
 
 import torch
@@ -47,7 +47,7 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class LinearFloat32(nn.Linear):
-    """A linear layer in float32 whatever its dtype; by `pieces` of rows, so that no whole float32 copy is made."""
+    """A linear layer that computes in float32, in `pieces` of rows so that there is never a whole float32 copy."""
 
     def __init__(self, in_features: int, out_features: int, pieces: int = 1):
         super().__init__(in_features, out_features)
@@ -64,12 +64,12 @@ def modulated_norm(x_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> T
 
 
 def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate: Tensor) -> Tensor:
-    """x + y * gate: the float32 gate [B, T, D] promotes both steps, so the result is rounded once."""
+    """x + y * gate: the float32 gate [B, T, D] promotes both operations, so the result is rounded only once."""
     return (x_BLD + y_BLD * gate).to(x_BLD.dtype)
 
 
 def attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
-    """Softmax attention over all keys, heads joined: [B, L, D]."""
+    """Softmax attention over all keys, with the heads joined: [B, L, D]."""
     q_BNLK, k_BNSK, v_BNSK = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
     return F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK).transpose(1, 2).flatten(2)
 
@@ -151,7 +151,7 @@ class Head(nn.Module):
 
 
 class WanModel(nn.Module):
-    """Predicts the flow (noise minus clean latents) of noisy video latents under a text prompt."""
+    """Predicts the flow (noise minus clean latents) of noisy video latents, given a text prompt."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -206,10 +206,12 @@ class WanModel(nn.Module):
         return (e.unsqueeze(1), e0.unsqueeze(1)) if index is None else (e[index], e0[index])
 
     def embed_text(self, context: list[Tensor]) -> Tensor:
-        """[B, S, D]; the zeros that fill S are embedded too, since the model attends to them."""
+        """[B, S, D]; the zeros that pad S are embedded too, since the model attends to them."""
         longest = max(len(tokens) for tokens in context)
         if longest > self.text_len:
-            raise InputError(f"a prompt has {longest} tokens, but this model reads at most {self.text_len}: shorten it")
+            raise InputError(
+                f"a prompt has {longest} tokens, but this model reads at most {self.text_len}: shorten the prompt"
+            )
         padded = [F.pad(tokens.to(self.dtype), (0, 0, 0, self.text_len - len(tokens))) for tokens in context]
         return self.text_embedding(torch.stack(padded))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import InputError
+from wan.memory import available_bytes, check_room, free_device_bytes
 from wan.state_dict_files import fill_model, read_state_dict, strip_prefix
 from wan.tokenizer import clean_prompt, open_tokenizer, read_tokenizer, tokenizer_file
 from wan.values import Number
@@ -119,7 +120,7 @@ def load_text_encoder(
     `tokenizer`: a tokenizer.json, a spiece.model or a folder with one; None looks beside the file, in it, on the hub.
     `text_len`: the most tokens of a prompt; None takes the file's metadata, else 512. `text_dim`: the width that the
     transformer expects. InputError for a file that is missing, truncated, contains code, is not UMT5, or has another
-    width, and for float16.
+    width, for float16, and if there is not enough memory.
     """
     if dtype == torch.float16:
         raise InputError("UMT5 overflows in float16: use bfloat16 or float32 (a float16 file can be loaded that way)")
@@ -128,7 +129,9 @@ def load_text_encoder(
     text_len = _text_len(metadata, path) if text_len is None else text_len
     embedded = next((value for name, value in stored.items() if name.split(".")[-1] == "spiece_model"), None)
     source = f"{path} is not a UMT5 encoder"
-    tensors = _dequantised(_transformers_names(stored, source), dtype, device, path)
+    tensors = _transformers_names(stored, source)
+    _check_room(tensors, dtype, torch.device(device), path)
+    tensors = _dequantised(tensors, dtype, device, path)
     sizes = _sizes(tensors, source)
     from transformers import UMT5Config, UMT5EncoderModel  # here, because it takes seconds
 
@@ -174,6 +177,20 @@ def _transformers_names(stored: Mapping[str, Tensor], source: str) -> dict[str, 
     if "shared.weight" not in renamed:
         raise InputError(f"{source}: it contains neither token_embedding.weight nor shared.weight")
     return renamed
+
+
+def _check_room(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, path: str | Path) -> None:
+    """InputError if the memory is too small: 11 GB for UMT5-XXL, except on a CPU that reads a bf16 file in place."""
+    unused = (*_SCALE_SUFFIXES, *_UNUSED_SUFFIXES)
+    weights = [tensor for name, tensor in tensors.items() if not name.endswith(unused)]
+    if device.type == "cpu":
+        copied = sum(tensor.numel() * dtype.itemsize for tensor in weights if tensor.dtype != dtype)
+        advice = f"use the {str(dtype).removeprefix('torch.')} file of the text encoder, which is read in place"
+        check_room({f"the text encoder {path}": copied}, available_bytes(), "RAM", advice)
+    else:
+        needed = sum(tensor.numel() * dtype.itemsize for tensor in weights)
+        advice = "close other programs that use the device; caching and generating also work with --device cpu"
+        check_room({f"the text encoder {path}": needed}, free_device_bytes(device), f"memory on {device}", advice)
 
 
 def _dequantised(

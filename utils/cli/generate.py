@@ -61,7 +61,6 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         solver=flags.sample_solver,
         boundary=_boundary(flags, task),
         guidance_scale_high=_guidance_scale_high(flags, task),
-        blocks_to_swap=flags.blocks_to_swap,
         swap=read_swap(flags),
         device=flags.device or default_device(),
         dit_dtype=flags.dit_dtype,

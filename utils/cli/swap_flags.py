@@ -74,6 +74,7 @@ def read_swap(flags: Namespace) -> SwapConfig:
         raise InputError(f"--use_pinned_memory_for_block_swap contradicts --host_weights {flags.host_weights}")
     pinned = flags.use_pinned_memory_for_block_swap
     return SwapConfig(
+        blocks_to_swap=flags.blocks_to_swap,
         ring_blocks=flags.block_swap_ring_size or 2,
         weights_vram=flags.weights_vram,
         host_weights="pinned" if pinned else flags.host_weights,

@@ -61,7 +61,6 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         accumulation=flags.gradient_accumulation_steps,
         gradient_checkpointing=flags.gradient_checkpointing,
         offload_block_inputs=_offloads_block_inputs(flags),
-        blocks_to_swap=flags.blocks_to_swap,
         swap=read_swap(flags),
         workers=_workers(flags),
         persistent_workers=flags.persistent_data_loader_workers,

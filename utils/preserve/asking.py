@@ -1,4 +1,4 @@
-"""What a run preserves: the old prompts of its files and ledger, asked before its first step, answers kept in a file.
+"""Records the model's predictions for old prompts before the first step: which are missing, their file, the recording.
 
 Shapes: B batch, C latent channels, F H W latent frames, height, width, S text tokens, D text width.
 """
@@ -30,8 +30,26 @@ from wan.model import WanModel
 
 
 @dataclass(frozen=True)
+class AskedModel:
+    """The model whose predictions are recorded, before it is loaded."""
+
+    base: BaseModel
+    config: WanConfig
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a run trains on: predictions are recorded on its latents, noise levels and sizes of batches."""
+
+    items: Sequence[Item]
+    batches: Sequence[Sequence[int]]  # of an epoch, as entries
+    timesteps: TimestepConfig
+    seed: int
+
+
+@dataclass(frozen=True)
 class Question:
-    """One answer to be had: at an item's latents of `shape`, at noise level `sigma` [1]; `place` names the noise."""
+    """One prediction to record: at an item's latents of `shape`, with noise of level `sigma` [1]; `place` seeds it."""
 
     item: Item
     shape: tuple[int, ...]
@@ -51,22 +69,21 @@ class Question:
 
 @dataclass(frozen=True)
 class AskingPlan:
-    """The file that the run will keep its answers in, and for each old prompt the questions of which it has none."""
+    """The file for the run's reference predictions, and for each old prompt those that are still to be recorded."""
 
     path: Path
     asked: tuple[tuple[OldPrompt, tuple[Question, ...]], ...]
     most_values: int  # of latents, in the run's largest batch
     notes: tuple[str, ...]
-    base: BaseModel
-    model: WanConfig
+    model: AskedModel
 
     @property
     def size(self) -> int:
-        """Of the file, in bytes, at most."""
+        """The bytes of the file, at most."""
         answers = sum(answer_bytes(answer.shape) for old, asked in self.asked for answer in (*old.kept, *asked))
-        # A token is a byte of the text or more; </s> and a space in front come on top.
-        tokens = (min(len(old.text.encode()) + 2, self.model.text_len) for old, _ in self.asked)
-        return answers + 2 * self.model.text_dim * sum(tokens)
+        # A token is a byte of the text or more; plus </s> and a space in front.
+        tokens = (min(len(old.text.encode()) + 2, self.model.config.text_len) for old, _ in self.asked)
+        return answers + 2 * self.model.config.text_dim * sum(tokens)
 
     @property
     def questions(self) -> int:
@@ -74,73 +91,66 @@ class AskingPlan:
 
     @property
     def largest_kept(self) -> tuple[int, ...]:
-        """The shape of the largest latents that answers are kept at; what is asked now is no larger than a batch."""
+        """The shape of the largest latents among earlier predictions; new ones are no larger than a batch."""
         return max((kept.shape for old, _ in self.asked for kept in old.kept), key=math.prod, default=(0,) * 4)
 
     def lines(self) -> list[str]:
-        """What is not preserved, how much is kept."""
-        lines = [*self.notes]
-        lines.append(
-            f"keeps answers in {self.path} (up to {readable(self.size)}), the --preserve_answers of the next run"
-        )
+        """What is not preserved, what will be written, and what needs more memory than training alone."""
+        size = readable(self.size)
+        lines = [
+            *self.notes,
+            f"will write reference predictions to {self.path} (up to {size}), the --preserve_answers of the next run",
+        ]
         if math.prod(self.largest_kept) > self.most_values:
+            shape = "x".join(map(str, self.largest_kept))
             lines.append(
-                f"note: answers are kept at latents of {'x'.join(map(str, self.largest_kept))}, larger than any batch "
-                "of this run: its memory has to hold them"
+                f"note: earlier reference predictions have latents of {shape}, larger than any batch of this run, and "
+                "so need more memory"
             )
         return lines
 
 
 def read_old_prompts(
     config: PreserveConfig | None,
-    base: BaseModel | None,
-    model: WanConfig,
+    model: AskedModel | None,
     ledger: Sequence[Entry],
     own: Entry,
     items: Sequence[Item],
 ) -> OldPrompts:
     """What a run that trains the slice `own` on `items` preserves of the concepts in the `ledger`.
 
-    InputError if there is nothing, or if --preserve_answers cannot be used.
+    InputError if there is nothing to preserve, or if --preserve_answers cannot be used.
     """
     if config is None:
         return OldPrompts()
-    kept = read_answers(config.answers, base, model) if config.answers else []
+    kept = read_answers(config.answers, model.base, model.config) if config.answers else []
     return old_prompts(config, ledger, own, kept, {item.caption for item in items})
 
 
 def plan_asking(
-    config: PreserveConfig | None,
-    path: Path,
-    timesteps: TimestepConfig,
-    base: BaseModel | None,
-    model: WanConfig,
-    prompts: OldPrompts,
-    items: Sequence[Item],
-    batches: Sequence[Sequence[int]],
-    seed: int,
+    config: PreserveConfig | None, path: Path, model: AskedModel | None, prompts: OldPrompts, trained_on: TrainedOn
 ) -> AskingPlan | None:
-    """What is to be asked, at the `items` of a run, and kept at `path`; None where nothing is preserved."""
+    """Which predictions have to be recorded, to be kept in `path`; None if nothing is preserved."""
     if config is None:
         return None
-    shaped = [(item, latents_shape(item.latents)) for item in items]
+    shaped = [(item, latents_shape(item.latents)) for item in trained_on.items]
     asked = tuple(
-        (old, () if old.kept else _questions(old.text, shaped, config.levels, timesteps, seed)) for old in prompts.all
+        (old, () if old.kept else _questions(old.text, shaped, config.levels, trained_on)) for old in prompts.all
     )
-    sizes = [sum(math.prod(shaped[entry % len(shaped)][1]) for entry in batch) for batch in batches]
-    return AskingPlan(path, asked, max(sizes), prompts.notes, base, model)
+    sizes = [sum(math.prod(shaped[entry % len(shaped)][1]) for entry in batch) for batch in trained_on.batches]
+    return AskingPlan(path, asked, max(sizes), prompts.notes, model)
 
 
 def _questions(
-    text: str, items: Sequence[tuple[Item, tuple[int, ...]]], levels: int, timesteps: TimestepConfig, seed: int
+    text: str, items: Sequence[tuple[Item, tuple[int, ...]]], levels: int, trained_on: TrainedOn
 ) -> tuple[Question, ...]:
-    """At noise levels that are spread evenly over those that are trained, each at one of the items."""
-    questions = []
+    """At noise levels spread evenly over those that are trained, each with one of the items."""
+    seed, questions = trained_on.seed, []
     for number in range(levels):
         generator = draw_generator(seed, "question", text, number)
         item, shape = items[int(torch.randint(len(items), (), generator=generator))]
         u_B = (number + torch.rand(1, generator=generator, dtype=torch.float64)) / levels
-        sigma = sigmas_of(timesteps, u_B.clamp(2.0**-53, 1 - 2.0**-53), shape[-2:])
+        sigma = sigmas_of(trained_on.timesteps, u_B.clamp(2.0**-53, 1 - 2.0**-53), shape[-2:])
         questions.append(Question(item, shape, sigma, (seed, "question's noise", text, number)))
     return tuple(sorted(questions, key=lambda question: question.shape))
 
@@ -152,7 +162,7 @@ def encode_old_prompts(
     prompts = [old for old, _ in plan.asked]
     texts = [[]]
     if accelerator.is_main_process:
-        texts = [[old.text_SD for old in encoded(prompts, config, plan.model, accelerator.device, say)]]
+        texts = [[old.text_SD for old in encoded(prompts, config, plan.model.config, accelerator.device, say)]]
     broadcast_object_list(texts)
     asked = zip(plan.asked, texts[0], strict=True)
     return replace(plan, asked=tuple((replace(old, text_SD=text_SD), own) for (old, own), text_SD in asked))
@@ -166,36 +176,40 @@ def keep_answers(
     settings: Mapping[str, str],
     say: Callable[[str], None],
 ) -> Preservation:
-    """Asks the model, which nothing has trained yet, and keeps what it answers in the plan's file.
+    """Records the predictions of the model, which nothing has trained yet, in the plan's file, and reads them all.
 
-    A run of the same settings that was begun before has asked already.
+    A run that was started before with the same settings has already recorded them.
     """
     run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if is_of_run(plan.path, run):
-        say(f"{plan.path} holds the answers already, of a run of the same settings")
+        say(f"{plan.path} already has the reference predictions of a run with the same settings")
     else:
-        bare = sum(not old.kept for old, _ in plan.asked)
-        say(
-            f"asks for {plan.questions} answers before the first step: none are kept yet to {bare} of "
-            f"{len(plan.asked)} old prompts"
-        )
-        new = _answers(plan, model, accelerator.device)
-        if accelerator.is_main_process:
-            with tqdm(new, total=plan.questions, desc="asking", leave=False) as bar:
-                write_answers(plan.path, plan.base, run, plan.asked, iter(bar))
-        else:
-            for _ in new:  # as long as the main one, which others could not wait for: collectives time out
-                pass
+        _record(plan, model, accelerator, run, say)
     accelerator.wait_for_everyone()
-    kept = read_answers(plan.path, plan.base, model.config)
+    kept = read_answers(plan.path, plan.model.base, model.config)
     general = tuple(old for old in kept if old.concept is None)
     of_concepts = tuple(old for old in kept if old.concept)
     return Preservation(general, of_concepts, config.every, config.weight, plan.most_values)
 
 
+def _record(plan: AskingPlan, model: WanModel, accelerator: Accelerator, run: str, say: Callable[[str], None]) -> None:
+    new = sum(not old.kept for old, _ in plan.asked)
+    say(
+        f"before the first step the run records {plan.questions} predictions of the model, for the {new} of "
+        f"{len(plan.asked)} listed prompts that have none yet"
+    )
+    answers = _answers(plan, model, accelerator.device)
+    if accelerator.is_main_process:
+        with tqdm(answers, total=plan.questions, desc="recording", leave=False) as bar:
+            write_answers(plan.path, plan.model.base, run, plan.asked, iter(bar))
+    else:
+        for _ in answers:  # as long as the main one, for which others could not wait: collectives time out
+            pass
+
+
 @torch.no_grad()
 def _answers(plan: AskingPlan, model: WanModel, device: torch.device) -> Iterator[Answer]:
-    """The answers, prompt after prompt, in batches no larger than the run's."""
+    """The predictions, prompt after prompt, in batches no larger than the run's."""
     for old, questions in plan.asked:
         for shape, same in groupby(questions, key=lambda question: question.shape):
             same, size = list(same), plan.most_values // math.prod(shape)

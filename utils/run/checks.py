@@ -17,10 +17,10 @@ from utils.learning.flow_matching import check_timesteps
 from utils.learning.lr_schedules import check_schedule
 from utils.learning.optimizers import check_optimizer
 from utils.preserve.answers_file import ENDING
-from utils.preserve.asking import AskingPlan, plan_asking, read_old_prompts
+from utils.preserve.asking import AskedModel, AskingPlan, TrainedOn, plan_asking, read_old_prompts
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.fingerprint import base_settings, deciding_settings
-from utils.run.opening_lines import expert_line, saving_lines
+from utils.run.opening_lines import expert_line, input_bytes, saving_lines
 from utils.run.plan import TrainingPlan, plan_training
 from utils.run.save_schedule import Save, check_saves, disk_use, planned_files, planned_saves, remove_unfinished
 from utils.run.state import check_state
@@ -30,6 +30,7 @@ from utils.slices.base_identity import base_model
 from utils.slices.ledger import Entry, own_entry, read_ledger
 from utils.slices.lora import lora_bytes
 from utils.slices.on_base import SlicesOnBase, units_of
+from utils.swap.memory_checks import StepNeeds, check_memory
 from utils.swap.placement import check_swap
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
@@ -66,9 +67,9 @@ class RunPlan:
     """What a run will do, all of it checked: its steps, what it records before the first one, what it will write."""
 
     steps: TrainingPlan
-    batches: Sequence[Sequence[int]]  # of epoch 0, over all processes
     settings: Mapping[str, str]  # those that decide the run's numbers
     asking: AskingPlan | None
+    block_input: int  # bytes: the input of a block, for the largest batch
     saving_lines: Sequence[str]
 
 
@@ -87,9 +88,9 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
     processes = accelerator.num_processes
     batches = dataset.epoch_batches(seed, 0)
     steps = plan_training(batches, processes, config.accumulation, config.max_train_steps, config.max_train_epochs)
-    base = base_model(header, below.entries) if config.preserve else None
+    model = AskedModel(base_model(header, below.entries), inputs.model_config) if config.preserve else None
     own = own_entry(config.ff, config.ffid, config.save.name)
-    prompts = read_old_prompts(config.preserve, base, inputs.model_config, below.entries, own, dataset.items)
+    prompts = read_old_prompts(config.preserve, model, below.entries, own, dataset.items)
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
     if config.resume:
         check_state(config.resume, settings)
@@ -97,14 +98,16 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
     answers = config.save.folder / f"{config.save.name}{ENDING}"
-    asking = plan_asking(
-        config.preserve, answers, config.timesteps, base, inputs.model_config, prompts, dataset.items, batches, seed
-    )
+    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed)
+    asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
     saving_lines = check_plan(config, header, steps, asking)
+    kept = asking.largest_kept if asking else ()
+    block_input = input_bytes(inputs.model_config, COMPUTE_DTYPES[config.mixed_precision], dataset, batches, kept)
+    check_run_memory(config, header, inputs.model_config, accelerator.device, block_input)
     say_what_is_read(config, header, dataset, say)
     for line in asking.lines() if asking else ():
         say(line)
-    return RunPlan(steps, batches, settings, asking, saving_lines)
+    return RunPlan(steps, settings, asking, block_input, saving_lines)
 
 
 def _agree_on_seed(config: TrainConfig, say: Callable[[str], None]) -> int:
@@ -132,7 +135,7 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
         )
     model_config = config_from_header(header)
     dtype = COMPUTE_DTYPES[config.mixed_precision]
-    check_swap(model_config, dtype, device, config.blocks_to_swap, config.swap, mapped=file_dtype(header) == dtype)
+    check_swap(model_config, dtype, device, config.swap, mapped=file_dtype(header) == dtype)
     if config.offload_block_inputs and device.type == "cpu":
         raise InputError("--gradient_checkpointing_cpu_offload has no effect where the CPU trains: leave it out")
     return header, model_config
@@ -213,6 +216,21 @@ def _newest_slice(path: Path) -> Entry | None:
         if entries := read_ledger(read_file_header(path)[1], path):
             return entries[-1]
     return None
+
+
+def check_run_memory(
+    config: TrainConfig, header: CheckpointHeader, model: WanConfig, device: torch.device, block_input: int
+) -> None:
+    """InputError if the model, the slice and the inputs of its blocks (`block_input` bytes each) do not fit."""
+    stored, dtype = file_dtype(header), COMPUTE_DTYPES[config.mixed_precision]
+    flag = next((name for name, used in COMPUTE_DTYPES.items() if used == stored), None)
+    own = units_of(header, own_entry(config.ff, config.ffid, config.save.name)).values()
+    # The start values; fp32 differences and gradients.
+    trained = sum(units.count for units in own) * (dtype.itemsize + 4 + 4)
+    usable = stored.itemsize <= dtype.itemsize and not (stored == torch.float16 and device.type == "cpu")
+    lighter = f"use --mixed_precision {flag}" if usable else f"use a {dtype_name(dtype)} file as --dit"
+    step = StepNeeds(trained, block_input, config.offload_block_inputs)
+    check_memory(header, model, dtype, device, config.swap, f"{lighter}, so that the weights are read in place", step)
 
 
 def say_what_is_read(

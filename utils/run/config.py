@@ -75,7 +75,6 @@ class TrainConfig:
     accumulation: int = 1
     gradient_checkpointing: bool = False
     offload_block_inputs: bool = False  # to the host, between forward and backward
-    blocks_to_swap: int = 0
     swap: SwapConfig = field(default_factory=SwapConfig)
     workers: int = 0
     persistent_workers: bool = False

@@ -18,7 +18,7 @@ from utils.run.write import ledger_lines
 from utils.selective_finetune import TrainedSlice
 from utils.slices.ledger import Entry, ids_line, own_entry
 from utils.swap.placement import Placement, memory_line
-from wan.configs import WanTask
+from wan.configs import WanConfig, WanTask
 from wan.model import WanModel
 
 KIND_NAMES = {"checkpoint": "checkpoint", "slice": "slice file", "lora": "LoRA"}  # of --save_as, in words
@@ -58,12 +58,16 @@ def slice_memory(trained: TrainedSlice, model: WanModel) -> str:
 
 
 def input_bytes(
-    model: WanModel, dataset: TrainingDataset, batches: Sequence[Sequence[int]], kept: Sequence[int] = ()
+    model: WanConfig,
+    dtype: torch.dtype,
+    dataset: TrainingDataset,
+    batches: Sequence[Sequence[int]],
+    kept: Sequence[int] = (),
 ) -> int:
     """The input of one block, for the largest batch, or for latents of shape `kept` [C, F, H, W] where that is more."""
-    tokens = max(sum(_tokens(dataset.items[number], model) for number in batch) for batch in batches)
-    tokens = max(tokens, math.prod(kept[1:]) // math.prod(model.config.patch_size) if kept else 0)
-    return tokens * model.config.dim * model.dtype.itemsize
+    tokens = max(sum(_tokens(dataset.items[entry % len(dataset.items)], model) for entry in batch) for batch in batches)
+    tokens = max(tokens, math.prod(kept[1:]) // math.prod(model.patch_size) if kept else 0)
+    return tokens * model.dim * dtype.itemsize
 
 
 def inputs_line(blocks: int, size: int) -> str:
@@ -134,7 +138,5 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _tokens(item: Item, model: WanModel) -> int:
-    return math.prod(
-        length // patch for length, patch in zip(item.latent_shape[1:], model.config.patch_size, strict=True)
-    )
+def _tokens(item: Item, model: WanConfig) -> int:
+    return math.prod(length // patch for length, patch in zip(item.latent_shape[1:], model.patch_size, strict=True))

@@ -1,7 +1,8 @@
-"""The host's copy of streamed weights: page-locked where it lies, in ordinary memory, or left in the checkpoint file.
+"""Where streamed weights wait on the host: in page-locked memory, in ordinary memory, or in the checkpoint file.
 
 `pinned`: the device reads page-locked memory at full speed, without the host. `staged`: ordinary memory. `mapped`: the
-file itself; the kernel keeps of it what fits. From the latter two a thread copies through small page-locked buffers.
+file itself, of which the system caches what fits. From the latter two a thread copies through small page-locked
+buffers.
 """
 
 import mmap
@@ -13,14 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.files import readable
 from utils.swap.backend import CudaBackend, HostBackend
-from utils.swap.host_memory import available_bytes, memlock_limit, page_locks_are_cheap, read_ahead, share_with_forks
+from utils.swap.host_memory import memlock_limit, page_locks_are_cheap, read_ahead, share_with_forks
 from utils.swap.worker_thread import WorkerThread
-from wan.errors import InputError
+from wan.memory import available_bytes, check_room
 
 MODES = ("auto", "pinned", "staged", "mapped")
-# Above 2 GiB some drivers refuse a page lock. A piece holds whole weights, since no copy may span two locks.
+# Some drivers refuse page locks above 2 GiB. A piece holds whole weights, since no copy may span two locks.
 PIECE_BYTES = (1 << 30) - 1
 STAGING_BYTES = 64 << 20
 # For the system, Python, CUDA's libraries, data loaders.
@@ -31,33 +31,36 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True, eq=False)
 class HostStore:
-    """How the masters of the streamed weights are kept."""
+    """How the streamed weights are kept; its page locks last until close()."""
 
     mode: str
-    bytes: int  # of RAM, a file's own pages not counted
+    bytes: int  # of RAM, not counting a file's own pages
     note: str = ""  # why the mode is not the one that was asked for
     locks: "LockedMemory | None" = None
+
+    def close(self) -> None:
+        """Unlocks the memory. The weights stay in it."""
+        if self.locks is not None:
+            self.locks.release()
 
 
 def make_host_store(
     weights: Sequence[nn.Parameter], mode: str, backend: HostBackend | CudaBackend, mapped: bool, reserved: int = 0
 ) -> HostStore:
-    """Moves the weights' data to where `mode` has them; `mapped` says whether they are a file's own bytes so far.
+    """Moves the weights to where `mode` keeps them; `mapped` says whether they are a file's own bytes so far.
 
-    "auto" leaves `reserved` bytes of RAM for what else the job keeps there. Where page-locking fails, what was locked
-    is unlocked and the weights are staged. InputError where `mode` needs more memory than there is.
+    "auto" leaves `reserved` bytes of RAM for other uses. Where page-locking fails, what was locked is unlocked and the
+    weights are staged. InputError if `mode` needs more memory than there is.
     """
     total = sum(weight.nbytes for weight in weights)
-    # Weights that are in memory already leave it piece by piece, as they are moved.
+    # Weights that are in memory already are freed piece by piece as they are moved.
     available = available_bytes() + (0 if mapped else total)
     if mode == "auto":
         mode = choose_mode(total, backend.page_locks, mapped, available - reserved, page_locks_are_cheap())
-    if mode != "mapped" and total > available:
-        raise InputError(
-            f"--host_weights {mode} needs {readable(total)} of RAM, {readable(available)} are free: use mapped, or "
-            "swap fewer blocks"
-        )
     assert mode != "mapped" or mapped, "checked against the file's dtype before the model was loaded"
+    if mode != "mapped":
+        advice = "use --host_weights mapped" if mapped else "swap fewer blocks"
+        check_room({f"--host_weights {mode}": total}, available, "RAM", advice)
     if mode == "pinned":
         return _page_locked(weights, total, backend)
     if mode == "staged" and mapped:
@@ -67,33 +70,33 @@ def make_host_store(
 
 
 def choose_mode(total: int, page_locks: bool, mapped: bool, available: int, cheap: bool) -> str:
-    """The mode for `total` bytes of weights: by the device, the file, the free memory, the platform."""
+    """The mode for `total` bytes of weights, which depends on the device, the file, the free memory and the system."""
     fits = total + _RESERVE_BYTES <= available
     if page_locks and cheap and fits:
         return "pinned"
-    # The CPU reads the file as fast as a copy of it.
+    # A CPU reads the file as fast as a copy of it.
     return "mapped" if mapped and not (page_locks and fits) else "staged"
 
 
 class LockedMemory:
-    """Regions of host memory that are page-locked where they lie, and unlocked before they are freed."""
+    """Regions of host memory that are page-locked in place, and unlocked before they are freed."""
 
     def __init__(self, backend: CudaBackend):
         self.backend = backend
         self.failed = False
         self._locked: list[Tensor] = []
-        # The finalizer holds the regions, so that no memory goes with its lock still on.
+        # The fallback where nobody calls release(). It holds the regions, so that none is freed while it is locked.
         self.release = weakref.finalize(self, _unlock_all, backend, self._locked)
         self.release.atexit = False
 
     def region(self, size: int) -> Tensor:
-        """uint8 [>= size] on pages of its own; after the first failure nothing more is locked."""
+        """uint8 [>= size] on whole pages; after the first failure nothing more is locked."""
         room = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
         start = -room.data_ptr() % _PAGE
         region = room[start : start + -(-size // _PAGE) * _PAGE]
         if not self.failed and self.backend.page_lock(region):
             self._locked.append(region)
-            share_with_forks(region, False)  # data loaders' workers have no use for it
+            share_with_forks(region, False)  # data loader workers have no use for it
         else:
             self.failed = True
         return region
@@ -140,7 +143,7 @@ def aligned(size: int) -> int:
 
 
 def _move(weights: Sequence[nn.Parameter], region: Tensor) -> None:
-    """Has the weights lie one behind the other in `region`."""
+    """Puts the weights into `region`, one after the other."""
     start = 0
     for weight in weights:
         weight.data = as_weight(region[start:], weight.data).copy_(weight.data)
@@ -148,15 +151,15 @@ def _move(weights: Sequence[nn.Parameter], region: Tensor) -> None:
 
 
 def as_weight(memory: Tensor, weight: Tensor) -> Tensor:
-    """The beginning of `memory` (uint8) in the dtype and shape of `weight`."""
+    """The beginning of `memory` (uint8) as a tensor of the dtype and shape of `weight`."""
     return memory[: weight.nbytes].view(weight.dtype).view(weight.shape)
 
 
 class BackgroundCopies:
-    """A link from ordinary memory, or a mapped file, to a device: a thread does what would keep the host waiting.
+    """A link from ordinary memory, or a mapped file, to a device: a thread does what would make the host wait.
 
     It fills two small page-locked buffers in turn, from which a GPU reads; for the CPU it copies directly. The methods
-    are the backend's; an event is the thread's promise of one.
+    are those of a backend; an event is the thread's promise of one.
     """
 
     def __init__(self, backend: HostBackend | CudaBackend):
@@ -169,7 +172,7 @@ class BackgroundCopies:
 
     def copy(self, target: Tensor, source: Tensor, after) -> Future:
         """Copies in the background, once event `after` has passed on the device."""
-        # The copy's own page faults would read a file in small pieces, one after the other.
+        # Page faults of the copy itself would read a file in small pieces, one after the other.
         self._ahead.submit(read_ahead, source)
         return self._thread.submit(self._copy if self._buffers else self.backend.copy, target, source, after)
 
@@ -178,7 +181,7 @@ class BackgroundCopies:
         self.backend.wait(copied.result())
 
     def drain(self) -> None:
-        """The host waits for all copies; there can be none after. The garbage collector may call it anywhere."""
+        """The host waits for all copies; none can follow. The garbage collector may call this anywhere."""
         self._ahead.end(drop=True)
         self._thread.end()
         self.backend.drain()

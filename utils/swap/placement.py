@@ -1,12 +1,13 @@
-"""Places a Wan model on a device: blocks that do not fit wait on the host and stream through when they are needed.
+"""Places a Wan model on a device: blocks that do not fit wait on the host and stream in when they are needed.
 
-Forward and backward of a streamed matrix each ask for it anew and keep nothing, so checkpointing or none, accumulation
-and passes without gradient in between are all right by construction.
+Forward and backward of a streamed matrix each ask for it anew and keep nothing, so checkpointing or none, accumulation,
+and passes without gradient in between all work by construction.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,27 @@ from wan.configs import WanConfig
 from wan.errors import InputError
 from wan.model import LinearFloat32, WanModel
 
+_NO_SWAP = SwapConfig()
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """A model's weights on the host before they are placed."""
+
+    mapped: bool = False  # the block matrices are the file's own bytes
+    overlays: Mapping[nn.Linear, Overlay] = field(default_factory=dict)  # what slices hold on top of these
+    reserved: int = 0  # bytes of RAM to leave for other uses
+
+
+_IN_MEMORY = LoadedWeights()
+
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights are, in bytes: on the device in all, its buffers, what streams, RAM beside the file's pages."""
+    """Where the weights are, in bytes: on the device in all, its buffers, what streams, RAM beside the file's pages.
+
+    As a context it ends the streaming: copies are finished, pages unlocked, and layers use their weight on the host.
+    """
 
     device_bytes: int
     buffer_bytes: int = 0
@@ -38,95 +56,129 @@ class Placement:
     host_mode: str = ""  # of the host store; "" where nothing is streamed
     note: str = ""
     streamer: WeightStreamer | None = None
+    undo: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> "Placement":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.undo.close()
 
 
 def place_model(
     model: WanModel,
     device: torch.device | str,
-    blocks_to_swap: int = 0,
+    swap: SwapConfig = _NO_SWAP,
     trained: TrainedSlice | None = None,
-    swap: SwapConfig | None = None,
-    mapped: bool = False,
+    loaded: LoadedWeights = _IN_MEMORY,
     backend: HostBackend | CudaBackend | None = None,
-    reserved: int = 0,
-    overlays: Mapping[nn.Linear, Overlay] | None = None,
 ) -> Placement:
-    """Moves the model to `device`, but for what streams from the host: `blocks_to_swap` blocks, or as `swap` says.
+    """Moves the model to `device`, except for the weights that stream from the host as `swap` says.
 
-    `mapped`: the block matrices are a file's own bytes so far; `reserved`: bytes of RAM to leave for other uses.
     With a trained slice (attach it first) what stays on the device becomes private memory, since the slice is written
-    into it. `overlays` are put into what is private then, and into each copy of what stays mapped. InputError if
-    swap.weights_vram is too little.
+    into it. Overlays are put into what is private then, and into each copy of what stays mapped. InputError if
+    swap.weights_vram is too little, or the RAM for --host_weights.
     """
-    device, swap, overlays = torch.device(device), swap or SwapConfig(), overlays or {}
-    if swap.weights_vram is not None:  # which they may lie in
-        beside = sum(overlay.nbytes for overlay in overlays.values())
-        swap = replace(swap, weights_vram=swap.weights_vram - beside)
+    device, overlays = torch.device(device), loaded.overlays
     backend = backend or make_backend(device)
-    plan = plan_swap(weight_sizes(model), blocks_to_swap, swap)
+    if swap.weights_vram is not None:  # which includes the overlays
+        swap = replace(swap, weights_vram=swap.weights_vram - sum(overlay.nbytes for overlay in overlays.values()))
+    plan = plan_swap(weight_sizes(model), swap)
     streamed = _streamed_linears(model, plan)
-    on_host = {linear.weight for linear in streamed}
-    resident = [parameter for parameter in model.parameters() if parameter not in on_host]
-    overlaid = {linear.weight for linear in overlays}
-    for parameter in resident:
-        parameter.data = parameter.data.to(device, copy=trained is not None or parameter in overlaid)
-    resident_bytes = sum(parameter.nbytes for parameter in resident)
-    if not streamed:
-        _put_in(overlays)
+    resident_bytes = _move_resident(model, device, streamed, {linear.weight for linear in overlays}, trained)
+    weights = [linear.weight for linear in streamed]
+    store = make_host_store(weights, swap.host_weights, backend, loaded.mapped, loaded.reserved) if streamed else None
+    stays_mapped = set(streamed) if store and store.mode == "mapped" else set()
+    for linear in overlays.keys() - stays_mapped:
+        overlays[linear].write(linear.weight.data)
+    if store is None:
         return Placement(resident_bytes)
 
-    store = make_host_store([linear.weight for linear in streamed], swap.host_weights, backend, mapped, reserved)
-    stays_mapped = set(streamed) if store.mode == "mapped" else set()
     beside = {linear: overlay.to(device) for linear, overlay in overlays.items() if linear in stays_mapped}
-    _put_in({linear: overlay for linear, overlay in overlays.items() if linear not in stays_mapped})
+    streamer = _make_streamer(streamed, plan, store, backend, trained, beside)
+    undo = ExitStack()
+    undo.callback(streamer.close)
+    _attach(model, streamed, trained, streamer, undo)
     return Placement(
         device_bytes=resident_bytes + plan.slot_bytes + sum(overlay.nbytes for overlay in beside.values()),
         buffer_bytes=plan.slot_bytes,
-        streamed_bytes=sum(linear.weight.nbytes for linear in streamed),
+        streamed_bytes=sum(weight.nbytes for weight in weights),
         streamed_blocks=len(plan.streamed),
         host_bytes=store.bytes,
         host_mode=store.mode,
         note=store.note,
-        streamer=_stream(model, streamed, plan, store, backend, trained, beside),
+        streamer=streamer,
+        undo=undo,
     )
 
 
-def _put_in(overlays: Mapping[nn.Linear, Overlay]) -> None:
-    for linear, overlay in overlays.items():
-        overlay.write(linear.weight.data)
+def _move_resident(
+    model: WanModel,
+    device: torch.device,
+    streamed: Sequence[nn.Linear],
+    overlaid: Collection[nn.Parameter],
+    trained: TrainedSlice | None,
+) -> int:
+    """Moves what does not stream to the device; copies of what will be written to. How many bytes lie there."""
+    on_host = {linear.weight for linear in streamed}
+    resident = [parameter for parameter in model.parameters() if parameter not in on_host]
+    for parameter in resident:
+        parameter.data = parameter.data.to(device, copy=trained is not None or parameter in overlaid)
+    return sum(parameter.nbytes for parameter in resident)
 
 
-def check_swap(
-    config: WanConfig, dtype: torch.dtype, device: torch.device, blocks_to_swap: int, swap: SwapConfig, mapped: bool
-) -> None:
-    """InputError, before the model loads, if its weights cannot be placed so; `mapped` as for place_model."""
-    if blocks_to_swap > config.num_layers:
-        raise InputError(f"--blocks_to_swap {blocks_to_swap}: this model has {config.num_layers} blocks")
+def _make_streamer(
+    linears: Sequence[nn.Linear],
+    plan: SwapPlan,
+    store: HostStore,
+    backend: HostBackend | CudaBackend,
+    trained: TrainedSlice | None,
+    overlays: Mapping[nn.Linear, Overlay],
+) -> WeightStreamer:
+    """A streamer of these layers' weights, which knows them by number, in this order."""
+    matrices = _matrices(trained)
+    weights = [
+        StreamedWeight(piece, matrices.get(linear), overlays.get(linear))
+        for linear in linears
+        for piece in _pieces(linear)
+    ]
+    link = backend if store.mode == "pinned" else BackgroundCopies(backend)
+    return WeightStreamer(
+        weights, plan.slots, backend, link, version=lambda: trained.version if trained else 0, store=store
+    )
+
+
+def _matrices(trained: TrainedSlice | None) -> dict[nn.Linear, SlicedMatrix]:
+    return {} if trained is None else {matrix.linear: matrix for matrix in trained.matrices.values()}
+
+
+def check_swap(config: WanConfig, dtype: torch.dtype, device: torch.device, swap: SwapConfig, mapped: bool) -> None:
+    """InputError, before the model loads, if its weights cannot be placed like this; `mapped` as in LoadedWeights."""
     if swap.host_weights == "pinned" and device.type != "cuda":
-        raise InputError(f"pinned memory is for copies to a GPU, and the device is {device}: use --host_weights mapped")
+        raise InputError(
+            f"--host_weights pinned is for copies to a GPU, and the device is {device}: use --host_weights auto"
+        )
     if swap.host_weights == "mapped" and not mapped:
         raise InputError(
-            "--host_weights mapped: the weights in use are not the file's own bytes, since they are cast at load; "
-            "leave it out"
+            "--host_weights mapped needs the weights as they are in the file, but here they are cast when they are "
+            "loaded: leave it out"
         )
-    if swap.weights_vram is not None:
-        with torch.device("meta"):
-            plan_swap(weight_sizes(WanModel(config).to(dtype)), blocks_to_swap, swap)
+    plan_swap(sizes_of(config, dtype), swap)
 
 
 def memory_line(placement: Placement, device: torch.device) -> str:
-    """Where the weights lie and stream from, with the VRAM and RAM that they take."""
+    """Where the weights lie and where they stream from, with the VRAM and RAM that they take."""
     line = f"memory: {readable(placement.device_bytes)} of weights on {device}"
     if not placement.host_mode:
         return line
     where = {
         "pinned": f"page-locked RAM ({readable(placement.host_bytes)})",
         "staged": f"RAM ({readable(placement.host_bytes)})",
-        "mapped": "the checkpoint file (RAM: only what the system caches)",
+        "mapped": "the checkpoint file (which takes no RAM but the system's file cache)",
     }[placement.host_mode]
     note = f"; {placement.note}" if placement.note else ""
     streamed = f"{placement.streamed_blocks} blocks ({readable(placement.streamed_bytes)}) stream from {where}"
-    return f"{line}, buffers of {readable(placement.buffer_bytes)} in it; {streamed}{note}"
+    return f"{line}, {readable(placement.buffer_bytes)} of it buffers; {streamed}{note}"
 
 
 def checkpoint_blocks(model: WanModel, inputs: BlockInputs | None = None) -> None:
@@ -137,42 +189,19 @@ def checkpoint_blocks(model: WanModel, inputs: BlockInputs | None = None) -> Non
         block.forward = forward if inputs is None else functools.partial(inputs.around, number, forward)
 
 
+@functools.lru_cache(maxsize=2)  # asked by several checks; two experts share it
+def sizes_of(config: WanConfig, dtype: torch.dtype) -> WeightSizes:
+    """weight_sizes of a model that is not loaded."""
+    with torch.device("meta"):
+        return weight_sizes(WanModel(config).to(dtype))
+
+
 def weight_sizes(model: WanModel) -> WeightSizes:
     """What swapping can move of this model, and what it leaves on the device."""
     matrices = [linear.weight.nbytes for linear in _linears(model.blocks[0])]
     outside = sum(linear.weight.nbytes for linear in _outside(model))
     in_all = sum(parameter.nbytes for parameter in model.parameters())
     return WeightSizes(len(model.blocks), matrices, outside, in_all - outside - len(model.blocks) * sum(matrices))
-
-
-def _stream(
-    model: WanModel,
-    linears: Sequence[nn.Linear],
-    plan: SwapPlan,
-    store: HostStore,
-    backend: HostBackend | CudaBackend,
-    trained: TrainedSlice | None,
-    overlays: Mapping[nn.Linear, Overlay],
-) -> WeightStreamer:
-    """Has these layers take their weights from a streamer, which learns of every pass of the model."""
-    matrices = {} if trained is None else {matrix.linear: matrix for matrix in trained.matrices.values()}
-    streamer = WeightStreamer(
-        [
-            StreamedWeight(piece, matrices.get(linear), overlays.get(linear))
-            for linear in linears
-            for piece in _pieces(linear)
-        ],
-        plan.slots,
-        backend,
-        backend if store.mode == "pinned" else BackgroundCopies(backend),
-        version=lambda: 0 if trained is None else trained.version,
-        store=store,
-    )
-    _attach(linears, matrices, streamer)
-    model.register_forward_pre_hook(
-        lambda *_: streamer.begin_pass("training" if torch.is_grad_enabled() else "no grad")
-    )
-    return streamer
 
 
 def _streamed_linears(model: WanModel, plan: SwapPlan) -> list[nn.Linear]:
@@ -201,19 +230,32 @@ def _pieces(linear: nn.Linear) -> Sequence[Tensor]:
     return linear.weight.data.chunk(linear.pieces) if isinstance(linear, LinearFloat32) else [linear.weight.data]
 
 
-def _attach(linears: Sequence[nn.Linear], matrices: Mapping[nn.Linear, SlicedMatrix], streamer: WeightStreamer) -> None:
-    """Has each layer ask the streamer for its weight; the streamer knows them by number, in this order."""
-    first = 0
+def _attach(
+    model: WanModel,
+    linears: Sequence[nn.Linear],
+    trained: TrainedSlice | None,
+    streamer: WeightStreamer,
+    undo: ExitStack,
+) -> None:
+    """Tells the streamer when a pass begins, and has each layer ask it for its weight; `undo` ends that."""
+    hook = model.register_forward_pre_hook(
+        lambda *_: streamer.begin_pass("training" if torch.is_grad_enabled() else "no grad")
+    )
+    undo.callback(hook.remove)
+    matrices, first = _matrices(trained), 0
     for linear in linears:
         count = len(_pieces(linear))
         fetches = [functools.partial(streamer.use, number) for number in range(first, first + count)]
         first += count
         if linear in matrices:
             (matrices[linear].fetch,) = fetches
-        elif isinstance(linear, LinearFloat32):
+            undo.callback(setattr, matrices[linear], "fetch", None)
+            continue
+        if isinstance(linear, LinearFloat32):
             linear.forward = functools.partial(_float32_forward, linear, fetches)
         else:
             linear.forward = functools.partial(_streamed_forward, linear, *fetches)
+        undo.callback(delattr, linear, "forward")
 
 
 def _streamed_forward(linear: nn.Linear, fetch: Callable[[], Tensor], x: Tensor) -> Tensor:

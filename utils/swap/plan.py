@@ -1,7 +1,7 @@
-"""Which blocks stay on the device and how large the buffers are through which the others stream.
+"""Which blocks stay on the device, and how large the buffers are through which the others stream.
 
-Of N blocks, max(N - S, ring) block-sized buffers of weights are on the device in all: the ring, and blocks that stay.
-The copies of one training step are then 2 (N - buffers) blocks, whichever blocks stay.
+Of N blocks of which S are swapped, the device holds max(N - S, ring) block-sized buffers of weights in all: the ring,
+and the blocks that stay. One training step then copies 2 (N - buffers) blocks, whichever blocks stay.
 """
 
 from collections import Counter
@@ -14,8 +14,9 @@ from wan.errors import InputError
 
 @dataclass(frozen=True)
 class SwapConfig:
-    """How blocks are swapped. `weights_vram`, in bytes, says how many in place of --blocks_to_swap."""
+    """How blocks are swapped: so many of them, or as many as leave `weights_vram` bytes of weights on the device."""
 
+    blocks_to_swap: int = 0
     ring_blocks: int = 2
     weights_vram: int | None = None
     host_weights: str = "auto"  # one of host_store.MODES
@@ -23,7 +24,7 @@ class SwapConfig:
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """A model's weights in bytes: the matrices of a block, what lies outside the blocks, what is too small to move."""
+    """A model's weights in bytes: the matrices of a block, those outside the blocks, and what is too small to move."""
 
     blocks: int  # how many
     matrices: Sequence[int]  # of one block
@@ -32,8 +33,12 @@ class WeightSizes:
 
     @property
     def block(self) -> int:
-        """One block's matrices."""
+        """One block's matrices, as slots hold them."""
         return sum(map(aligned, self.matrices))
+
+    @property
+    def all(self) -> int:
+        return self.small + self.outside + self.blocks * sum(self.matrices)
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,28 @@ class SwapPlan:
         return sum(size * count for size, count in self.slots.items())
 
 
-def plan_swap(sizes: WeightSizes, blocks_to_swap: int, config: SwapConfig) -> SwapPlan:
-    """The plan for `blocks_to_swap` of the blocks, or for weights_vram where it is given.
-
-    InputError if that is too few bytes.
-    """
-    if config.weights_vram is not None:
-        return _within_bytes(sizes, config.weights_vram)
-    if not blocks_to_swap:
+def plan_swap(sizes: WeightSizes, swap: SwapConfig) -> SwapPlan:
+    """The plan for weights of these sizes; InputError if weights_vram is too small or there are not so many blocks."""
+    if swap.weights_vram is not None:
+        return _within_bytes(sizes, swap.weights_vram)
+    if swap.blocks_to_swap > sizes.blocks:
+        raise InputError(f"--blocks_to_swap {swap.blocks_to_swap}: this model has {sizes.blocks} blocks")
+    if not swap.blocks_to_swap:
         return SwapPlan()
-    ring = min(config.ring_blocks, sizes.blocks)
-    staying = max(sizes.blocks - blocks_to_swap - ring, 0)
+    ring = min(swap.ring_blocks, sizes.blocks)
+    staying = max(sizes.blocks - swap.blocks_to_swap - ring, 0)
     slots = {size: ring * count for size, count in Counter(map(aligned, sizes.matrices)).items()}
-    return SwapPlan(_evenly(sizes.blocks, staying), slots, blocks_to_swap == sizes.blocks)
+    return SwapPlan(_evenly(sizes.blocks, staying), slots, swap.blocks_to_swap == sizes.blocks)
+
+
+def streamed_bytes(sizes: WeightSizes, plan: SwapPlan) -> int:
+    """What the host keeps of the weights."""
+    return len(plan.streamed) * sum(sizes.matrices) + (sizes.outside if plan.streams_outside else 0)
+
+
+def device_bytes(sizes: WeightSizes, plan: SwapPlan) -> int:
+    """What the weights take on the device: those that stay, and the slots."""
+    return sizes.all - streamed_bytes(sizes, plan) + plan.slot_bytes
 
 
 def _within_bytes(sizes: WeightSizes, budget: int) -> SwapPlan:
@@ -77,14 +91,14 @@ def _within_bytes(sizes: WeightSizes, budget: int) -> SwapPlan:
     least = sum(Counter(map(aligned, sizes.matrices)))
     if room < least:
         raise InputError(
-            f"--weights_vram {budget:,} bytes is too little: this model's weights need {sizes.small + least:,} at the "
-            f"least, and {sizes.small + sizes.block:,} (one block) to be fast"
+            f"--weights_vram {budget:,} bytes is too little: this model needs at least {sizes.small + least:,}, and "
+            f"{sizes.small + sizes.block:,} (one block) to be fast"
         )
     return SwapPlan(tuple(range(sizes.blocks)), _slots(sizes, room), True)
 
 
 def _slots(sizes: WeightSizes, room: int) -> dict[int, int]:
-    """Slots in the proportions of a block, in at most `room` bytes; two of a size first, so that copies overlap."""
+    """Slots in the proportions of a block, in at most `room` bytes; first two of each size, so that copies overlap."""
     wanted = Counter(map(aligned, sizes.matrices))
     slots = dict.fromkeys(wanted, 1)
     room -= sum(slots)
@@ -96,6 +110,6 @@ def _slots(sizes: WeightSizes, room: int) -> dict[int, int]:
 
 
 def _evenly(blocks: int, staying: int) -> tuple[int, ...]:
-    """The blocks that stream, with those that stay spread between them: computing one gives copies time."""
+    """The blocks that stream, with those that stay spread between them: computing one gives the copies time."""
     streamed = blocks - staying
     return tuple((2 * i + 1) * blocks // (2 * streamed) for i in range(streamed))

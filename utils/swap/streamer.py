@@ -1,8 +1,30 @@
 """Streams weights from the host to a device just ahead of their use, through slots that are allocated once.
 
-A weight is asked for each time it is used, in forward and again in backward, and never kept: so autograd holds nothing
-that a later copy could overwrite. Copies go one way, on one stream; each slot has an event for "the copy has arrived"
-and one for "its last user has been computed", and the host waits for neither.
+A layer asks for its weight with use(), in forward and again in backward, and keeps nothing: so autograd holds nothing
+that a later copy could overwrite. A weight is valid until the next use(). The invariants:
+
+1. Copies go one way, host to device, on one stream; computing has a stream of its own. The host waits for neither.
+2. A slot has two events. `arrived`: its copy is complete; computing waits for it before the weight is read for the
+   first time. `free`: whoever used the slot last has been computed; a copy waits for it before it overwrites the slot.
+3. A slot gets its `free` event when the next weight is asked for, since only then has its user been enqueued.
+4. Which weights give up their slots, and after which use, is decided by evictions() when a pass begins.
+5. Vacant slots are filled at once, with the weights that are needed next. So copies run ahead of computing.
+
+An example: three weights A, B, C and two slots; forward uses A B C and backward C B A, as an earlier pass has shown.
+
+    begin_pass          future: A B C C B A, then A B C ... of the next pass. The slots hold A and B from the pass
+                        before. evictions(): A goes after its first use, C after its second, B not at all.
+    use(A)              Already there. Both slots are taken, so nothing is fetched.
+    use(B)              Whatever used A has been enqueued: slot 1 is marked free, and A goes. C is fetched into slot
+                        1: the copy waits on the device for `free`, and runs while B computes.
+    use(C)              Slot 2 is marked free, and B stays. Computing waits for `arrived` of slot 1.
+    use(C), backward    Still there: no copy.
+    use(B), backward    C goes, and A is fetched into slot 1 while B computes.
+    use(A), backward    Computing waits for `arrived`. A and B stay for the next pass.
+
+So six uses take two copies: twice the one weight that has no slot. While an order is learned (in the first pass, or
+where a pass differs from the last one of its kind), a weight that is missing takes the slot that was used longest ago,
+and computing waits for its copy: a miss. Such a copy too waits for the slot's `free` event.
 """
 
 import weakref
@@ -22,7 +44,7 @@ from utils.swap.order import WeightOrder, evictions
 
 @dataclass(frozen=True, eq=False)
 class StreamedWeight:
-    """A weight whose master is on the host; if any, the slice in it that trains, and what each copy is to hold."""
+    """A weight on the host; the slice of it that trains and the overlay that goes into each copy, if there are any."""
 
     host: Tensor
     matrix: SlicedMatrix | None = None
@@ -63,7 +85,7 @@ class Traffic:
 
 
 class WeightStreamer:
-    """Slots on the device (bytes -> count) for weights that use() brings there, in the order that passes repeat."""
+    """Slots on the device (bytes -> count), and the weights that use() brings there in the order that passes repeat."""
 
     def __init__(
         self,
@@ -78,7 +100,7 @@ class WeightStreamer:
         self.backend = backend
         self.link = link
         self.version = version  # of the slice's values in use
-        self.store = store  # its page locks last as long as the streamer
+        self.store = store  # which the copies read: it is closed after the last of them
         self.order = WeightOrder()
         self.traffic = Traffic()
         self._lanes = {size: _Lane(of_size) for size, of_size in _allocate(slots, backend).items()}
@@ -88,11 +110,18 @@ class WeightStreamer:
         self._slot_of: dict[int, _Slot] = {}
         self._in_use: _Slot | None = None
         self._uses = 0
-        # Copies for a pass that will not come would otherwise land in memory that is someone else's by then.
-        weakref.finalize(self, link.drain).atexit = False
+        # Copies for a pass that never comes would otherwise land in memory that is someone else's by then.
+        self._drain = weakref.finalize(self, link.drain)  # the fallback for a streamer that nobody closes
+        self._drain.atexit = False
+
+    def close(self) -> None:
+        """Waits for the copies that were started, then unlocks the host's memory; no use() may follow."""
+        self._drain()
+        if self.store is not None:
+            self.store.close()
 
     def begin_pass(self, kind: Hashable) -> None:
-        """A forward pass begins; those of one kind use the weights in one order."""
+        """A forward pass begins; passes of one kind use the weights in the same order."""
         self._leave_slot()
         self.order.begin(kind)
         for lane in self._lanes.values():
@@ -106,7 +135,7 @@ class WeightStreamer:
                 self._vacate(self._slot_of[weight])
 
     def use(self, weight: int) -> Tensor:
-        """The weight on the device, with the slice's values in use, until the next call."""
+        """The weight on the device, with the slice's values in use; valid until the next call."""
         self._leave_slot()
         self.order.used(weight)
         if weight not in self._slot_of:
@@ -141,7 +170,7 @@ class WeightStreamer:
         return weight
 
     def _load_late(self, weight: int) -> None:
-        """A weight that nothing has foreseen takes the slot that was used longest ago."""
+        """Brings a weight that was not foreseen, into the slot that was used longest ago."""
         self.traffic.misses += 1
         lane = self._lane_of[weight]
         slot = lane.vacant()
@@ -152,7 +181,7 @@ class WeightStreamer:
         self._load(weight, slot)
 
     def _prefetch(self) -> None:
-        """Fills vacant slots with what is needed next."""
+        """Fills vacant slots with the weights that are needed next."""
         while not self.order.learning:
             missing = [
                 (at, slot)
@@ -165,7 +194,7 @@ class WeightStreamer:
             self._load(self.order.future[at], slot)
 
     def _next_missing(self, lane: _Lane) -> int | None:
-        """The position of the next use of a weight that is not on the device."""
+        """The position of the lane's next use of a weight that is not on the device."""
         while lane.ahead < len(lane.positions):
             at = lane.positions[lane.ahead]
             if at >= self.order.done and self.order.future[at] not in self._slot_of:
@@ -187,7 +216,7 @@ class WeightStreamer:
 
 
 def _allocate(slots: Mapping[int, int], backend: HostBackend | CudaBackend) -> dict[int, list[_Slot]]:
-    """All slots in one allocation, which is never freed or grown: nothing can fragment it."""
+    """All slots in one allocation, which neither grows nor shrinks, so that it cannot be fragmented."""
     arena = torch.empty(sum(size * n for size, n in slots.items()), dtype=torch.uint8, device=backend.device)
     free = backend.mark()
     allocated, start = {}, 0
