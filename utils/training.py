@@ -31,7 +31,7 @@ from utils.run.opening_lines import input_bytes, opening_lines, timestep_lines
 from utils.run.plan import first_items
 from utils.run.run import Place, Run, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
-from utils.run.save_schedule import save_after_epoch, save_after_step, save_at_end
+from utils.run.save_schedule import remove_overwritten, save_after_epoch, save_after_step, save_at_end
 from utils.run.turns import (
     draw_turn,
     draws_after_step,
@@ -73,9 +73,12 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     samples, asking = _encode_prompts(config, inputs, plan, accelerator, say)
     placed = place(config, inputs, plan, asking, accelerator.device)
     run = prepare(config, inputs, plan, samples, asking, placed, accelerator, started, say)
-    position = resume(run) if config.resume else Place(0, 0, 0, deque(maxlen=run.plan.steps_per_epoch))
+    position = resume(run, plan.resume) if plan.resume else Place(0, 0, 0, deque(maxlen=run.plan.steps_per_epoch))
     for line in opening_lines(run, placed.placement, placed.input_bytes, plan.saving_lines):
         say(line)
+    if accelerator.is_main_process:
+        for line in remove_overwritten(plan.removed):
+            say(line)
     _start_trackers(run)
     with StopRequest() as stop:
         _loop(run, position, stop)
@@ -165,7 +168,8 @@ def prepare(
     model, trained = placed.model, placed.trained
     optimizer = build_optimizer(config.optimizer, trained.parameters())
     settings = {**plan.settings, **start_hash(trained)}
-    preserved = keep_answers(config.preserve, asking, model, accelerator, settings, say) if asking else None
+    replaces = config.save.overwrite or plan.continues
+    preserved = keep_answers(config.preserve, asking, model, accelerator, settings, replaces, say) if asking else None
     applied = [file.entry for file in inputs.below.files]
     watches = config.training_debug and accelerator.is_main_process
     return Run(
@@ -241,7 +245,7 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         rates = learning_rates(run.optimizer)
         values, asked = _update(run, place, losses, stop)
         losses = torch.zeros_like(losses)
-        place.step, place.batch = place.step + 1, number + 1
+        place.finish_step(number + 1)
         stops = asked and place.step < plan.steps
         place.losses.append(values["loss"])
         shown = {"loss/preserve": values["preserve_loss"]} if preserves else {}
