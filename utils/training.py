@@ -57,8 +57,11 @@ from wan.model import WanModel
 _WAIT_FOR_MAIN_PROCESS = timedelta(days=1)
 
 
-def train(config: TrainConfig, say: Callable[[str], None]) -> None:
-    """Trains, saves and samples as `config` says; InputError, before the model loads, if something cannot work."""
+def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
+    """Trains, saves and samples as `config` says; InputError, before the model loads, if something cannot work.
+
+    False if it was interrupted before its last step.
+    """
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     accelerator = _start_processes(config)
     say = say if accelerator.is_main_process else _say_nothing
@@ -68,7 +71,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     if config.show_timesteps:
         for size in inputs.latent_sizes:
             say("\n".join(timestep_lines(config.timesteps, size, inputs.seed)))
-        return
+        return True
     plan = check(config, inputs, accelerator, say)
     samples, asking = _encode_prompts(config, inputs, plan, accelerator, say)
     placed = place(config, inputs, plan, asking, accelerator.device)
@@ -83,6 +86,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     with StopRequest() as stop:
         _loop(run, position, stop)
     accelerator.end_training()
+    return position.step == run.plan.steps
 
 
 def _start_processes(config: TrainConfig) -> Accelerator:
@@ -241,6 +245,8 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
         losses += _backward(run, batch, place.epoch, first_item, plan.window(number), preserves)
         if not plan.ends_step(number):
+            if stop.is_urgent and _any_asked(accelerator, stop):
+                return True  # without the unfinished step, whose gradients go with the process
             continue
         rates = learning_rates(run.optimizer)
         values, asked = _update(run, place, losses, stop)
@@ -257,6 +263,11 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         if stops or place.step == plan.steps:
             return stops
     return False
+
+
+def _any_asked(accelerator: Accelerator, stop: StopRequest) -> bool:
+    """Whether any process was asked to stop: all have to stop after the same batch."""
+    return bool(accelerator.reduce(torch.tensor([float(stop.asked)], device=accelerator.device), "sum"))
 
 
 def _backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_step: int, preserves: bool) -> Tensor:
