@@ -151,8 +151,8 @@ def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str)
 INTERRUPTED = 130  # exit code of a run that Ctrl-C or another signal stopped
 
 
-def run(main: Callable[[Sequence[str] | None], int | None], needs_console: bool = True) -> None:
-    """Runs a script's main(), whose return value is the exit code; a user's mistake is one line on stderr, code 2.
+def run(main: Callable[[Sequence[str] | None], None], needs_console: bool = True) -> None:
+    """Runs a script's main(); a user's mistake becomes one line on stderr, exit code 2.
 
     A script that `needs_console` ends quietly once nobody reads what it prints; another one continues without it.
     No script ends for the characters that it prints.
@@ -161,20 +161,19 @@ def run(main: Callable[[Sequence[str] | None], int | None], needs_console: bool 
     # diffusers imports bitsandbytes, which complains about a 4-bit kernel that nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        code = main(None)
+        main(None)
         print(end="", flush=True)  # here, where a reader that is gone can be told from a mistake
     except _users_errors() as error:
-        code = _one_line(error)
+        sys.exit(_one_line(error))
     except OSError as error:
         if not _stdout_fails():
             raise
         if error.errno not in _NO_READER:
             _one_line(error)
-        code = 1
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+        sys.exit(INTERRUPTED)
 
 
 def say(line: str) -> None:

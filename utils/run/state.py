@@ -104,10 +104,12 @@ def no_state(save: SaveConfig) -> InputError:
 
 
 def check_settings(folder: Path, state: State, settings: Mapping[str, str]) -> None:
-    """InputError if the state in `folder` is of a run with other settings; it names them."""
-    different = [key for key in settings if state.settings.get(key) != settings[key]]
+    """InputError if the state in `folder` was made with other settings; it names them."""
+    if missing := settings.keys() - state.settings.keys():
+        raise damaged_state(folder, f"it does not say with which {min(missing)} it was made")
+    different = [key for key in settings if state.settings[key] != settings[key]]
     if different:
-        shown = ", ".join(f"{key} {_short(state.settings.get(key))} (now {settings[key]})" for key in different[:4])
+        shown = ", ".join(f"{key} {_short(state.settings[key])} (now {settings[key]})" for key in different[:4])
         raise InputError(
             f"--resume {folder} is the state of another run: {shown}; give the same settings, or leave out --resume"
         )
