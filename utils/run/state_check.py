@@ -1,5 +1,6 @@
 """Whether a state fits the run that is to continue from it, found out before a model loads and before it is applied."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,8 +33,9 @@ class Expected:
     plan: TrainingPlan
     counts: Mapping[str, int]
     entries: Mapping[int, Mapping]
-    optimizer: Optimizer  # of no use but to compare with, as the scheduler
-    scheduler: LRScheduler
+    group: Mapping  # the optimizer's settings
+    optimizer: Optimizer  # of one value, to try settings on
+    scheduler: LRScheduler  # before its first step
     scaler: Mapping
 
 
@@ -61,7 +63,8 @@ def expected_state(
     fresh = build_optimizer(optimizer, [nn.Parameter(torch.zeros(1, device=device))])
     scheduler = build_scheduler(schedule, fresh, plan.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=scales_loss).state_dict()
-    return Expected(settings, plan, by_parameter, entries, fresh, scheduler, scaler)
+    group = copy.deepcopy(fresh.state_dict()["param_groups"][0])
+    return Expected(settings, plan, by_parameter, entries, group, fresh, scheduler, scaler)
 
 
 def check_state(folder: Path, state: State, expected: Expected) -> None:
@@ -134,8 +137,10 @@ def _optimizer_problem(state: State, expected: Expected) -> str | None:
 
 def _has_settings(group: Mapping, expected: Expected) -> bool:
     """Whether an optimizer can go by this param group; what an older torch did not save yet, torch adds itself."""
-    ours = expected.optimizer.state_dict()["param_groups"][0]
-    if not all(_is_like(group[key], value) for key, value in ours.items() if key in group and key != "params"):
+    ours = expected.group
+    known = {key: value for key, value in ours.items() if key in group and key != "params"}
+    same = all(group[key] is value for key, value in known.items() if value is None or isinstance(value, bool))
+    if not same or not _is_like(group, known):
         return False
     expected.optimizer.load_state_dict({"state": {}, "param_groups": [{**group, "params": ours["params"]}]})
     return ours.keys() <= expected.optimizer.param_groups[0].keys() and group["lr"] >= 0
@@ -144,8 +149,12 @@ def _has_settings(group: Mapping, expected: Expected) -> bool:
 def _scheduler_problem(state: State, fresh: LRScheduler) -> str | None:
     ours, theirs = fresh.state_dict(), state.scheduler
     extra = theirs.keys() - ours.keys()
-    known = {key: value for key, value in ours.items() if key in theirs}  # another torch's may lack some
-    if not _is_like(theirs, known) or not all(isinstance(key, str) for key in extra) or extra & {*dir(fresh)}:
+    # Another torch's may lack some; what is None at first may be set later.
+    known = {key: value for key, value in ours.items() if key in theirs and value is not None}
+    unset = {key: value for key, value in theirs.items() if key not in known}
+    if not _is_like(theirs, known) or not all(isinstance(value, _PLAIN) for value in unset.values()):
+        return "its learning-rate schedule is not as it was saved"
+    if not all(isinstance(key, str) for key in extra) or extra & {*dir(fresh)}:
         return "its learning-rate schedule is not as it was saved"
     if "last_epoch" in ours:
         last = theirs.get("last_epoch")
@@ -164,7 +173,7 @@ def _is_like(value: object, ours: object) -> bool:
         return type(value) is type(ours) and len(value) == len(ours) and all(map(_is_like, value, ours))
     if type(ours) in (int, float):
         return type(value) in (int, float) and (abs(value) < 2.0**63 or value == ours)
-    return isinstance(value, _PLAIN if ours is None else type(ours))
+    return isinstance(value, type(ours))
 
 
 def _values_problem(state: State) -> str | None:
