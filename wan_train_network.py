@@ -1,8 +1,9 @@
 """Trains one slice of a Wan checkpoint."""
 
+import sys
 from collections.abc import Sequence
 
-from utils.cli.command import run, say
+from utils.cli.command import INTERRUPTED, run, say
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -13,8 +14,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_train(argv)
     from utils.training import train
 
-    train(config, say=say)
+    if not train(config, say=say):
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, needs_console=False)

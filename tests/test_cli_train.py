@@ -162,7 +162,7 @@ MISTAKES = {
     "--persistent_data_loader_workers --max_data_loader_n_workers 0": "no effect",
     "--save_as slices": "slices is not one of checkpoint, slice, lora (did you mean slice?)",
     "--slices none.safetensors": "--slices none.safetensors does not exist",
-    "--resume latest": "holds no state of one",
+    "--resume latest": "has no usable state of one",
     "--sample_at_first": "needs --sample_prompts",
     "--sample_prompts random_prompt.txt": "needs one of",
     "--sample_prompts random_prompt.txt --sample_at_first": "needs --vae and --t5",

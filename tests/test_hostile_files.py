@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, write_chain
 
 from utils.cli.slices import main
-from utils.run.state import check_state, save_state
+from utils.run.state import read_state
 from utils.selective_finetune import SliceError
 from utils.slices.ledger import read_ledger
 from utils.slices.listing import as_json, list_files, table
@@ -151,11 +151,11 @@ class Harmful:
 
 
 def test_code_in_a_state_or_a_pth_file_is_not_run(tmp_path, capsys):
-    save_state(tmp_path / "a-state", "a", {}, {})
+    (tmp_path / "a-state").mkdir()
     torch.save({"format": 2, "settings": {}, "state": Harmful()}, tmp_path / "a-state" / "state.pt")
     torch.save({"a": Harmful()}, tmp_path / "vae.pth")
-    with pytest.raises(InputError, match="cannot be read"):
-        check_state(tmp_path / "a-state", {})
+    with pytest.raises(InputError, match="cannot be used"):
+        read_state(tmp_path / "a-state")
     with pytest.raises(InputError, match="holds code"):
         read_state_dict(tmp_path / "vae.pth", "VAE")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Harmful()))

@@ -20,7 +20,7 @@ from utils.data.dataset import build_training_dataset
 from utils.learning.flow_matching import draw_generator, sigmas_of
 from utils.preserve.answers_file import Answer, OldPrompt, read_answers, write_answers
 from utils.preserve.old_prompts import Preservation
-from utils.run.state import load_state
+from utils.run.state import read_state
 from utils.selective_finetune import slice_indices
 from utils.slice_saving import base_identity
 from utils.slices.base_identity import BaseModel
@@ -182,7 +182,7 @@ def test_a_chains_run_takes_the_steps_of_plain_autograd(folder, every, window):
             at = slice_indices(name, weight.shape, "0.1", 4)
             weight.data.view(-1)[at] -= 0.1 * grad.reshape(-1)[at]
     assert mixed  # sizes in one batch
-    trained = load_state(folder / "out" / "three-state")[0]["trained"]
+    trained = read_state(folder / "out" / "three-state").trained
     for name, weight in weights.items():
         at = slice_indices(name, weight.shape, "0.1", 4)
         moved = (weight - start.get_parameter(name)).flatten()[at]
@@ -225,7 +225,7 @@ def test_a_resumed_or_swapped_run_keeps_the_same_answers(folder, more):
     run(folder, *common)
     path = folder / "out" / "three.answers.safetensors"
     whole = path.read_bytes()
-    state = () if more else ("--resume", str(folder / "out" / "three-step00000004-state"))
+    state = ("--overwrite",) if more else ("--resume", str(folder / "out" / "three-step00000004-state"))
     path.unlink()
     run(folder, *common, *more, *state)
     assert path.read_bytes() == whole
@@ -234,19 +234,23 @@ def test_a_resumed_or_swapped_run_keeps_the_same_answers(folder, more):
 def test_a_run_that_is_started_again_does_not_record_again(folder):
     common = (*third(folder), "--max_train_epochs", "1")
     run(folder, *common)
+    (folder / "out" / "three.safetensors").unlink()
     with patch("utils.preserve.asking.write_answers") as writing:
         run(folder, *common)
         assert not writing.called
-        with pytest.raises(InputError, match="no safetensors file"):
-            writing.side_effect = lambda path, *_: path.write_bytes(b"")
+        (folder / "out" / "three.safetensors").unlink()
+        with pytest.raises(InputError, match="holds the reference predictions of a run with other settings"):
             run(folder, *common, "--seed", "4")
+        writing.side_effect = lambda path, *_: path.write_bytes(b"")
+        with pytest.raises(InputError, match=r"three\.answers\.safetensors"):
+            run(folder, *common, "--seed", "4", "--overwrite")
     assert writing.called
 
 
 def test_a_run_that_was_started_before_says_that_it_records_nothing(folder):
     common = (*asking(folder), "--max_train_epochs", "1")
     for said, unsaid in (("records 6 predictions", "already"), ("already has the reference predictions", "records")):
-        told = "\n".join(run(folder, *common))
+        told = "\n".join(run(folder, *common, "--overwrite"))
         assert said in told and unsaid not in told
 
 

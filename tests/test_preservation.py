@@ -331,7 +331,7 @@ def test_captions_go_from_the_ledger_into_a_later_run(folder):
     told = "\n".join(run(folder, *second))
     assert "has learned one;" in told and "--preserve_prompts auto" in told
     kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--max_train_epochs", "1")
-    told = "\n".join(run(folder, *second, *kept))
+    told = "\n".join(run(folder, *second, *kept, "--overwrite"))
     assert "preserves 3 general prompts and 8 prompts of concepts, on one step in 4, with weight 4" in told
     assert "has learned" not in told
 

@@ -14,7 +14,7 @@ from utils import training
 from utils.cli.train import parse_train
 from utils.data.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents, write_text
 from utils.data.dataset import TrainingDataset, build_training_dataset
-from utils.files import readable
+from utils.files import readable, sole_writer
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.selective_finetune import SliceError, slice_indices
 from utils.slice_saving import UNFINISHED
@@ -380,3 +380,11 @@ def test_processes_wait_a_day_for_what_the_main_one_does_alone(folder, monkeypat
     with pytest.raises(Started) as started:
         run(folder, *flags)
     assert started.value.args[0] == timedelta(minutes=minutes)
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_one_writes(folder):
+    (folder / "out").mkdir()
+    with sole_writer(folder / "out", "one", "a run", ""), pytest.raises(InputError, match="--output_name one in .*out"):
+        run(folder)
+    run(folder, "--max_train_steps", "1")
+    assert not list((folder / "out").glob("*.lock"))

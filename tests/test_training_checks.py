@@ -73,7 +73,7 @@ def test_no_file_that_a_flag_names_is_overwritten(folder, monkeypatch, flag):
 def test_the_file_of_another_slice_is_not_overwritten(folder, monkeypatch, kind):
     shutil.copy(folder / "trained" / KINDS[kind], folder / "out")
     told = refusal(folder, monkeypatch, "--save_as", kind, "--ffid", "3")
-    assert f"{KINDS[kind]} holds one (ff 0.1 ffid 2), and the run would write ff 0.1 ffid 3 over it" in told
+    assert f"{KINDS[kind]} holds one (ff 0.1 ffid 2), and the run would replace it with ff 0.1 ffid 3" in told
     assert "choose another --output_name, or move the file" in told
 
 
@@ -81,30 +81,30 @@ def test_a_file_that_is_written_on_the_way_is_looked_at_too(folder, monkeypatch)
     shutil.copy(folder / "trained" / "one.safetensors", folder / "out" / "one-000001.safetensors")
     more = ("--ffid", "3", "--max_train_epochs", "2")
     assert "one-000001.safetensors holds" in refusal(folder, monkeypatch, *more, "--save_every_n_epochs", "1")
-    run(folder, "--ffid", "3", "--max_train_epochs", "1")
+    assert "one-000001.safetensors" in refusal(folder, monkeypatch, "--ffid", "3", "--max_train_epochs", "1")
 
 
-def test_the_same_slice_is_trained_anew_under_its_name(folder):
+def test_the_same_slice_is_trained_again_under_its_name_with_overwrite(folder):
     for name in KINDS.values():
         shutil.copy(folder / "trained" / name, folder / "out")
-    told = run(folder, "--ff", "0.10", "--max_train_epochs", "1", "--save_as", *KINDS)
-    assert not any("is overwritten" in line for line in told)
+    told = run(folder, "--ff", "0.10", "--max_train_epochs", "1", "--save_as", *KINDS, "--overwrite")
+    assert not any("will be replaced" in line or "are left" in line for line in told)
 
 
 @pytest.mark.parametrize("content", ["other", "damaged"])
-def test_a_file_without_a_ledger_is_overwritten_with_a_note(folder, content):
+def test_a_file_without_a_ledger_is_replaced_with_a_note(folder, content):
     path = folder / "out" / "one.safetensors"
     path.write_bytes(b"x")
     if content == "other":
         save_file(load_file(folder / "base.safetensors"), path)
-    told = run(folder, "--max_train_epochs", "1")
-    assert any(line.startswith(f"note: {path} is overwritten") for line in told)
+    told = run(folder, "--max_train_epochs", "1", "--overwrite")
+    assert any(line.startswith(f"note: {path} will be replaced") for line in told)
     assert [entry["ffid"] for entry in read_ledger(read_header(path)[1])] == [2]
 
 
 def test_a_name_that_the_loader_takes_for_a_shard_is_refused(folder, monkeypatch):
     name = ("--output_name", "x-00001-of-00002")
-    assert "one part of a checkpoint of several" in refusal(folder, monkeypatch, *name)
+    assert "one part of a checkpoint in several files" in refusal(folder, monkeypatch, *name)
     run(folder, *name, "--save_as", "slice", "--max_train_epochs", "1")
 
 
@@ -114,9 +114,9 @@ def test_a_name_that_the_loader_takes_for_a_shard_is_refused(folder, monkeypatch
 def test_a_folder_in_the_way_of_a_file_is_told_before_training(folder, monkeypatch, name):
     (folder / "out" / name).mkdir()
     told = refusal(folder, monkeypatch, "--save_every_n_epochs", "1")
-    assert f"{name} is a folder, in the way of a file that the run writes" in told
+    assert f"{name} is a folder, and the run writes a file of that name" in told
 
 
 def test_a_file_in_the_way_of_a_state_is_told_before_training(folder, monkeypatch):
     (folder / "out" / "one-state").touch()
-    assert "one-state is in the way of a state's folder" in refusal(folder, monkeypatch, "--save_state")
+    assert "one-state has the name of a state's folder and is not one" in refusal(folder, monkeypatch, "--save_state")

@@ -134,7 +134,7 @@ def test_off_it_costs_no_call(folder, monkeypatch):
     monkeypatch.setattr(training, "TrainingDebug", None)
     assert not any("gradient norm" in line for line in run(folder))
     with pytest.raises(TypeError, match="not callable"):
-        run(folder, "--training_debug")
+        run(folder, "--training_debug", "--overwrite")
 
 
 def test_the_main_process_alone_watches(folder, monkeypatch):
@@ -146,7 +146,7 @@ def test_the_main_process_alone_watches(folder, monkeypatch):
 def test_watching_changes_nothing_in_the_run(folder):
     run(folder, *DEBUG)
     watched = load_file(folder / "out" / "one.safetensors")
-    run(folder, *DEBUG[:2])
+    run(folder, *DEBUG[:2], "--overwrite")
     alone = load_file(folder / "out" / "one.safetensors")
     assert all(torch.equal(watched[name], value) for name, value in alone.items())
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
+from tiny_run import some_state
 
 from utils.cli.slices import main
 from utils.preserve.answers_file import ENDING
 from utils.run.save_schedule import KINDS, SaveConfig, remove_unfinished
-from utils.run.state import check_state, latest_state, load_state, save_state
+from utils.run.state import LATEST, choose_state, read_state, save_state
 from utils.selective_finetune import SliceError
 from utils.slice_saving import UNFINISHED, whole_file
 from wan.errors import InputError
@@ -94,17 +95,16 @@ class _Counted:
 def test_a_killed_state_leaves_the_old_state_or_the_new_one(tmp_path):
     folder, seen = tmp_path / "a-state", set()
     for point in range(1, 200):
-        save_state(folder, "a", {"seed": "1"}, {"step": 1, "values": torch.zeros(1000)})
+        save_state(folder, some_state(step=1, trained={"a": torch.zeros(1000)}))
         pid = os.fork()
         if pid == 0:
             _die_at(point)
-            save_state(folder, "a", {"seed": "2"}, {"step": 2, "values": torch.ones(1000)})
+            save_state(folder, some_state(step=2, trained={"a": torch.ones(1000)}))
             os._exit(0)
         _, status = os.waitpid(pid, 0)
-        state, _ = load_state(folder)
-        check_state(folder, {"seed": str(state["step"])})
-        assert torch.equal(state["values"], torch.full((1000,), state["step"] - 1.0))
-        seen.add(state["step"])
+        state = read_state(folder)
+        assert torch.equal(state.trained["a"], torch.full((1000,), state.step - 1.0))
+        seen.add(state.step)
         remove_unfinished(SaveConfig(tmp_path, "a"))
         assert names_of(folder) == {"state.pt"}
         if os.WIFEXITED(status):
@@ -186,7 +186,7 @@ def test_a_folder_that_is_missing_is_made_or_told(tmp_path):
     assert (tmp_path / "b" / "c" / "a").read_bytes() == NEW
     (tmp_path / "one-state").touch()
     with pytest.raises(SliceError, match=r"state\.pt could not be written"):
-        save_state(tmp_path / "one-state", "one", {}, {})
+        save_state(tmp_path / "one-state", some_state())
 
 
 FULL = """
@@ -201,8 +201,9 @@ SAVE_STATE = (
     + """
 import torch
 from pathlib import Path
-from utils.run.state import save_state
-run(lambda _: save_state(Path("a-state"), "a", {}, {"values": torch.zeros(100_000)}))
+from utils.run.state import State, save_state
+state = State("a", {}, 1, 0, 1, 1, [], 1, {"a": torch.zeros(100_000)}, {}, {}, {})
+run(lambda _: save_state(Path("a-state"), state))
 """
 )
 
@@ -225,53 +226,59 @@ def test_a_disk_that_fills_up_ends_with_one_line_and_leaves_the_old_file(tmp_pat
 
 @posix
 def test_a_disk_that_fills_up_under_a_state_ends_with_one_line_and_leaves_the_old_one(tmp_path):
-    save_state(tmp_path / "a-state", "a", {}, {"step": 1})
+    save_state(tmp_path / "a-state", some_state(step=1))
     ended = subprocess.run(
         [sys.executable, "-c", SAVE_STATE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith("error: a-state/state.pt could not be written ([Errno 27] File too large); older")
-    assert load_state(tmp_path / "a-state")[0] == {"step": 1} and names_of(tmp_path / "a-state") == {"state.pt"}
+    assert read_state(tmp_path / "a-state").step == 1 and names_of(tmp_path / "a-state") == {"state.pt"}
 
 
 def test_a_full_disk_while_a_state_is_saved_leaves_the_older_state(tmp_path, monkeypatch):
-    save_state(tmp_path / "a-state", "a", {"seed": "1"}, {"step": 1})
+    save_state(tmp_path / "a-state", some_state(step=1))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SliceError, match="No space left on device"):
-        save_state(tmp_path / "a-state", "a", {"seed": "1"}, {"step": 2})
-    assert load_state(tmp_path / "a-state")[0] == {"step": 1}
+        save_state(tmp_path / "a-state", some_state(step=2))
+    assert read_state(tmp_path / "a-state").step == 1
 
 
-def test_the_latest_state_is_the_one_saved_last_and_whole(tmp_path):
-    with pytest.raises(InputError, match=r"--resume latest: .* holds no state of a"):
-        latest_state(tmp_path, "a", print)
-    for folder, name in {"a-000002-state": "a", "a-state": "a", "a-step00000009-state": "a", "b-state": "b"}.items():
-        save_state(tmp_path / folder, name, {}, {})
-    save_state(tmp_path / "a-000003-state", "a-000003", {}, {})  # at the end of another run
-    (tmp_path / "a-step00000010-state").mkdir()
-    (tmp_path / "a-step00000010-state" / f"state.pt{UNFINISHED}").touch()
-    os.utime(tmp_path / "a-000002-state" / "state.pt")  # as copying does
-    assert latest_state(tmp_path, "a", print).name == "a-step00000009-state"
-    save_state(tmp_path / "a-000002-state", "a", {}, {})
-    assert latest_state(tmp_path, "a", print).name == "a-000002-state"
+def latest(folder, lines=None):
+    """The name of the folder that --resume latest takes."""
+    say = (lines if lines is not None else []).append
+    return choose_state(LATEST, SaveConfig(folder, "a"), lambda *_: None, say)[0].name
 
 
-def test_a_state_that_cannot_be_read_is_told_and_keeps_no_run_from_its_latest(tmp_path):
+def test_the_latest_state_is_the_one_of_the_last_step_whatever_the_clock_said(tmp_path):
+    with pytest.raises(InputError, match=r"--resume latest: .* has no usable state of a"):
+        latest(tmp_path)
+    for folder, step, time in (("a-000002-state", 8, 9), ("a-state", 10, 7), ("a-step00000009-state", 9, 8)):
+        save_state(tmp_path / folder, some_state(step=step, saved_at=time))
+    save_state(tmp_path / "b-state", some_state("b", step=20))
+    save_state(tmp_path / "a-000003-state", some_state("a-000003", step=20))  # at the end of another run
+    (tmp_path / "a-step00000011-state").mkdir()
+    (tmp_path / "a-step00000011-state" / f"state.pt{UNFINISHED}").touch()
+    assert latest(tmp_path) == "a-state"
+    save_state(tmp_path / "a-000002-state", some_state(step=10, saved_at=8))
+    assert latest(tmp_path) == "a-000002-state"
+
+
+def test_a_state_that_cannot_be_read_is_named_and_an_older_one_taken(tmp_path):
     for folder in ("a-000001-state", "a-000002-state"):
-        save_state(tmp_path / folder, "a", {}, {})
+        save_state(tmp_path / folder, some_state())
     (tmp_path / "a-000001-state" / "state.pt").write_bytes(b"cut")
     torch.save({"format": 3}, tmp_path / "a-000002-state" / "state.pt")
-    told = []
-    with pytest.raises(InputError, match="holds no state of a"):
-        latest_state(tmp_path, "a", told.append)
-    save_state(tmp_path / "a-state", "a", {}, {})
-    assert latest_state(tmp_path, "a", told.append).name == "a-state"
-    assert len(told) == 4 and "cannot be read" in "".join(told) and "another version" in "".join(told)
+    lines = []
+    with pytest.raises(InputError, match="has no usable state of a"):
+        latest(tmp_path, lines)
+    save_state(tmp_path / "a-state", some_state())
+    assert latest(tmp_path) == "a-state"
+    assert "a-000001-state: state.pt cannot be used" in lines[0] and "another version" in lines[1]
 
 
 def test_a_shard_of_the_base_is_no_output(tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.cli.train import parse_train
 from utils.data.cache_files import image_latents_path, text_path, write_latents, write_text
+from utils.run.state import State
 from utils.training import train
 from wan.configs import WanConfig
 from wan.model import WanModel
@@ -87,3 +88,10 @@ def run(folder: Path, *more: str) -> list[str]:
     lines = []
     train(parse_train(flags(folder, *more)), say=lines.append)
     return lines
+
+
+def some_state(name: str = "a", **changes) -> State:
+    """A state of a run of one matrix with three values, after step 3; `changes` are fields of it."""
+    tables = {"trained": {"a": torch.arange(3.0)}, "optimizer": {}, "scheduler": {}, "scaler": {}}
+    fields = {"settings": {}, "saved_at": 5, "epoch": 0, "batch": 3, "step": 3, "losses": [0.5], "planned_steps": 9}
+    return State(name=name, **{**fields, **tables, **changes})

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from utils.data.dataset import make_loader
 from utils.devices import cpu_line
+from utils.files import sole_writer, writable_folder
 from utils.interrupts import StopRequest
 from utils.learning.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.learning.lr_schedules import build_scheduler
@@ -31,7 +33,7 @@ from utils.run.opening_lines import opening_lines, timestep_lines
 from utils.run.plan import first_items
 from utils.run.run import Place, Run, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
-from utils.run.save_schedule import save_after_epoch, save_after_step, save_at_end
+from utils.run.save_schedule import SaveConfig, remove_overwritten, save_after_epoch, save_after_step, save_at_end
 from utils.run.turns import (
     draw_turn,
     draws_after_step,
@@ -57,8 +59,11 @@ from wan.model import WanModel
 _WAIT_FOR_MAIN_PROCESS = timedelta(days=1)
 
 
-def train(config: TrainConfig, say: Callable[[str], None]) -> None:
-    """Trains, saves and samples as `config` says; InputError, before the model loads, if something cannot work."""
+def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
+    """Trains, saves and samples as `config` says; InputError, before the model loads, if something cannot work.
+
+    False if it was interrupted before its last step.
+    """
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     accelerator = _start_processes(config)
     say = say if accelerator.is_main_process else _say_nothing
@@ -68,18 +73,23 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> None:
     if config.show_timesteps:
         for size in inputs.latent_sizes:
             say("\n".join(timestep_lines(config.timesteps, size, inputs.seed)))
-        return
-    plan = check(config, inputs, accelerator, say)
-    samples, asking = _encode_prompts(config, inputs, plan, accelerator, say)
-    placed = place(config, inputs, plan, accelerator.device)
-    run = prepare(config, inputs, plan, samples, asking, placed, accelerator, started, say)
-    position = resume(run) if config.resume else Place(0, 0, 0, deque(maxlen=run.plan.steps_per_epoch))
-    for line in opening_lines(run, placed.placement, placed.input_bytes, plan.saving_lines):
-        say(line)
-    _start_trackers(run)
-    with placed.placement, StopRequest() as stop:
-        _loop(run, position, stop)
-    accelerator.end_training()
+        return True
+    with _only_run_of_its_name(config.save, accelerator):
+        plan = check(config, inputs, accelerator, say)
+        samples, asking = _encode_prompts(config, inputs, plan, accelerator, say)
+        placed = place(config, inputs, plan, accelerator.device)
+        run = prepare(config, inputs, plan, samples, asking, placed, accelerator, started, say)
+        position = resume(run, plan.resume) if plan.resume else Place(0, 0, 0, deque(maxlen=run.plan.steps_per_epoch))
+        for line in opening_lines(run, placed.placement, placed.input_bytes, plan.saving_lines):
+            say(line)
+        if accelerator.is_main_process:
+            for line in remove_overwritten(plan.removed):
+                say(line)
+        _start_trackers(run)
+        with placed.placement, StopRequest() as stop:
+            _loop(run, position, stop)
+        accelerator.end_training()
+        return position.step == run.plan.steps
 
 
 def _start_processes(config: TrainConfig) -> Accelerator:
@@ -97,6 +107,14 @@ def _start_processes(config: TrainConfig) -> Accelerator:
 
 def _say_nothing(line: str) -> None:
     pass
+
+
+def _only_run_of_its_name(save: SaveConfig, accelerator: Accelerator) -> AbstractContextManager:
+    """A lock on the names of this run's files; InputError while another run writes them."""
+    if not accelerator.is_main_process:
+        return nullcontext()
+    folder, what = writable_folder(save.folder, "--output_dir"), f"--output_name {save.name} in {save.folder}"
+    return sole_writer(folder, save.name, what, "choose another --output_name, or wait until that run ends")
 
 
 def _encode_prompts(
@@ -155,7 +173,8 @@ def prepare(
     model, trained = placed.model, placed.trained
     optimizer = build_optimizer(config.optimizer, trained.parameters())
     settings = {**plan.settings, **start_hash(trained)}
-    preserved = keep_answers(config.preserve, asking, model, accelerator, settings, say) if asking else None
+    replaces = config.save.overwrite or plan.continues
+    preserved = keep_answers(config.preserve, asking, model, accelerator, settings, replaces, say) if asking else None
     applied = [file.entry for file in inputs.below.files]
     watches = config.training_debug and accelerator.is_main_process
     return Run(
@@ -235,11 +254,13 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
         losses += _backward(run, batch, place.epoch, first_item, plan.window(number), preserves)
         if not plan.ends_step(number):
+            if stop.is_urgent and _any_asked(accelerator, stop):
+                return True  # without the unfinished step, whose gradients go with the process
             continue
         rates = learning_rates(run.optimizer)
         values, asked = _update(run, place, losses, stop)
         losses = torch.zeros_like(losses)
-        place.step, place.batch = place.step + 1, number + 1
+        place.finish_step(number + 1)
         stops = asked and place.step < plan.steps
         place.losses.append(values["loss"])
         shown = {"loss/preserve": values["preserve_loss"]} if preserves else {}
@@ -251,6 +272,11 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         if stops or place.step == plan.steps:
             return stops
     return False
+
+
+def _any_asked(accelerator: Accelerator, stop: StopRequest) -> bool:
+    """Whether any process was asked to stop: all have to stop after the same batch."""
+    return bool(accelerator.reduce(torch.tensor([float(stop.asked)], device=accelerator.device), "sum"))
 
 
 def _backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_step: int, preserves: bool) -> Tensor:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from typing import TextIO
 
 from wan.configs import TASKS
 from wan.errors import InputError
@@ -147,66 +148,82 @@ def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str)
     return given * slices if len(given) == 1 else given
 
 
-def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Runs a script's main(); a user's mistake becomes one line on stderr and exit code 2.
+INTERRUPTED = 130  # exit code of a run that Ctrl-C or another signal stopped
 
-    A character that the console lacks is printed escaped; when nobody reads the output any more, the script exits
-    without a traceback.
+
+def run(main: Callable[[Sequence[str] | None], None], needs_console: bool = True) -> None:
+    """Runs a script's main(); a user's mistake becomes one line on stderr, exit code 2.
+
+    A script that `needs_console` ends quietly once nobody reads what it prints; another one continues without it.
+    No script ends for the characters that it prints.
     """
-    _print_any_character()
+    _prepare_console(needs_console)
     # diffusers imports bitsandbytes, which complains about a 4-bit kernel that nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         main(None)
-        print(end="", flush=True)  # here, where a closed pipe is not mistaken for an error
+        print(end="", flush=True)  # here, where a reader that is gone can be told from a mistake
     except _users_errors() as error:
         sys.exit(_one_line(error))
     except OSError as error:
-        if not (_is_unread(error) and _reader_is_gone()):
+        if not _stdout_fails():
             raise
+        if error.errno not in _NO_READER:
+            _one_line(error)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def say(line: str) -> None:
-    """Prints a line at once; a job of hours continues without a reader (Ctrl-C also kills a `| tee` behind it)."""
-    try:
+    """Prints a line at once, or not at all: a job of hours does not end because nobody can read it any more."""
+    with suppress(OSError, ValueError):  # ValueError: stdout was closed
         print(line, flush=True)
-    except OSError as error:
-        if not (_is_unread(error) and _reader_is_gone()):
-            raise
 
 
-def _print_any_character() -> None:
-    """Consoles with another encoding than UTF-8 lack many characters that occur in names."""
+def _prepare_console(needs_console: bool) -> None:
+    """Lets print write any character, to consoles that lack most of those in names, or that are gone."""
+    for number in range(3):  # a file that is opened later must not take the number of a closed console
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr = _Unread(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
+    sys.stderr = _never_failing(sys.stderr)
+    if not needs_console:
+        sys.stdout = _never_failing(sys.stdout)
 
 
-class _Unread(io.TextIOWrapper):
-    """A stream for progress bars: nobody reading it any more is no reason to stop."""
+class _NeverFails(io.TextIOWrapper):
+    """A stream to a console: that it is gone, or its disk full, is no reason to end."""
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             super().flush()
 
 
-def _is_unread(error: OSError) -> bool:
-    """Whether writing to a pipe without a reader raises this (EINVAL on Windows)."""
-    return error.errno in (errno.EPIPE, errno.EINVAL)
+def _never_failing(stream: TextIO | None) -> TextIO:
+    if stream is None:  # it was closed when Python started
+        return open(os.devnull, "w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    through = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return _NeverFails(stream.buffer, stream.encoding, stream.errors, **through)
 
 
-def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads, as after `| head`; the rest of the output is then discarded."""
+_NO_READER = (errno.EPIPE, errno.EINVAL)  # what writing to a pipe raises after `| head`; the second on Windows
+
+
+def _stdout_fails() -> bool:
+    """Whether nothing can be printed, as after `| head` or on a full disk; what is left to print then goes nowhere."""
     try:
         print(flush=True)  # a line, since an unbuffered stream has nothing left to flush
     except OSError:

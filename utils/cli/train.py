@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from utils.cli.command import USAGE, Parser, refuse_flags, say, unknown_choice
+from utils.cli.command import USAGE, Parser, refuse_flags, unknown_choice
 from utils.cli.learning_flags import read_optimizer, read_schedule, read_timesteps
 from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
@@ -18,7 +18,7 @@ from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, LogConfig, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
 from utils.run.save_schedule import KINDS, SaveConfig
-from utils.run.state import latest_state
+from utils.run.state import LATEST, no_state, state_folders
 from utils.sampling.prompts import read_prompt_file
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
@@ -35,13 +35,14 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     _check_text(flags)
     _check_slice(flags)
     _check_required(flags)
+    save = _save(flags)
     return TrainConfig(
         task=flags.task,
         dit=flags.dit,
         ff=flags.ff.strip(),
         ffid=flags.ffid,
         dataset=read_dataset_config(flags.dataset_config),
-        save=_save(flags),
+        save=save,
         timesteps=read_timesteps(flags),
         optimizer=read_optimizer(flags),
         schedule=read_schedule(flags),
@@ -65,7 +66,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         workers=_workers(flags),
         persistent_workers=flags.persistent_data_loader_workers,
         seed=flags.seed,
-        resume=_resume(flags),
+        resume=_resume(flags, save),
         training_debug=flags.training_debug,
         show_timesteps=_show_timesteps(flags),
         allow_tf32=flags.cuda_allow_tf32,
@@ -192,11 +193,18 @@ def _save(flags: Namespace) -> SaveConfig:
         last_n_steps_state=flags.save_last_n_steps_state,
         save_state=flags.save_state,
         save_state_at_end=flags.save_state_on_train_end,
+        overwrite=flags.overwrite,
     )
 
 
-def _resume(flags: Namespace) -> Path | None:
-    return latest_state(flags.output_dir, flags.output_name, say) if flags.resume == Path("latest") else flags.resume
+def _resume(flags: Namespace, save: SaveConfig) -> Path | None:
+    if flags.resume == LATEST and flags.overwrite:
+        raise InputError(
+            "--overwrite trains again from the first step, and --resume latest continues: give one of them"
+        )
+    if flags.resume == LATEST and not state_folders(save):
+        raise no_state(save)
+    return flags.resume
 
 
 def _metadata(flags: Namespace) -> MetadataConfig:

@@ -246,6 +246,12 @@ def _add_saving(parser: ArgumentParser) -> None:
         help="folder NAME-state to resume from; latest takes the newest in --output_dir (default: start at step 0)",
     )
     add(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier run of this --output_name: its states and numbered saves are deleted before the first "
+        "step (default: stop if there is one)",
+    )
+    add(
         "--save_precision",
         choices=("float", "fp32", "fp16", "bf16"),
         help="accepted if it is the precision of --dit, which checkpoints keep (default: that of --dit)",

@@ -26,6 +26,7 @@ from utils.preserve.old_prompts import OldPrompts, Preservation, PreserveConfig,
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import Entry
 from wan.configs import WanConfig
+from wan.errors import InputError
 from wan.model import WanModel
 
 
@@ -174,15 +175,22 @@ def keep_answers(
     model: WanModel,
     accelerator: Accelerator,
     settings: Mapping[str, str],
+    replaces: bool,
     say: Callable[[str], None],
 ) -> Preservation:
     """Records the predictions of the model, which nothing has trained yet, in the plan's file, and reads them all.
 
-    A run that was started before with the same settings has already recorded them.
+    A run that was started before with the same settings has already recorded them. InputError if the file is another
+    run's and nothing says that it `replaces` that one.
     """
     run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if is_of_run(plan.path, run):
         say(f"{plan.path} already has the reference predictions of a run with the same settings")
+    elif plan.path.exists() and not replaces:
+        raise InputError(
+            f"{plan.path} holds the reference predictions of a run with other settings: choose another --output_name, "
+            "move the file, or give --overwrite to replace it"
+        )
     else:
         _record(plan, model, accelerator, run, say)
     accelerator.wait_for_everyone()

@@ -3,8 +3,8 @@
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,15 +19,17 @@ from utils.learning.optimizers import check_optimizer
 from utils.preserve.answers_file import ENDING
 from utils.preserve.asking import AskedModel, AskingPlan, TrainedOn, plan_asking, read_old_prompts
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
+from utils.run.earlier_run import Replaced, check_earlier_run
 from utils.run.fingerprint import base_settings, deciding_settings
 from utils.run.opening_lines import expert_line, input_bytes, saving_lines
 from utils.run.plan import TrainingPlan, plan_training
-from utils.run.save_schedule import Save, check_saves, disk_use, planned_files, planned_saves, remove_unfinished
-from utils.run.state import check_state
+from utils.run.save_schedule import check_saves, disk_use, planned_saves, remove_unfinished
+from utils.run.state import choose_state
+from utils.run.state_check import check_state, expected_state
 from utils.run.write import read_slices
 from utils.selective_finetune import check_slice
 from utils.slices.base_identity import base_model
-from utils.slices.ledger import Entry, own_entry, read_ledger
+from utils.slices.ledger import own_entry
 from utils.slices.lora import lora_bytes
 from utils.slices.on_base import SlicesOnBase, units_of
 from utils.swap.memory_checks import StepNeeds, check_memory
@@ -42,7 +44,6 @@ from wan.loading import (
     is_fp8,
     read_checkpoint_header,
 )
-from wan.safetensors_header import read_file_header
 
 _STATE_BYTES = 12  # a value: the difference, two of AdamW
 
@@ -64,13 +65,19 @@ class Inputs:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will do, all of it checked: its steps, what it records before the first one, what it will write."""
+    """What a run will do, all of it checked: its steps, what it records before the first one, what it will write.
+
+    `resume` is the folder of the state that it continues from; `continues` says that it is this name's own.
+    """
 
     steps: TrainingPlan
     settings: Mapping[str, str]  # those that decide the run's numbers
     asking: AskingPlan | None
     block_input: int  # bytes: the input of a block, for the largest batch
     saving_lines: Sequence[str]
+    resume: Path | None
+    continues: bool
+    removed: Sequence[Path]  # by --overwrite, before the first step
 
 
 def read_inputs(config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Inputs:
@@ -92,22 +99,42 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
     own = own_entry(config.ff, config.ffid, config.save.name)
     prompts = read_old_prompts(config.preserve, model, below.entries, own, dataset.items)
     settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
-    if config.resume:
-        check_state(config.resume, settings)
+    resume, continues = _choose_state(config, header, steps, settings, accelerator.device, say)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
     answers = config.save.folder / f"{config.save.name}{ENDING}"
     trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed)
     asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
-    saving_lines = check_plan(config, header, steps, asking)
+    replaced, lines = check_plan(config, header, steps, asking, resume, continues)
     kept = asking.largest_kept if asking else ()
     block_input = input_bytes(inputs.model_config, COMPUTE_DTYPES[config.mixed_precision], dataset, batches, kept)
     check_run_memory(config, header, inputs.model_config, accelerator.device, block_input)
     say_what_is_read(config, header, dataset, say)
     for line in asking.lines() if asking else ():
         say(line)
-    return RunPlan(steps, settings, asking, block_input, saving_lines)
+    return RunPlan(steps, settings, asking, block_input, lines, resume, continues, replaced.removed)
+
+
+def _choose_state(
+    config: TrainConfig,
+    header: CheckpointHeader,
+    plan: TrainingPlan,
+    settings: Mapping[str, str],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[Path | None, bool]:
+    """The state that --resume continues from, checked, and whether it is one of this --output_name."""
+    if config.resume is None:
+        return None, False
+    units = units_of(header, own_entry(config.ff, config.ffid, config.save.name))
+    counts = {name: own.count for name, own in units.items()}
+    scales_loss = config.mixed_precision == "fp16"
+    expected = expected_state(settings, plan, counts, config.optimizer, config.schedule, device, scales_loss)
+    folder, name = choose_state(config.resume, config.save, partial(check_state, expected=expected), say)
+    if name == config.save.name and config.save.overwrite:
+        raise InputError(f"--overwrite trains again from the first step, and --resume {folder} continues: give one")
+    return folder, name == config.save.name
 
 
 def _agree_on_seed(config: TrainConfig, say: Callable[[str], None]) -> int:
@@ -163,9 +190,17 @@ def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:
 
 
 def check_plan(
-    config: TrainConfig, header: CheckpointHeader, plan: TrainingPlan, asking: AskingPlan | None
-) -> list[str]:
-    """InputError if the optimizer, the schedule or a planned file cannot be; else lines on what the run will write."""
+    config: TrainConfig,
+    header: CheckpointHeader,
+    plan: TrainingPlan,
+    asking: AskingPlan | None,
+    resume: Path | None,
+    continues: bool,
+) -> tuple[Replaced, list[str]]:
+    """What the run replaces, lines on that and on what it will write.
+
+    InputError if the optimizer, the schedule or a planned file cannot be.
+    """
     check_optimizer(config.optimizer)
     check_schedule(config.schedule, plan.steps, config.optimizer.learning_rate)
     if config.preserve and config.preserve.every > plan.steps:
@@ -190,32 +225,11 @@ def check_plan(
         writable_folder(config.save.folder / "sample", "the folder of samples")
     if config.log.trackers and config.log.folder:
         writable_folder(config.log.folder, "--logging_dir")
-    replaced = _replaced_lines(saves, own_entry(config.ff, config.ffid, config.save.name))
+    own = own_entry(config.ff, config.ffid, config.save.name)
+    replaced = check_earlier_run(config.save, saves, own, [*inputs, *filter(None, [resume])], continues)
     free = shutil.disk_usage(config.save.folder).free
     use = disk_use(saves, sizes, values * _STATE_BYTES)
-    return [*replaced, *saving_lines(use, sizes, config.save.folder, free)]
-
-
-def _replaced_lines(saves: Sequence[Save], own: Entry) -> list[str]:
-    """What files of other tools the run replaces; InputError if it would replace one whose newest slice is another."""
-    lines = []
-    for path in filter(Path.is_file, planned_files(saves)):
-        newest = _newest_slice(path)
-        if newest is None:
-            lines.append(f"note: {path} is overwritten (it has no ledger of slices that tells what it holds)")
-        elif not newest.is_slice_of(own):
-            raise InputError(
-                f"{path} holds {newest.label}, and the run would write ff {own.ff} ffid {own.ffid} over it: choose "
-                "another --output_name, or move the file"
-            )
-    return lines
-
-
-def _newest_slice(path: Path) -> Entry | None:
-    with suppress(InputError):  # of a file that is damaged, or none of ours
-        if entries := read_ledger(read_file_header(path)[1], path):
-            return entries[-1]
-    return None
+    return replaced, [*replaced.lines, *saving_lines(use, sizes, config.save.folder, free)]
 
 
 def check_run_memory(

@@ -9,6 +9,7 @@ import torch
 from utils.data.dataset import TrainingDataset
 from utils.data.items import Item
 from utils.files import readable
+from utils.interrupts import torchrun_line
 from utils.learning.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
 from utils.preserve.old_prompts import preserve_lines
 from utils.run.plan import TrainingPlan
@@ -33,7 +34,8 @@ def opening_lines(run: Run, placement: Placement, input_bytes: int, saving_lines
     lines.append(f"{memory_line(placement, run.accelerator.device)}; {slice_memory(trained, run.model)}")
     if input_bytes:
         lines.append(inputs_line(len(run.model.blocks), input_bytes))
-    return [*lines, plan_line(run.plan, run.accelerator.num_processes), *saving_lines]
+    lines += [plan_line(run.plan, run.accelerator.num_processes), *saving_lines]
+    return [*lines, *filter(None, [torchrun_line()])]
 
 
 def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry]) -> list[str]:

@@ -1,8 +1,9 @@
 """A training run in memory: what its loop works with, where it is, what of it a state keeps."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from utils.run.config import TrainConfig
 from utils.run.plan import TrainingPlan
 from utils.run.samples import PreparedSamples
 from utils.run.save_schedule import save_at_end
-from utils.run.state import check_state, load_state
+from utils.run.state import State, check_settings, damaged_state, read_state
 from utils.selective_finetune import TrainedSlice
+from utils.slice_saving import slice_digest, value_digest
 from utils.slices.on_base import SlicesOnBase
 from utils.training_debug import TrainingDebug
 from wan.errors import InputError
@@ -30,17 +32,30 @@ from wan.model import WanModel
 class Place:
     """Where the run is: its epoch (from 0), this process's next batch in it, the steps done, the last losses.
 
-    `saved_at` is when the state was saved that the run goes on from, in ns since 1970; `state` is the newest state on
-    disk, which was saved after `state_step` steps.
+    `finished_at` is when the last step was done, in this run or the one that it continues, in ns since 1970; `state` is
+    the newest state on disk, which was saved after `state_step` steps, in epoch `state_epoch`.
     """
 
     epoch: int
     batch: int
     step: int
     losses: deque[float]  # of as many steps as an epoch has
-    saved_at: int = 0
+    finished_at: int = field(default_factory=time.time_ns)
     state: Path | None = None
     state_step: int = 0
+    state_epoch: int = 0
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest state is of this very place."""
+        return self.state is not None and (self.state_step, self.state_epoch) == (self.step, self.epoch)
+
+    def finish_step(self, batch: int) -> None:
+        """Moves to the place after an optimizer step, which batch number `batch` (from 1) of the epoch completed."""
+        self.step, self.batch, self.finished_at = self.step + 1, batch, time.time_ns()
+
+    def was_saved(self, folder: Path) -> None:
+        self.state, self.state_step, self.state_epoch = folder, self.step, self.epoch
 
     def average_loss(self) -> float:
         return sum(self.losses) / len(self.losses)
@@ -70,42 +85,50 @@ class Run:
     say: Callable[[str], None]
 
 
-def resume(run: Run) -> Place:
-    """Puts the run where the state was saved."""
-    folder = run.config.resume
-    check_state(folder, run.settings)
-    state, saved_at = load_state(folder)
-    run.trained.load_state_dict(state["trained"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    run.scaler.load_state_dict(state["scaler"])
-    losses = deque(state["losses"], run.plan.steps_per_epoch)
-    place = Place(state["epoch"], state["batch"], state["step"], losses, saved_at, folder, state["step"])
+def resume(run: Run, folder: Path) -> Place:
+    """Puts the run where the state in `folder` was saved, which state_check has accepted."""
+    state = read_state(folder)
+    check_settings(folder, state, run.settings)  # by now with what the base holds in the slice
+    if list(state.trained) != list(run.trained.state_dict()):  # the optimizer's state goes by the order
+        raise damaged_state(folder, "its matrices are not in the model's order")
+    run.trained.load_state_dict(state.trained)
+    run.optimizer.load_state_dict(state.optimizer)
+    run.scheduler.load_state_dict(state.scheduler)
+    run.scaler.load_state_dict(state.scaler)
+    losses = deque(state.losses, run.plan.steps_per_epoch)
+    place = Place(state.epoch, state.batch, state.step, losses, state.saved_at, folder, state.step, state.epoch)
     # As the main process sees it, before it writes: all have to take the same way.
-    ended = [place.step >= run.plan.steps and not save_at_end(run.config.save).missing(place.saved_at)]
+    ended = [place.step >= run.plan.steps and not save_at_end(run.config.save).missing(values_digest(run.trained))]
     broadcast_object_list(ended)
     if ended[0] or place.step > run.plan.steps:
         raise InputError(
             f"--resume {folder} has done {place.step} steps and the run has {run.plan.steps}: raise --max_train_epochs "
-            "or --max_train_steps to go on"
+            "or --max_train_steps to continue"
         )
     run.say(f"continues from {folder}: epoch {place.epoch + 1}, step {place.step}")
-    if state["planned_steps"] != run.plan.steps:
-        run.say(
-            f"note: the learning rate now follows {run.plan.steps} steps, before it followed {state['planned_steps']}"
-        )
+    if state.planned_steps != run.plan.steps:
+        run.say(f"note: the learning rate now follows {run.plan.steps} steps, before it followed {state.planned_steps}")
     return place
 
 
-def state_of(run: Run, place: Place) -> dict:
-    return {
-        "trained": run.trained.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "epoch": place.epoch,
-        "batch": place.batch,
-        "step": place.step,
-        "losses": list(place.losses),
-        "planned_steps": run.plan.steps,
-    }
+def state_of(run: Run, place: Place) -> State:
+    """What a later run needs to continue from `place`."""
+    return State(
+        name=run.config.save.name,
+        settings=run.settings,
+        saved_at=place.finished_at,
+        epoch=place.epoch,
+        batch=place.batch,
+        step=place.step,
+        losses=list(place.losses),
+        planned_steps=run.plan.steps,
+        trained=run.trained.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        scheduler=run.scheduler.state_dict(),
+        scaler=run.scaler.state_dict(),
+    )
+
+
+def values_digest(trained: TrainedSlice) -> str:
+    """SHA-256 of the differences: files that carry it hold what a state with the same differences would save."""
+    return slice_digest({name: value_digest(own.difference.detach().cpu()) for name, own in trained.matrices.items()})

@@ -1,8 +1,10 @@
 """Which files a run writes: their names, their turns, how many are kept, whether they can be written."""
 
+import glob
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,15 +14,18 @@ from utils.preserve.answers_file import ENDING
 from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
 from wan.loading import is_shard
+from wan.safetensors_header import read_file_header
 
-# What --save_as can ask for, and how the names of its files end.
+# What --save_as accepts, and how the names of its files end.
 KINDS = {"checkpoint": ".safetensors", "slice": ".slice.safetensors", "lora": ".lora.safetensors"}
 STATE = "-state"
+VALUES_KEY = "wan_difference_sha256"  # in a file's metadata: the digest of what was trained into it
+_TURN = r"(-\d{6,}|-step\d{8,})"  # in the names of an epoch's and a step's files
 
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """Where files and states go, as what, how often they are written, how many stay."""
+    """Where files and states go, of which kinds, how often they are written, how many stay."""
 
     folder: Path
     name: str
@@ -33,24 +38,28 @@ class SaveConfig:
     last_n_steps_state: int | None = None  # None: as last_n_steps
     save_state: bool = False  # with every checkpoint
     save_state_at_end: bool = False
+    overwrite: bool = False  # the files of an earlier run of this name
 
 
 @dataclass(frozen=True)
 class Save:
-    """One turn to save: a file of each kind, its state's folder if one is written, and the older ones that it ends."""
+    """One turn to save: a file of each kind, a state's folder if one is written, and the older ones that expire."""
 
     files: Mapping[str, Path]  # kind -> path
     state: Path | None
     expired: tuple[Path, ...] = ()
 
-    def missing(self, since: int) -> dict[str, Path]:
-        """Those of the files that were not written since that time (ns): an older one is another run's."""
-        return {kind: path for kind, path in self.files.items() if not is_written(path, since)}
+    def missing(self, digest: str) -> dict[str, Path]:
+        """The files that do not hold the values of that digest yet: they were not written, or by another run.
+
+        By what the files say themselves: their times change when they are copied or the clock is set.
+        """
+        return {kind: path for kind, path in self.files.items() if not _holds(path, digest)}
 
 
 @dataclass(frozen=True)
 class DiskUse:
-    """What a run's saves add up to."""
+    """The sizes of all saves of a run together."""
 
     saves: int
     states: int
@@ -58,13 +67,8 @@ class DiskUse:
     kept: int  # bytes, what is left at the end
 
 
-def is_written(path: Path, since: int) -> bool:
-    """Whether the file is there, and not older than that time (ns)."""
-    return path.exists() and path.stat().st_mtime_ns >= since
-
-
 def save_after_step(config: SaveConfig, step: int) -> Save | None:
-    """The save that follows optimizer step number `step`, if it is its turn."""
+    """The save that is due after optimizer step number `step`, if any."""
     every = config.every_n_steps
     if not every or step % every:
         return None
@@ -74,7 +78,7 @@ def save_after_step(config: SaveConfig, step: int) -> Save | None:
 
 
 def save_after_epoch(config: SaveConfig, epoch: int, epochs: int) -> Save | None:
-    """The save that follows `epoch` (1 .. epochs), if it is its turn; the last epoch has the run's own."""
+    """The save that is due after `epoch` (1 .. epochs), if any; the last epoch's is the run's final one."""
     every = config.every_n_epochs
     if not every or epoch % every or epoch >= epochs:
         return None
@@ -84,13 +88,13 @@ def save_after_epoch(config: SaveConfig, epoch: int, epochs: int) -> Save | None
 
 
 def save_at_end(config: SaveConfig) -> Save:
-    """The save that ends the run."""
+    """The run's final save."""
     state = config.folder / f"{config.name}{STATE}" if config.save_state or config.save_state_at_end else None
     return Save(_files(config, config.name), state)
 
 
 def stop_state(config: SaveConfig, step: int) -> Path:
-    """The state of a run that is stopped after `step`."""
+    """The folder for the state of a run that is stopped after `step`."""
     return config.folder / f"{_step_stem(config, step)}{STATE}"
 
 
@@ -106,7 +110,7 @@ def planned_saves(config: SaveConfig, steps: int, steps_per_epoch: int, epochs: 
 
 
 def disk_use(saves: Sequence[Save], sizes: Mapping[str, int], state_bytes: int) -> DiskUse:
-    """How much the saves write, and how much of it stays; `sizes` are bytes of each kind of file."""
+    """How many bytes the saves write, and how many of them stay; `sizes` are those of each kind of file."""
     written, kept = {}, {}
     for save in saves:
         own = {path: sizes[kind] for kind, path in save.files.items()}
@@ -127,9 +131,9 @@ def check_saves(
     sizes: Mapping[str, int],
     others: Mapping[Path, int] = MappingProxyType({}),
 ) -> None:
-    """InputError if a save cannot be, would overwrite one of the `inputs`, or if not even one fits.
+    """InputError if a save cannot be written, would replace one of the `inputs`, or if the disk has no room for one.
 
-    `others` are what else the run writes, and their bytes.
+    `others` are the run's other files, and their bytes.
     """
     writable_folder(config.folder, "--output_dir")
     for output in (*others, *planned_files(saves)):
@@ -141,7 +145,9 @@ def check_saves(
                 )
     for state in (save.state for save in saves if save.state):
         if state.exists() and not state.is_dir():
-            raise InputError(f"{state} is in the way of a state's folder: move it, or choose another --output_name")
+            raise InputError(
+                f"{state} has the name of a state's folder and is not one: move it, or choose another --output_name"
+            )
     free, needed = shutil.disk_usage(config.folder).free, sum([*sizes.values(), *others.values()])
     if free < needed:
         files = ", ".join([*sizes, *(path.name for path in others)])
@@ -158,19 +164,18 @@ def planned_files(saves: Sequence[Save]) -> list[Path]:
 def _check_name(output: Path) -> None:
     if is_shard(output):
         raise InputError(
-            f"{output.name} would be taken for one part of a checkpoint of several: choose another --output_name"
+            f"{output.name} would look like one part of a checkpoint in several files: choose another --output_name"
         )
     for path in (output, output.with_name(f"{output.name}{UNFINISHED}")):
         if path.is_dir():
             raise InputError(
-                f"{path} is a folder, in the way of a file that the run writes: move it, or choose another "
-                "--output_name"
+                f"{path} is a folder, and the run writes a file of that name: move it, or choose another --output_name"
             )
 
 
 def remove_unfinished(config: SaveConfig) -> None:
-    """Deletes what a run of this name left half written when it was killed."""
-    stem = re.escape(config.name) + r"(-\d{6}|-step\d{8})?"
+    """Deletes the unfinished files that a run of this name left when it was killed."""
+    stem = f"{re.escape(config.name)}{_TURN}?"
     half_written = re.compile(f"{stem}({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})")
     # As training_samples names them; another run's name may begin with this one's and an underscore.
     sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)")
@@ -187,9 +192,36 @@ def remove_unfinished(config: SaveConfig) -> None:
 
 
 def remove_expired(save: Save) -> list[str]:
-    """Deletes the files and states that `save` ends; lines on those that cannot be deleted come back."""
+    """Deletes the files and states that expire with `save`; lines on those that cannot be deleted come back."""
+    return _remove(save.expired)
+
+
+def is_state_of(config: SaveConfig, folder: str) -> bool:
+    """Whether a state's folder has one of the names that this run gives them."""
+    return re.fullmatch(f"{re.escape(config.name)}{_TURN}?{STATE}", folder) is not None
+
+
+def files_of(config: SaveConfig) -> list[Path]:
+    """The files of every kind, and states, that have one of the names this run gives its own; sorted."""
+    endings = "|".join(map(re.escape, KINDS.values()))
+    names = re.compile(f"{re.escape(config.name)}{_TURN}?({endings})")
+    paths = config.folder.glob(f"{glob.escape(config.name)}*") if config.folder.is_dir() else ()
+    return sorted(path for path in paths if names.fullmatch(path.name) or is_state_of(config, path.name))
+
+
+def is_final(config: SaveConfig, path: Path) -> bool:
+    """Whether a file of files_of() is one that a run writes at its end."""
+    return path.name in {f"{config.name}{ending}" for ending in KINDS.values()}
+
+
+def remove_overwritten(paths: Sequence[Path]) -> list[str]:
+    """Deletes the states and numbered saves of the run that --overwrite replaces; lines on what could not be."""
+    return _remove(paths)
+
+
+def _remove(paths: Sequence[Path]) -> list[str]:
     lines = []
-    for path in save.expired:
+    for path in paths:
         try:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -200,8 +232,15 @@ def remove_expired(save: Save) -> list[str]:
     return lines
 
 
+def _holds(path: Path, digest: str) -> bool:
+    """Whether the file is there and says that it holds these values."""
+    with suppress(InputError):  # of a file that is damaged, or of another program
+        return path.is_file() and read_file_header(path)[1].get(VALUES_KEY) == digest
+    return False
+
+
 def _save(config: SaveConfig, stem, number: int, expired: tuple[int | None, int | None]) -> Save:
-    """The save of a turn; `expired` are the numbers of an older file and state, those below 1 never had one."""
+    """The save of a turn; `expired` are the numbers of the older file and state that it ends, if above 0."""
     paths: list[Path] = []
     if expired[0] and expired[0] > 0:
         paths += _files(config, stem(config, expired[0])).values()

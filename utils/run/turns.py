@@ -1,6 +1,6 @@
-"""What a training run leaves on its way: curves, saves, samples, and those that the run before it did not come to.
+"""What a training run writes on its way: curves, saves, samples, and what a crash kept the run before from writing.
 
-A state is the first thing that is written at its turn; what was to follow it is made up by the run that goes on.
+At each turn the state is written first; files that a crash or a full disk prevented are written on resume.
 """
 
 import glob
@@ -17,9 +17,9 @@ from tqdm import tqdm
 from utils.preserve.old_prompts import most_frequent
 from utils.run.fingerprint import checkpoint_metadata
 from utils.run.finite import check_state_is_finite
-from utils.run.run import Place, Run, state_of
+from utils.run.run import Place, Run, state_of, values_digest
 from utils.run.samples import draw_samples, due_after_epoch, due_after_step
-from utils.run.save_schedule import Save, is_written, remove_expired, save_after_epoch, save_after_step, stop_state
+from utils.run.save_schedule import VALUES_KEY, Save, remove_expired, save_after_epoch, save_after_step, stop_state
 from utils.run.state import save_state
 from utils.run.write import write_files
 from utils.sampling.writers import to_frames
@@ -62,13 +62,14 @@ def save_turn(run: Run, place: Place, turn: Save) -> None:
 
     The state first: it is small, and the more useful one if the disk fills up.
     """
+    if turn.state:
+        _save_state(run, place, turn.state)
     if run.accelerator.is_main_process:
-        if turn.state:
-            _save_state(run, place, turn.state)
         name, timesteps = run.config.save.name, run.config.timesteps
         progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
         timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
         metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
+        metadata[VALUES_KEY] = values_digest(run.trained)
         concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
         lines = write_files(turn.files, run.trained, run.header, run.below, metadata, concept)
         if run.debug:
@@ -81,18 +82,27 @@ def save_turn(run: Run, place: Place, turn: Save) -> None:
 
 def stop_with_state(run: Run, place: Place) -> None:
     """Ends a run that was interrupted, with a state to resume from: the one that this step has saved, if it has."""
-    folder = place.state if place.state and place.state_step == place.step else stop_state(run.config.save, place.step)
-    if run.accelerator.is_main_process and folder != place.state:
-        _save_state(run, place, folder)
+    if place.step == 0:
+        return run.say("stopped before the first step was finished, so there is nothing to resume from")
+    _keep_place(run, place)
     run.accelerator.wait_for_everyone()
-    run.say(f"stopped after step {place.step}; to continue, run the same command with --resume latest (or {folder})")
+    run.say(
+        f"stopped after step {place.step}; to continue, run the same command with --resume latest (or {place.state})"
+    )
+
+
+def _keep_place(run: Run, place: Place) -> None:
+    """Saves a state, unless one of this very place is on disk: another one would have its files written again."""
+    if not place.is_saved:
+        _save_state(run, place, stop_state(run.config.save, place.step))
 
 
 def _save_state(run: Run, place: Place, folder: Path) -> None:
-    state = state_of(run, place)
-    check_state_is_finite(state, place)
-    save_state(folder, run.config.save.name, run.settings, state)
-    place.state, place.state_step = folder, place.step
+    if run.accelerator.is_main_process:
+        state = state_of(run, place)
+        check_state_is_finite(vars(state), place)
+        save_state(folder, state)
+    place.was_saved(folder)
 
 
 def _captions(run: Run) -> list[str]:
@@ -124,7 +134,7 @@ def draw_turn(run: Run, place: Place, when: str) -> None:
 
 
 def make_up(run: Run, place: Place) -> None:
-    """Writes what was to follow the state that the run goes on from, if a kill or a full disk came between."""
+    """Writes what was due after the state that the run continues from, if a crash or a full disk prevented it."""
     saves = run.config.save
     if place.batch == 0:
         turn, when = save_after_epoch(saves, place.epoch, run.plan.epochs), epoch_text(place.epoch)
@@ -133,11 +143,12 @@ def make_up(run: Run, place: Place) -> None:
         turn, when = save_after_step(saves, place.step), step_text(place.step)
         draws = draws_after_step(run, place)
     # What the main process sees, before it writes: all have to take the same way.
-    missing = [turn.missing(place.saved_at) if turn else {}, draws and not _are_drawn(run, when, place.saved_at)]
+    files = turn.missing(values_digest(run.trained)) if turn else {}
+    missing = [files, draws and not _are_drawn(run, when, place.finished_at)]
     broadcast_object_list(missing)
     files, samples = missing
     if files or samples:
-        run.say(f"makes up what did not come to be written after {run.config.resume}")
+        run.say(f"writing what was not written after {place.state} was saved")
     if files:
         save_turn(run, place, replace(turn, files=files, state=None))
     if samples:
@@ -156,18 +167,17 @@ def _are_drawn(run: Run, when: str, since: int) -> bool:
     stem, folder = glob.escape(f"{run.config.save.name}_{when}"), run.config.save.folder / "sample"
     numbers = range(len(run.config.samples.prompts))
     drawn = {number: folder.glob(f"{stem}_{number:02d}_*") for number in numbers}
-    return all(any(is_written(path, since) for path in paths) for paths in drawn.values())
+    return all(any(path.stat().st_mtime_ns >= since for path in paths) for paths in drawn.values())
 
 
 @contextmanager
 def _stops_without_room(run: Run, place: Place) -> Iterator[None]:
-    """Ends the run, with a state to go on from, where the trackers' disk takes no more."""
+    """Ends the run, with a state to resume from, where the trackers cannot write (a full disk)."""
     try:
         yield
     except OSError as error:
-        folder = stop_state(run.config.save, place.step)
-        _save_state(run, place, folder)
+        _keep_place(run, place)
         raise InputError(
             f"--logging_dir {run.config.log.folder} cannot be written to ({error.strerror}): the run stops after step "
-            f"{place.step}; the same command with --resume latest goes on (or --resume {folder})"
+            f"{place.step}; to continue, run the same command with --resume latest (or {place.state})"
         ) from None
