@@ -1,5 +1,6 @@
 """Optimizers by name, and schedules against their formulas."""
 
+import io
 import math
 
 import pytest
@@ -149,3 +150,75 @@ def test_settings_that_do_not_fit_the_schedule_are_refused(mistake):
 def test_a_warmup_of_zero_fits_every_schedule(name):
     args = ("step_rules='1:5,0.5'",) if name == "piecewise_constant" else ()
     check_schedule(ScheduleConfig(name, warmup="0%", args=args), 100)
+
+
+# The settings of transformers' own schedules: the same numbers, without the seconds that its import takes.
+OTHERS = {
+    "linear": {},
+    "cosine": {"num_cycles": 1.5},
+    "cosine_with_restarts": {"num_cycles": 3},
+    "polynomial": {"lr_end": 1e-3, "power": 0.5},
+    "inverse_sqrt": {"timescale": 3},
+    "cosine_with_min_lr": {"min_lr": 0.25, "num_cycles": 0.25},
+    "warmup_stable_decay": {"min_lr_ratio": 0.2, "warmup_type": "1-sqrt", "decay_type": "linear"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_schedules_are_those_of_transformers(name):
+    import transformers  # here, because it takes seconds
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    decay = {"num_decay_steps": 6} if name == "warmup_stable_decay" else {}
+    theirs = transformers.get_scheduler(name, optimizer, 4, 20, scheduler_specific_kwargs={**OTHERS[name], **decay})
+    expected = [theirs.lr_lambdas[0](step) for step in range(20)]
+    args = tuple(f"{key}={value!r}" for key, value in OTHERS[name].items())
+    assert rates(ScheduleConfig(name, "4", "6" if decay else "0", args=args)) == pytest.approx(expected)
+
+
+IMPOSSIBLE = {
+    "rex that climbs": ScheduleConfig("rex", min_lr_ratio=2.0),
+    "rex below zero": ScheduleConfig("rex", min_lr_ratio=-1.0),
+    "negative power": ScheduleConfig("polynomial", power=-1.0),
+    "negative power as an argument": ScheduleConfig("polynomial", args=("power=-0.5",)),
+    "an end above the start": ScheduleConfig("polynomial", args=("lr_end=2",)),
+    "nan": ScheduleConfig("cosine", args=("num_cycles=nan",)),
+    "infinite cycles": ScheduleConfig("cosine", args=("num_cycles=1e999",)),
+    "no time": ScheduleConfig("inverse_sqrt", args=("timescale=0",)),
+    "a minimum above the start": ScheduleConfig("cosine_with_min_lr", args=("min_lr=3",)),
+    "an unknown ramp": ScheduleConfig("warmup_stable_decay", args=("decay_type='liner'",)),
+    "rules that are none": ScheduleConfig("piecewise_constant", args=("step_rules='1,2'",)),
+    "rules with nan": ScheduleConfig("piecewise_constant", args=("step_rules='nan:5,1'",)),
+    "rules that are a number": ScheduleConfig("piecewise_constant", args=("step_rules=3",)),
+    "an empty class path": ScheduleConfig(class_path=".x"),
+}
+
+
+@pytest.mark.parametrize("mistake", IMPOSSIBLE)
+def test_a_rate_that_climbs_or_is_no_number_is_refused_before_the_run(mistake):
+    with pytest.raises(InputError, match="--lr_scheduler"):
+        check_schedule(IMPOSSIBLE[mistake], 20)
+
+
+@pytest.mark.parametrize(
+    "arg", ["betas=(0.9, nan)", "betas=(0.9, 1e999)", "eps=1e999", "weight_decay=-1e999", "lr=1e999"]
+)
+def test_an_optimizer_argument_that_is_not_finite_is_refused(arg):
+    with pytest.raises(InputError, match=r"--optimizer_args .*(must be finite|write key=value)"):
+        check_optimizer(OptimizerConfig("AdamW", 0.1, (arg,)))
+
+
+def test_a_schedule_is_resumed_from_its_state():
+    def fresh():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        return build_scheduler(ScheduleConfig("rex", warmup="4"), optimizer, 20)
+
+    first, second = fresh(), fresh()
+    for _ in range(7):
+        first.optimizer.step()
+        first.step()
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second.load_state_dict(torch.load(buffer, weights_only=True))
+    assert second.get_last_lr() == first.get_last_lr() and second.lr_lambdas[0](9) == first.lr_lambdas[0](9)

@@ -62,6 +62,8 @@ def test_help_mistakes_and_workers_import_torch_at_most(tmp_path):
         ("wan_cache_latents", "--help"): "--vae_dtype",
         ("wan_cache_text_encoder_outputs", "--help"): "--t5",
         ("wan_train_network", "--ffix", "1"): "did you mean --ffid?",
+        ("wan_train_network", *run, "--dit", "x", "--optimizer_type", "AdmaW"): "did you mean AdamW?",
+        ("wan_train_network", *run, "--dit", "x", "--lr_scheduler", "linaer"): "did you mean linear?",
         ("wan_cache_latents", "--dataset_config", "no.toml", "--vae", "no"): "--vae no does not exist",
         ("worker", str(tmp_path / "dataset")): "",
         ("wan_train_network", "--dit", "missing.safetensors", *run): "missing.safetensors does not exist",

@@ -4,8 +4,8 @@ from argparse import Namespace
 
 from utils.cli.command import number
 from utils.learning.flow_matching import MODE_SCALES, SAMPLINGS, WEIGHTINGS, TimestepConfig
-from utils.learning.lr_schedules import MIN_LR_RATIO, POWER, SCHEDULES, ScheduleConfig
-from utils.learning.optimizers import LEARNING_RATE, OptimizerConfig
+from utils.learning.lr_schedules import MIN_LR_RATIO, POWER, SCHEDULES, ScheduleConfig, check_schedule_flags
+from utils.learning.optimizers import LEARNING_RATE, OptimizerConfig, check_optimizer_flags
 from wan.errors import InputError
 from wan.values import COUNT, SHIFT, Number
 
@@ -201,13 +201,17 @@ def _add_timesteps(parser) -> None:
 
 
 def read_optimizer(flags: Namespace) -> OptimizerConfig:
-    """Which optimizer, with which arguments."""
-    return OptimizerConfig(flags.optimizer_type, flags.learning_rate, tuple(flags.optimizer_args), flags.max_grad_norm)
+    """Which optimizer, with which arguments; InputError if there is none of that name."""
+    config = OptimizerConfig(
+        flags.optimizer_type, flags.learning_rate, tuple(flags.optimizer_args), flags.max_grad_norm
+    )
+    check_optimizer_flags(config)
+    return config
 
 
 def read_schedule(flags: Namespace) -> ScheduleConfig:
-    """Which learning-rate schedule, with its settings."""
-    return ScheduleConfig(
+    """Which learning-rate schedule, with its settings; InputError if there is none of that name."""
+    config = ScheduleConfig(
         name=flags.lr_scheduler,
         warmup=flags.lr_warmup_steps,
         decay=flags.lr_decay_steps,
@@ -218,6 +222,8 @@ def read_schedule(flags: Namespace) -> ScheduleConfig:
         class_path=flags.lr_scheduler_type,
         args=tuple(flags.lr_scheduler_args),
     )
+    check_schedule_flags(config)
+    return config
 
 
 def read_timesteps(flags: Namespace) -> TimestepConfig:

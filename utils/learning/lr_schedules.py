@@ -64,20 +64,29 @@ class ScheduleConfig:
 
 def build_scheduler(config: ScheduleConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
     """The schedule over `steps` optimizer steps; InputError if it is unknown or a setting does not fit it."""
+    check_schedule_flags(config)
     arguments = parse_arguments("--lr_scheduler_args", config.args)
     if config.class_path:
-        _refuse_unread(config, (), f"--lr_scheduler_type {config.class_path}")
         return _build_class(config.class_path, optimizer, arguments)
     name = config.name.lower()
-    if name not in _READS:
-        raise InputError(_unknown(config.name))
-    _refuse_unread(config, _READS[name], f"--lr_scheduler {name}")
     try:
         factor = _factor(config, name, steps, optimizer.defaults["lr"], arguments)
         _check_factor(factor, name, steps)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"--lr_scheduler {name} with {dict(arguments)}: {error}") from None
     return LambdaLR(optimizer, factor)
+
+
+def check_schedule_flags(config: ScheduleConfig) -> None:
+    """InputError if the schedule is unknown or would not use a flag that was given; takes no optimizer, so no time."""
+    name = config.name.lower()
+    if config.class_path:
+        _refuse_unread(config, (), f"--lr_scheduler_type {config.class_path}")
+    elif name not in _READS:
+        raise InputError(_unknown(config.name))
+    else:
+        _refuse_unread(config, _READS[name], f"--lr_scheduler {name}")
+    parse_arguments("--lr_scheduler_args", config.args)
 
 
 def check_schedule(config: ScheduleConfig, steps: int, learning_rate: float = 1.0) -> None:

@@ -42,6 +42,7 @@ class OptimizerConfig:
 
 def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer over `parameters`; InputError if it is unknown, unfit for slices, or its arguments are wrong."""
+    check_optimizer_flags(config)
     optimizer_class = _find_class(config.name or "AdamW")
     arguments = parse_arguments("--optimizer_args", config.args)
     if _is_adafactor(optimizer_class):
@@ -50,6 +51,15 @@ def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter])
         return optimizer_class(parameters, lr=config.learning_rate, **arguments)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"--optimizer_type {config.name or 'AdamW'} with {dict(arguments)}: {error}") from None
+
+
+def check_optimizer_flags(config: OptimizerConfig) -> None:
+    """InputError if the optimizer is unknown or unfit for slices, as far as its name and arguments tell."""
+    name = config.name.lower() or "adamw"
+    _refuse_unfit(config.name)
+    if name != "adafactor" and "." not in name and not name.endswith("8bit"):
+        _find_class(config.name or "AdamW")
+    parse_arguments("--optimizer_args", config.args)
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -74,8 +84,8 @@ def find_attribute(path: str, flag: str):
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{flag} {path} cannot be imported: {error}") from None
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: of paths like .x and ..x
+        raise InputError(f"{flag} {shown(path)} cannot be imported: {error}") from None
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
@@ -92,7 +102,6 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
 
 
 def _find_class(name: str) -> type[torch.optim.Optimizer]:
-    _refuse_unfit(name)
     if name.lower() == "adafactor":
         from transformers.optimization import Adafactor  # here, because it takes seconds
 
