@@ -1,4 +1,4 @@
-"""Ten characters, one after another: what does each way of teaching keep of what was learned before?
+"""Ten characters, one after another: how much of what was learned before does each way of training keep?
 
     python benchmarks/continual.py OUTPUT_FOLDER --quick       # 3 characters, 1 seed
     python benchmarks/continual.py OUTPUT_FOLDER               # all parts that are not there yet, then the report
@@ -57,7 +57,7 @@ class Taught:
 
 
 def concepts(world: World) -> tuple[list[str], list[str]]:
-    """The ten held-out pictures that are taught, and the two on which learning rates are chosen."""
+    """The ten held-out pictures that are trained, and the two with which learning rates are chosen."""
     pictures = random.Random("continual").sample(world.held_out, 12)
     return pictures[:10], pictures[10:]
 
@@ -74,7 +74,7 @@ def teach_all(
     steps: int = STEPS,
     preserves: bool | None = None,
 ) -> Iterator[Taught]:
-    """The model after each of the concepts, taught one after another.
+    """The model after each of the concepts, trained one after another.
 
     With `listed` names, each run holds to what the model said to these when the first one began, and to each concept
     (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks;
@@ -107,7 +107,7 @@ def teach_all(
 def teach_apart(
     world: World, learn: Learn, latents: Sequence[torch.Tensor], rate: float, seed: int
 ) -> Iterator[Taught]:
-    """The base with the sum of what each of the concepts so far changes by itself."""
+    """The base plus the changes that each concept so far makes on its own."""
     summed = world.base
     for number, own in enumerate(latents):
         started = time.process_time()
@@ -120,7 +120,7 @@ def teach_apart(
 
 
 def choose_rate(world: World, learn: Learn, listed: Sequence[str], steps: int = STEPS) -> dict:
-    """The smallest of RATES whose loss on the two outside concepts, taught one after the other, is within WITHIN.
+    """The smallest of RATES whose loss on the two extra concepts, trained one after the other, is within WITHIN.
 
     The least loss is found by walking downhill from FIRST_TRIED.
     """
@@ -145,7 +145,7 @@ def choose_rate(world: World, learn: Learn, listed: Sequence[str], steps: int = 
 
 
 def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Path) -> dict:
-    """Teaches the concepts one after another and measures after each; the order and all noise follow the seed."""
+    """Trains the concepts one after another and measures after each; the seed decides the order and all noise."""
     ten, _ = concepts(world)
     order = random.Random(seed).sample(ten, len(ten))[:count]
     prompts = [f"character{number}" for number in range(count)]
@@ -168,7 +168,7 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
 
 
 class Measure:
-    """What a model keeps: recognition of its samples, losses on fixed noise, drift from the base's answers."""
+    """What a model keeps: recognition of its samples, losses on fixed noise, drift from the base's predictions."""
 
     def __init__(self, world: World, order, prompts, latents):
         self.world, self.order, self.prompts, self.latents = world, order, prompts, latents
@@ -179,7 +179,7 @@ class Measure:
             self.known[which] = (names, texts, inputs, velocities(base, *inputs[:2], texts))
 
     def after(self, model, taught: int, is_last: bool) -> dict:
-        """What is kept once `taught` concepts were taught; of what the base knew, at the end alone."""
+        """What is kept once `taught` concepts have been trained; of what the base knew, only at the end."""
         result = {}
         if is_last:
             result["known"] = self.known_now(model)
@@ -189,7 +189,7 @@ class Measure:
         return result | {"recognised": self.recognised(model, taught, samples), "loss": losses}
 
     def known_now(self, model) -> dict:
-        """Of the listed and the unlisted names that the base knows: loss, drift, the share that is recognised."""
+        """For the listed and the unlisted names that the base knows: loss, drift, and the share that is recognised."""
         return {which: self._known(model, *fixed) for which, fixed in self.known.items()}
 
     def _known(self, model, names, texts, inputs, before) -> dict:
@@ -207,7 +207,7 @@ class Measure:
 
 
 def without(world: World, weights: dict, number: int) -> dict:
-    """The weights with the base's values in the slice of concept `number`."""
+    """The weights, with the values of the base in the slice of concept `number`."""
     removed = {name: value.clone() for name, value in weights.items()}
     for name in block_linears(world.model(weights)):
         key = f"{name}.weight"
@@ -227,12 +227,12 @@ def mse(a, b) -> float:
 
 
 def peak_mb() -> float:
-    """Resident memory of this process at its highest, in MB."""
+    """The peak resident memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def work(part: str, folder: Path) -> dict:
-    """The result of the part of that name."""
+    """The result of the part `name`."""
     world = World()
     match part.split():
         case ["rate", row]:

@@ -1,4 +1,4 @@
-"""The ways to teach a model one more concept: what trains, and what the weights are afterwards.
+"""The ways to train one more concept: what trains, and what the weights are afterwards.
 
 Each is a function of a model, which is its own to change, and the concept's number (from 0).
 """
@@ -28,7 +28,7 @@ LEVELS = 8  # of noise, at which an old prompt is asked
 
 @dataclass(frozen=True)
 class Learner:
-    """What trains, what has to follow each optimizer step, the model's weights at the end."""
+    """What trains, what has to follow each optimizer step, and the weights at the end."""
 
     parameters: list[nn.Parameter]
     after_step: Callable[[], None]
@@ -41,7 +41,7 @@ class Learner:
 
 
 def disjoint_slices(model: WanModel, number: int, ff: str = FF) -> Learner:
-    """Every concept in a slice of its own."""
+    """Each concept in a slice of its own."""
     trained = attach_slice(model, ff, number + 1)
     return Learner(list(trained.parameters()), trained.write_back, model.state_dict)
 
@@ -52,7 +52,7 @@ def one_slice(model: WanModel, number: int, ff: str = FF) -> Learner:
 
 
 def whole_tensors(model: WanModel, number: int) -> Learner:
-    """After the predecessor: tensors of any kind in a random order, cut into runs that begin within the budget."""
+    """The predecessor's way: all tensors in a random order, cut into runs that begin within the budget."""
     named = dict(model.named_parameters())
     order = sorted(named, key=lambda name: hashlib.sha256(name.encode()).digest())
     budget = float(FF) * sum(parameter.numel() for parameter in named.values())
@@ -122,7 +122,7 @@ def _nothing() -> None:
 
 
 def ask(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed: int) -> OldPrompt:
-    """What the model answers to the prompt at noise levels that are spread evenly, as a run that begins asks it."""
+    """The model's predictions for the prompt at evenly spread noise levels, as a run records them at its start."""
     draw = torch.Generator().manual_seed(seed)
     clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (LEVELS,), generator=draw)]
     sigma = shifted((torch.arange(LEVELS) + torch.rand(LEVELS, generator=draw)) / LEVELS)

@@ -1,4 +1,4 @@
-"""The table and the figures of continual.py, from whatever parts are there."""
+"""The table and the figures of continual.py, from the parts that are done."""
 
 import json
 from collections import defaultdict
@@ -77,7 +77,7 @@ def _table(rows: dict[str, list[dict]]) -> list[str]:
 
 
 def right_after(result: dict) -> float:
-    """The share of samples that show their concept, each concept right after it was taught."""
+    """The share of samples that show their concept, each concept right after it was trained."""
     return mean(after["recognised"][-1][-1] for after in result["after"])
 
 
@@ -87,7 +87,7 @@ def at_end(result: dict) -> float:
 
 
 def leakage(result: dict) -> float:
-    """The share of samples that show another one of the concepts, at the end."""
+    """The share of samples that show another concept, at the end."""
     return mean(sum(row) - row[i] for i, row in enumerate(result["after"][-1]["recognised"]))
 
 
@@ -103,7 +103,7 @@ def _spread(value: Callable[[dict], float], digits: int = 2) -> Callable[[Sequen
 
 
 def _removal(rows: dict[str, list[dict]]) -> list[str]:
-    """What the other concepts lose, and what is left of a concept, when its slice gets the base's values back."""
+    """What the other concepts lose, and what is left of a concept, when its slice is set back to the base."""
     lines = ["| one slice taken out | seeds | that concept | the others | the others before |", "|---|---|---|---|---|"]
     for row, results in rows.items():
         if "removed" in results[0]:
@@ -142,7 +142,7 @@ def _taught(after: dict) -> float:
 
 
 def _pictures(drawn: dict[str, Path], folder: Path) -> None:
-    """The first sample of every concept at the end, one row a method, of seed 0."""
+    """The first sample of every concept at the end, one row per method, for seed 0."""
     strips = [(row, path) for row, path in drawn.items() if path.exists()]
     figure, axes = plt.subplots(len(strips), 1, figsize=(9, 0.95 * len(strips)), squeeze=False)
     for (row, path), axis in zip(strips, axes[:, 0], strict=True):

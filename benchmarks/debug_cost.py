@@ -1,4 +1,4 @@
-"""What --training_debug costs: a training step with and without it in turn, drawing, and the comparison of a save.
+"""What --training_debug costs: training steps with and without it in turn, drawing, and the comparison of a save.
 
     python benchmarks/debug_cost.py
 
@@ -31,15 +31,15 @@ DRAWS = 5
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=READ_EVERY, help="pairs of steps, one of them watched")
+    parser.add_argument("--rounds", type=int, default=READ_EVERY, help="pairs of steps, one of them with debugging")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     parser.add_argument("--ff", nargs="+", default=FFS)
-    parser.add_argument("--quick", action="store_true", help="small blocks, to see that it runs: not the figures asked")
+    parser.add_argument("--quick", action="store_true", help="small blocks, to see that it works")
     args = parser.parse_args(argv)
     size = QUICK if args.quick else FULL
     torch.set_num_threads(1)
     print(machine_line(size), flush=True)
-    print_heading("dtype", "ff", "values", "own share of a step", "step with / without", "a draw", "saving, comparing")
+    print_heading("dtype", "ff", "values", "share of a step", "step with / without", "a draw", "saving, comparing")
     for dtype in args.dtype:
         for ff in args.ff:
             print(row(size, dtype, ff, args.rounds), flush=True)

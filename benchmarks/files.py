@@ -59,7 +59,7 @@ print(seconds, most - before)
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, those of the CPU, and the most memory that the process held at once, in MB."""
+    """Seconds, CPU seconds, and the peak memory of the process in MB."""
 
     seconds: float
     cpu: float
@@ -100,14 +100,16 @@ COMMAND = [sys.executable, "-m", "utils.slices"]
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where the files go, and stay afterwards")
-    parser.add_argument("--random_blocks", type=int, help="random bytes, so many blocks (default: zeros, all 40)")
+    parser.add_argument("--folder", type=Path, required=True, help="for the files, which are kept")
+    parser.add_argument(
+        "--random_blocks", type=int, help="a base of this many blocks with random bytes (default: zeros, all 40)"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     return parser.parse_args()
 
 
 def write_base(path: Path, random_blocks: int | None) -> Path:
-    """A bf16 checkpoint with the official names; zeros are a hole in the file."""
+    """A bf16 checkpoint with the official names; zeros take no space on the disk."""
     shapes = json.loads(KEYS.read_text())["t2v-14B and t2v-A14B"]
     if random_blocks is not None:
         shapes = {
@@ -148,7 +150,7 @@ def write_random_slice(base: Path, path: Path, ffid: int) -> None:
 
 
 def run(command: Sequence[str], sync: Path | None = None) -> Cost:
-    """Runs a command to its end (and to the disk, where `sync` is a folder whose files it writes)."""
+    """Runs a command to its end; with `sync`, until the files in that folder are on the disk."""
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -161,7 +163,7 @@ def run(command: Sequence[str], sync: Path | None = None) -> Cost:
 
 
 def save(base: Path, out: Path, method: str) -> tuple[float, float]:
-    """Seconds of a save in a training process, and by how many MB its own memory grew at most."""
+    """The seconds of a save in a training process, and the MB by which its own memory grew."""
     told = subprocess.run(
         [sys.executable, "-c", SAVE.replace("{method}", method), str(base), str(out)],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -170,7 +172,7 @@ def save(base: Path, out: Path, method: str) -> tuple[float, float]:
 
 
 def own_list_time(files: Sequence[Path]) -> float:
-    """Seconds of the listing itself, without the start of Python."""
+    """The seconds of the listing itself, without the start of Python."""
     from utils.slices.listing import list_files, table
 
     return best(lambda: table(list_files(files)))

@@ -1,4 +1,4 @@
-"""Does Wan 14B train on a machine that could not hold it? On the CPU, from the checkpoint file, in a few GB of memory.
+"""Does Wan 14B train on a machine whose memory is too small for it? On the CPU, from the checkpoint file.
 
 Writes a random bf16 checkpoint with the official names and shapes (28.6 GB of disk), runs the training script on it for
 two steps of one 64x64 picture with all blocks swapped, and checks what the slice became; then the same for a second
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint: 29 GB free")
+    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint; needs 29 GB")
     parser.add_argument("--blocks_to_swap", default="40")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint for another run")
     return parser.parse_args(argv)
@@ -71,7 +71,7 @@ def timed(action) -> float:
 
 
 def write_random_checkpoint(path: Path, config: WanConfig) -> None:
-    """Tensor by tensor, so that the model is never in memory; norms are 1, matrices of standard deviation 0.02."""
+    """Tensor by tensor, so that the model is never in memory; norms are 1, matrices have standard deviation 0.02."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in WanModel(config).state_dict().items()}
     header, position = {}, 0
@@ -126,7 +126,7 @@ def slice_path(folder: Path, ffid: int) -> Path:
 
 
 def training_command(folder: Path, blocks_to_swap: str, ffid: int) -> list[str]:
-    """The training script; of a save only the slice is written, since a checkpoint has 28.6 GB."""
+    """The training command; it saves only the slice, since a checkpoint has 28.6 GB."""
     earlier = [str(slice_path(folder, number)) for number in range(1, ffid)]
     return [
         *(sys.executable, str(ROOT / "wan_train_network.py"), "--task", "t2v-14B", "--dit", str(folder / BASE)),
@@ -139,7 +139,7 @@ def training_command(folder: Path, blocks_to_swap: str, ffid: int) -> list[str]:
 
 
 def measure(command: Sequence[str]) -> tuple[dict[str, int], float]:
-    """The command's peaks of memory in bytes, by kind, and the seconds that it took."""
+    """The peak memory of the command in bytes, by kind, and the seconds that it took."""
     started = time.perf_counter()
     child = subprocess.Popen(command)
     peaks = {"RssAnon": 0, "RssShmem": 0, "RssFile": 0}
@@ -153,7 +153,7 @@ def measure(command: Sequence[str]) -> tuple[dict[str, int], float]:
 
 
 def memory_of(pid: int) -> dict[str, int]:
-    """Bytes that the process holds now; nothing where it has just ended."""
+    """The bytes that the process holds now; nothing if it has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except ProcessLookupError:
@@ -167,7 +167,7 @@ def fingerprint(path: Path) -> tuple[int, int]:
 
 
 def check_slice(folder: Path, base: Path, steps: int, ffid: int) -> None:
-    """Every matrix has its share, and every value is the file's, moved in each step by about the learning rate."""
+    """Checks that every matrix has its share, and that each value moved by about the learning rate per step."""
     found, tensors = load_file(slice_path(folder, ffid)), read_checkpoint_header(base).tensors
     assert len(found) == MATRICES, len(found)
     count = moved = 0
@@ -190,10 +190,10 @@ def report(peaks: dict[str, int], seconds: float, blocks_to_swap: str, ffid: int
     on = f" on top of {ffid - 1} slice file" if ffid > 1 else ""
     print(f"| {STEPS} steps{on}, {blocks_to_swap} blocks swapped, {os.cpu_count()} cores, {memory:.0f} GiB of RAM | |")
     print("|---|---|")
-    print(f"| time, with loading | {seconds / 60:.1f} minutes |")
+    print(f"| time, including loading | {seconds / 60:.1f} minutes |")
     print(f"| peak anonymous memory | {peaks['RssAnon'] / 1e9:.2f} GB |")
     print(f"| peak shared memory | {peaks['RssShmem'] / 1e9:.2f} GB |")
-    print(f"| peak of the file's pages (the system may take them back) | {peaks['RssFile'] / 1e9:.2f} GB |")
+    print(f"| peak of file pages in memory (which the system can drop) | {peaks['RssFile'] / 1e9:.2f} GB |")
 
 
 if __name__ == "__main__":

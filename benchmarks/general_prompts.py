@@ -1,4 +1,4 @@
-"""Which general prompts keep what the base knew and nobody listed, and how large should a slice be?
+"""Which general prompts preserve what the base knew and nobody listed, and how large should a slice be?
 
     python benchmarks/general_prompts.py OUTPUT_FOLDER
 
@@ -24,7 +24,7 @@ SHARES = ("0.02", "0.05", "0.1")  # ff, at the list of 40
 
 
 def general_prompts(world: World, which: str) -> list[str]:
-    """The list of that name: known names that share no word with the unlisted ones, or mixes of these names' words."""
+    """The list `name`: known names that share no word with the unlisted ones, or mixes of the words of these names."""
     count, _, mixed = which.partition("-")
     held_back = {word for name in world.unlisted for word in name.split()}
     draw = random.Random("general")
@@ -38,7 +38,7 @@ def general_prompts(world: World, which: str) -> list[str]:
 
 
 def chain(world: World, ff: str, which: str, seed: int, rate: float) -> dict:
-    """What is recognised of ten characters at the end, what the base knew of the listed 40 and of the unlisted."""
+    """How much is recognised of ten characters at the end, and of the listed and the unlisted names."""
     ten, _ = concepts(world)
     order = random.Random(seed).sample(ten, len(ten))
     prompts, latents = [f"character{n}" for n in range(CONCEPTS)], [world.character(picture) for picture in order]
@@ -52,7 +52,7 @@ def chain(world: World, ff: str, which: str, seed: int, rate: float) -> dict:
 
 
 def work(part: str, folder: Path) -> dict:
-    """The result of the part of that name."""
+    """The result of the part `name`."""
     world = World()
     match part.split():
         case ["general-rate", ff]:
@@ -68,7 +68,7 @@ def parts() -> list[str]:
 
 
 def report(folder: Path) -> None:
-    """The table of the parts that are there."""
+    """The table of the parts that are done."""
     columns = ["ff", "rate", "general prompts", "seeds", "characters at the end"]
     columns += [f"{what}, {which}" for what in ("drift", "recognised") for which in ("listed", "unlisted")]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")

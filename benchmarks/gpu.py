@@ -1,8 +1,8 @@
 """How fast does Wan 14B train on this GPU, in how much of its memory, and how long does it wait for weights?
 
-Random weights of the full size, made in memory: nothing is read or downloaded. Each way to swap is placed once and
-takes a few steps of every size; what does not fit, or would take longer than --minutes, is left out and said so. One
-table comes out, for benchmarks/README.md. --dry-run does the same with a tiny model on the CPU.
+Random weights of the full size, made in memory: nothing is read or downloaded. For each way of swapping the model is
+placed once and takes a few steps of every size; what does not fit, or would take longer than --minutes, is skipped with
+a line that says so. Prints one table, for benchmarks/README.md. --dry-run does the same with a tiny model on the CPU.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Size:
     name: str
     batch: int
     latents: tuple[int, int, int]  # frames, height, width
-    work: float  # to foresee how long a step takes, in steps of one picture
+    work: float  # expected time of a step, in steps of one picture
     steps: int = 3
     offload_inputs: bool = False
 
@@ -96,14 +96,14 @@ class Row:
     copied: int  # bytes a step
     peak: int | None  # bytes, of PyTorch's allocator
     driver: int | None  # bytes in use on the device, as the driver counts
-    note: str  # loss and gradients of the first step against the first placing's, or why there is nothing
+    note: str  # how loss and gradients compare with those of the first placing, or why nothing was measured
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     flags = parse(argv)
     device = torch.device("cpu" if flags.dry_run else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("no CUDA device: --dry-run shows on the CPU what would be measured")
+        sys.exit("no CUDA device was found; --dry-run shows on the CPU what would be measured")
     config = TINY if flags.dry_run else TASKS["t2v-14B"].config
     print(heading(device), flush=True)
     deadline = time.monotonic() + 60 * flags.minutes
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7, help="nothing is begun after this time (default 7)")
+    parser.add_argument("--minutes", type=float, default=7, help="start nothing after this time (default 7)")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
     return parser.parse_args(argv)
 
@@ -162,7 +162,7 @@ def copy_rates(device: torch.device) -> str:
 def attempt(what: str, deadline: float, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
     """The rows that time and memory allow."""
     if time.monotonic() > deadline:
-        print(f"# {what}: left out, no time", flush=True)
+        print(f"# {what}: skipped, no time left", flush=True)
         return
     try:
         yield from rows()
@@ -170,7 +170,7 @@ def attempt(what: str, deadline: float, rows: Callable[[], Iterator[Row]]) -> It
         print(f"# {what}: out of device memory", flush=True)
     except InputError as error:
         print(f"# {what}: {error}", flush=True)
-    except RuntimeError as error:  # libraries' own words for memory that they do not get, on the device or the host
+    except RuntimeError as error:  # how libraries report memory that they cannot get, on the device or the host
         print(f"# {what}: {str(error).partition(chr(10))[0]}", flush=True)
     if torch.cuda.is_available():
         gc.collect()  # a checkpointed block refers to itself through its forward
@@ -186,7 +186,7 @@ def measure(
     model = random_model(config)
     size = sum(parameter.nbytes for parameter in model.parameters())
     if placing.host_weights == "staged" and available_bytes() < 1.2 * size:
-        print(f"# {placing.name}: left out, {size / 1e9:.0f} GB do not fit into the free memory", flush=True)
+        print(f"# {placing.name}: skipped, {size / 1e9:.0f} GB do not fit into the free memory", flush=True)
         return
     trained = attach_slice(model, "0.001" if is_gpu else "0.05", 1, device=device)
     inputs = OptionalInputs(len(model.blocks), device, TimedBackend(device) if is_gpu else None)
@@ -297,7 +297,7 @@ def loss_of(model: WanModel, size: Size, device: torch.device, seed: int) -> Ten
 
 @contextmanager
 def one_order_of_sums() -> Iterator[None]:
-    """Attention's backward adds up in any order unless it is told not to; cuDNN's cannot be told. Slower."""
+    """Makes attention's backward add up in one order, which is slower; cuDNN's cannot, so it is off."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -308,7 +308,7 @@ def one_order_of_sums() -> Iterator[None]:
 
 
 def equality(placed: Placed, size: Size, reference: dict[str, list[Tensor]]) -> str:
-    """Two steps at the same values: loss and gradients while the order is learned, and when it is replayed."""
+    """Compares loss and gradients of two steps at the same values: while the order is learned, and replayed."""
     found = []
     with one_order_of_sums():
         for _ in range(2):
@@ -320,7 +320,7 @@ def equality(placed: Placed, size: Size, reference: dict[str, list[Tensor]]) -> 
         reference["values"] = found[0]
         reference["name"] = placed.name
         same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-        return "repeats itself" if same else "does not repeat itself"
+        return "reproducible" if same else "not reproducible"
     same = [all(torch.equal(a, b) for a, b in zip(run, reference["values"], strict=True)) for run in found]
     if all(same):
         return f"equal to {reference['name']}"

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors: what a step holds, whatever the allocator or the system keep beside it."""
+"""Counts the bytes of live tensors: what a step holds, without what the allocator or the system add."""
 
 import weakref
 
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside this context: bytes of all storages that operators returned, or that `add` was given, until each is freed.
+    """Inside this context: the bytes of all storages that operators return or `add` is given, until each is freed.
 
     A storage counts once, however many views it has. Scratch memory inside one operator is not seen.
     """
@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def add(self, *tensors: Tensor) -> None:
-        """Counts the storages of tensors that are older than this context."""
+        """Counts storages of tensors that were made before this context."""
         for tensor in tensors:
             if tensor.layout == torch.sparse_coo:
                 self.add(tensor._indices(), tensor._values())

@@ -1,4 +1,4 @@
-"""Forty concepts, one after another: what keeps them, and which old prompts have to be preserved, how often?
+"""Forty concepts, one after another: what keeps them, which old prompts have to be preserved, and how often?
 
     python benchmarks/many_concepts.py OUTPUT_FOLDER
 
@@ -39,7 +39,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One chain: the method, names in the preserve list, newest concepts that are preserved, on every how many steps.
+    """One chain: the method, the names that are preserved, the newest concepts that are, on every how many steps.
 
     `share` is of the chosen rate; `steps` are those of a concept.
     """
@@ -69,7 +69,7 @@ VARIANTS = [
 
 
 def chain(world: World, variant: Variant, rate: float) -> dict:
-    """What is recognised of each concept right after it was taught, and of all of them at the MARKS; the drift."""
+    """How much is recognised of each concept right after it was trained, and of all at the MARKS; the drift."""
     _, outside = concepts(world)
     others = [picture for picture in world.held_out if picture not in outside]
     order = random.Random("many").sample(others, COUNT)
@@ -88,7 +88,7 @@ def chain(world: World, variant: Variant, rate: float) -> dict:
 
 
 def work(part: str, folder: Path) -> dict:
-    """The result of the part of that name."""
+    """The result of the part `name`."""
     world = World()
     match part.split():
         case ["many-rate", method, steps]:
@@ -100,7 +100,7 @@ def work(part: str, folder: Path) -> dict:
 
 
 def report(folder: Path) -> None:
-    """The table of the parts that are there."""
+    """The table of the parts that are done."""
     columns = ["method", "names preserved", "newest concepts preserved", "every", "steps", "rate", "right after"]
     columns += [f"all, after {mark}" for mark in MARKS] + ["drift of 40 listed", "unlisted"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")

@@ -1,4 +1,4 @@
-"""Benchmarks in parts: each is a process on one thread and leaves one JSON file; what is there is not done again."""
+"""Benchmarks in parts: each is a process on one thread and writes one JSON file; what is done is not repeated."""
 
 import argparse
 import json
@@ -13,16 +13,18 @@ from pathlib import Path
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The output folder and how to go about the parts."""
-    parser.add_argument("folder", type=Path, help="for all results")
-    parser.add_argument("--only", default="", metavar="REGEX", help="the parts whose names match")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parts at a time, each on one thread")
-    parser.add_argument("--report", action="store_true", help="of the parts that are there; nothing is run")
+    """The flags: the output folder, and which parts are run how."""
+    parser.add_argument("folder", type=Path, help="folder for all results")
+    parser.add_argument("--only", default="", metavar="REGEX", help="run only the parts whose names match")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="how many parts run at a time, each on one thread"
+    )
+    parser.add_argument("--report", action="store_true", help="report the parts that are done, and run nothing")
     parser.add_argument("--part", help=argparse.SUPPRESS)
 
 
 def run_parts(options: argparse.Namespace, stages: Sequence[Sequence[str]], work: Callable[[str, Path], dict]) -> bool:
-    """Does all parts of each stage before the next; False in a part's own process, where the caller is to end."""
+    """Runs all parts of a stage before the next one; False in the process of a part, where the caller should end."""
     if options.report and not any(options.folder.glob("*.json")):
         sys.exit(f"error: {options.folder} holds no results yet")
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -50,12 +52,12 @@ def _in_a_process(name: str, folder: Path) -> None:
 
 
 def part_file(folder: Path, name: str) -> Path:
-    """Where the part `name` leaves its result."""
+    """The path of the result of part `name`."""
     return folder / f"{name.replace(' ', '-')}.json"
 
 
 def read_part(folder: Path, name: str) -> dict:
-    """The result of a part that is done; the process ends where it is not."""
+    """The result of a part; ends the process if that part is not done."""
     path = part_file(folder, name)
     if not path.exists():
         sys.exit(f"{path} is missing: do the part {name!r} first")

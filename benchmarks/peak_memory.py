@@ -1,9 +1,9 @@
 """How much device memory does a training step of Wan 14B take? Counted, not measured, so that no GPU is needed.
 
-The full-size model runs on the `meta` device, where tensors have shapes and no bytes, through the same placing,
-streaming and training code; the storages that are alive are added up. Attention is a stand-in that keeps what a flash
+The full-size model runs on the `meta` device, where tensors have shapes but no bytes, through the same placing,
+streaming and training code; the live storages are added up. Attention is a stand-in that keeps what a flash
 kernel keeps.
-What a GPU adds: its context (0.3-0.6 GB) and scratch memory inside kernels.
+A GPU adds its context (0.3-0.6 GB) and scratch memory inside kernels.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Peaks:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ff", default="0.001")
-    parser.add_argument("--blocks", type=int, default=40, help="of the model (fewer: only to see that it works)")
+    parser.add_argument("--blocks", type=int, default=40, help="of the model (fewer only to see that it works)")
     flags = parser.parse_args(argv)
     print(
         "| Wan 14B, bf16, ff "

@@ -1,4 +1,4 @@
-"""Which values should a slice hold, and how many? Convergence over ff, and other choices than staggered columns.
+"""Which values should a slice contain, and how many? Convergence over ff, and alternatives to staggered columns.
 
     python benchmarks/slice_choices.py OUTPUT_FOLDER
 
@@ -69,7 +69,7 @@ def _order(name: str, count: int) -> np.ndarray:
 
 
 def converge(world: World, ff: str, seed: int) -> dict:
-    """The loss on fixed noise every few steps, for every rate."""
+    """The loss on fixed noise every few steps, for each learning rate."""
     _, (outside, _) = concepts(world)
     latents, curves = world.character(outside), {}
     for rate in RATES:
@@ -85,7 +85,7 @@ def converge(world: World, ff: str, seed: int) -> dict:
 
 
 def compare(world: World, kind: str, seed: int) -> dict:
-    """For every rate: each concept's loss right after it was taught, the first one's at the end, the drift."""
+    """For every rate: each concept's loss right after it was trained, the first one's at the end, the drift."""
     ten, _ = concepts(world)
     order, prompts = ten[2 * seed : 2 * seed + 2], ["character0", "character1"]
     latents = [world.character(picture) for picture in order]
@@ -101,13 +101,13 @@ def compare(world: World, kind: str, seed: int) -> dict:
 
 
 def work(part: str, folder: Path) -> dict:
-    """The result of the part of that name."""
+    """The result of the part `name`."""
     what, which, seed = part.split()
     return (converge if what == "converge" else compare)(World(), which, int(seed))
 
 
 def report(folder: Path) -> None:
-    """choices.md, choices.png and convergence.png, of the parts that are there."""
+    """Writes choices.md, choices.png and convergence.png from the parts that are done."""
     columns = [f"rate {rate:g}: {what}" for rate in SHOWN for what in _MEASURED]
     lines = [f"| choice | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     found = {kind: results for kind in CHOICES if (results := _found(folder, f"choice {kind}"))}
@@ -128,7 +128,7 @@ def _found(folder: Path, name: str) -> list[dict]:
 
 
 def _measured(results: list[dict], rate: float) -> list[list[float]]:
-    """What _MEASURED names at this rate, of each seed."""
+    """What _MEASURED names at this learning rate, for each seed."""
     chains = [result["rates"][f"{rate:g}"] for result in results]
     right_after = [mean(after["loss"][-1] for after in chain) for chain in chains]
     drift = [mean(known["drift"] for known in chain[-1]["known"].values()) for chain in chains]

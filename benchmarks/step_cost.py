@@ -367,11 +367,13 @@ def attach(config: WanConfig, ff: str) -> Attachment:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=6, help="repeats of ours and the floor; half as many of the rest")
-    parser.add_argument("--dtype", choices=DTYPES, help="one of the two; both by default")
+    parser.add_argument(
+        "--rounds", type=int, default=6, help="repeats of ours and the floor; half as many for the others"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: both")
     parser.add_argument("--ff", nargs="+", default=FFS, help="slices of ours (default: 0.001 0.01)")
-    parser.add_argument("--cpu_time", action="store_true", help="one thread's CPU seconds: for a machine under load")
-    parser.add_argument("--quick", action="store_true", help="small blocks, to see that it runs: not the figures asked")
+    parser.add_argument("--cpu_time", action="store_true", help="measure CPU seconds on one thread, for a busy machine")
+    parser.add_argument("--quick", action="store_true", help="small blocks, to see that it works")
     args = parser.parse_args(argv)
     size = QUICK if args.quick else FULL
     methods = all_methods(args.ff)

@@ -1,4 +1,4 @@
-"""What the benchmarks on the tiny Wan work with: its model, its names, its pictures, what it draws.
+"""What the benchmarks on the tiny Wan share: its model, its names, its pictures, its samples.
 
 Shapes: N samples, C latent channels, F H W latent frames, height, width, S text tokens, D text width, P pixels.
 """
@@ -51,7 +51,7 @@ class World:
         return listed, draw.sample(others, KNOWN)
 
     def model(self, state: dict[str, Tensor]) -> WanModel:
-        """A model of its own with these weights (copies)."""
+        """A new model with copies of these weights."""
         model = load_dit(TINY_WAN / "tiny_wan_t2v.safetensors", torch.float32)
         for name, parameter in model.named_parameters():
             parameter.data = state[name].clone()
@@ -77,7 +77,7 @@ class World:
 
     @torch.no_grad()
     def sample(self, model: WanModel, prompts: Sequence[str], seed: int, batch: int = 32) -> Tensor:
-        """The latents [N, C, F, H, W] that a model draws without guidance, sample i from noise of its own."""
+        """The latents [N, C, F, H, W] that a model draws without guidance, each sample from its own noise."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(prompts), 16, 1, 8, 8, generator=generator)
         drawn = []
@@ -99,7 +99,7 @@ class World:
 
 
 def shifted(u: Tensor) -> Tensor:
-    """Noise levels: uniform numbers moved to more noise."""
+    """Noise levels: uniform numbers, shifted towards more noise."""
     return FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
 
 

@@ -99,8 +99,8 @@ def test_a_backward_after_the_next_forward_is_refused():
     loss_of(resident.model, 1).backward()
     pairs = zip(run.trained.parameters(), resident.trained.parameters(), strict=True)
     assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
-    with pytest.raises(RuntimeError, match="forward 1 after forward 2 has begun"):
+    with pytest.raises(RuntimeError, match="forward pass 1 after forward pass 2 has begun"):
         older.backward()
     older, newer = loss_of(run.model, 0), loss_of(run.model, 1)
-    with pytest.raises(RuntimeError, match="call backward before the next forward"):
+    with pytest.raises(RuntimeError, match="call backward before the next one"):
         (older + newer).backward()

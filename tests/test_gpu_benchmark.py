@@ -17,7 +17,7 @@ def test_the_dry_run_measures_every_placing(capsys):
     assert [(row.placing, row.optimizer) for row in rows] == [
         (placing.name, optimizer) for placing in gpu.PLACINGS for optimizer in ("AdamW", "AdamW8bit")
     ]
-    assert [row.note for row in rows[::2]] == ["repeats itself"] + 4 * ["equal to S = 0"]
+    assert [row.note for row in rows[::2]] == ["reproducible"] + 4 * ["equal to S = 0"]
     copied = {row.placing: row.copied for row in rows[::2]}
     assert copied["S = 0"] == 0 and copied["S = 24"] == 2 * (4 - 2) * BLOCK
     assert copied["S = 40"] < copied["S = 40, one buffer"] < 2.5 * 4 * BLOCK
@@ -40,7 +40,7 @@ def test_without_bitsandbytes_its_row_says_so(capsys, monkeypatch):
 
 def test_what_there_is_no_time_for_is_left_out(capsys):
     assert gpu.main(["--dry-run", "--minutes", "0"]) == []
-    assert capsys.readouterr().out.count("left out, no time") == len(gpu.PLACINGS)
+    assert capsys.readouterr().out.count("skipped, no time left") == len(gpu.PLACINGS)
 
 
 def test_it_runs_without_git(monkeypatch):

@@ -236,7 +236,7 @@ def test_blocks_without_a_slice_are_named_and_have_no_figures():
     watched_step(debug, trained)
     tracker = FakeTracker("tensorboard")
     lines = debug.after_step(1, [tracker])
-    assert lines[-1] == "nothing of the slice lies in blocks 0, 2"
+    assert lines[-1] == "the slice has no values in blocks 0, 2"
     assert rows_of(lines)["block 2"] == ["-"] * 4 and rows_of(lines)["block 1"][2] == "100.00%"
     assert {tag[-2:] for tag in tracker.logged} == {"01"}
     shown_QB = (debug.history.means() / debug.shown_in_QB)[0]

@@ -1,8 +1,9 @@
-"""What the steps of a run do to each block of the model: its gradient, its update, what has moved.
+"""What the steps of a run do to each block of the model: its gradient, its update, how many values have moved.
 
-A few small operations around each optimizer step leave their results on the device and wait for none of them; they are
-read after each of the run's first steps, then after every tenth.
-Shapes: S steps, C columns of a heat map, Q the quantities of _QUANTITIES, B blocks.
+TrainingDebug collects the figures: a few small operations around each optimizer step leave their results on the device
+without waiting for it, and they are read after each of the first steps, then after every tenth. History keeps their
+means over the whole run in a fixed number of columns, which heat_map() draws.
+Shapes: S steps, C columns of a heat map, R rows of it, Q the quantities of _QUANTITIES, B blocks.
 """
 
 import math
@@ -18,9 +19,10 @@ from utils.selective_finetune import SlicedMatrix, TrainedSlice
 from utils.slices.compare import compare_save
 from utils.slices.ledger import Entry
 
-READ_EVERY = 10  # steps; of the first ones, each is read
-DRAW_EVERY = 100  # steps; every save has heat maps and histograms too
-_TABLE_ROWS = 10  # at most: of more blocks, neighbours share a row
+READ_EVERY = 10  # steps; each of the first ones is read
+DRAW_EVERY = 100  # steps; heat maps and histograms are also drawn at every save
+WIDTH = 512  # pixels of a heat map, and so the most columns
+_TABLE_ROWS = 10  # at most: neighbouring blocks share a row if there are more
 _QUANTITIES = {
     "gradient": "gradient norm",
     "update": "update norm / weight norm",
@@ -28,20 +30,23 @@ _QUANTITIES = {
     "moved_in_use": "share of values that moved, in use",
 }
 _BINS = torch.arange(-14, 1.01, 0.25)  # edges for log10 of an update's size
+_ROW, _LEFT, _TOP = 12, 32, 16  # pixels
+_COLOURS = torch.tensor([[48, 18, 90], [57, 85, 145], [32, 145, 140], [120, 205, 85], [253, 231, 37]]).float()
+_ZERO, _INFINITE, _NAN = (torch.tensor([grey] * 3).float() for grey in (0, 255, 128))
 
 
 class TrainingDebug:
-    """Watches a run's steps; holds one fp32 copy of the slice, on its device, and 16 kB of figures for each block.
+    """Watches the steps of a run; holds one fp32 copy of the slice, on its device, and 16 kB of figures per block.
 
-    A step's figures are, of each block: the gradient's norm, over all processes' batches and before clipping; the norm
-    of what the step added to the differences; how many values moved since the run's base, in fp32 (the difference is
-    not 0) and in use (rounded, the bits are not the base's).
+    For each step and block: the norm of the gradient, over the batches of all processes and before clipping; the norm
+    of what the step added to the differences; how many values have moved from the base, in fp32 (the difference is not
+    0) and in use (the rounded value has other bits).
     """
 
     def __init__(self, trained: TrainedSlice, blocks: int, bases: Sequence[Path], applied: Sequence[Entry] = ()):
         self.trained = trained
         self.bases = bases
-        self.applied = applied  # slices that checkpoints have beside the base's values
+        self.applied = applied  # other slices that checkpoints contain
         self.matrices = list(trained.matrices.values())
         self.by_block = [[matrix for matrix in self.matrices if _block(matrix) == number] for number in range(blocks)]
         self.device = self.matrices[0].start.device
@@ -55,14 +60,14 @@ class TrainingDebug:
         self.updates = [torch.zeros_like(matrix.difference) for matrix in self.matrices]  # of the last step, negative
         self.seen = 0  # steps
         self.step = 0  # the last one that was read
-        self.told = 0  # the last one with a table
+        self.table_step = 0  # the last one with a table
         self.unread: list[tuple[Tensor, Tensor]] = []
         self.recent_SQB = torch.empty(0, len(_QUANTITIES), blocks, dtype=torch.float64)
         self.history = History(len(_QUANTITIES), blocks)
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Takes in the step's gradients: averaged over the processes, unscaled, not clipped yet."""
+        """Records the gradients of the step: averaged over the processes, unscaled, not clipped yet."""
         gradients = [matrix.difference.grad for matrix in self.matrices]
         gradients = [self.no_gradient if gradient is None else gradient for gradient in gradients]
         self.gradient_norms = self._per_block(torch._foreach_norm(gradients))
@@ -70,7 +75,7 @@ class TrainingDebug:
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Takes in what the optimizer did with them."""
+        """Records what the optimizer did with them."""
         torch._foreach_sub_(self.updates, [matrix.difference for matrix in self.matrices])
         norms = torch.stack([self.gradient_norms, self._per_block(torch._foreach_norm(self.updates))])
         counts = torch.stack([self._count_moved(matrices) for matrices in self.by_block], dim=1)
@@ -78,7 +83,7 @@ class TrainingDebug:
         self.seen += 1
 
     def after_step(self, step: int, trackers: Sequence) -> list[str]:
-        """Tells accelerate's `trackers` what it is their turn to hear; lines for the console come back."""
+        """Logs what is due to accelerate's `trackers`; returns lines for the console."""
         if self.seen > READ_EVERY and self.seen % READ_EVERY:
             return []
         self._read(step, trackers)
@@ -87,9 +92,9 @@ class TrainingDebug:
         return self._table() if self.seen in (1, READ_EVERY) else []
 
     def after_save(self, checkpoint: Path | None, step: int, trackers: Sequence) -> list[str]:
-        """Tells what has moved so far, and compares the checkpoint, where one was saved, with the run's base.
+        """Logs what has moved so far, and compares the checkpoint, if one was saved, with the base.
 
-        RuntimeError, and the file gets another name, where something outside the slice has changed.
+        RuntimeError, and the file is renamed, if something outside the slice has changed.
         """
         compared = [] if checkpoint is None else [self._compare(checkpoint)]
         self._read(step, trackers)
@@ -103,23 +108,23 @@ class TrainingDebug:
             aside = checkpoint.with_name(f"{checkpoint.name}.wrong")
             checkpoint.replace(aside)
             raise RuntimeError(
-                f"ERROR: {checkpoint.name} differs from --dit outside the slice: {changes.fault}. This is a bug of "
-                f"the trainer, please report it; the file is now {aside}, do not use it"
+                f"ERROR: {checkpoint.name} differs from --dit outside the slice: {changes.fault}. This is a bug in "
+                f"the trainer, please report it; the file has been renamed to {aside}, do not use it"
             )
         changed = f"{changes.inside:,} of {self.counts.sum():,} values in the slice"
         beside = "" if not self.applied else " and --slices"
         return f"{checkpoint.name} against --dit{beside}: {changed} changed, none outside it"
 
     def _per_block(self, norms: Sequence[Tensor]) -> Tensor:
-        """Norms of matrices to norms of blocks."""
+        """The norms of blocks, from those of matrices."""
         squares = torch.stack(list(norms)).square()
         return squares.new_zeros(len(self.by_block)).index_add_(0, self.block_of_matrix, squares).sqrt()
 
     def _count_moved(self, matrices: Sequence[SlicedMatrix]) -> Tensor:
-        """How many of a block's values moved: in fp32, in use."""
+        """How many of a block's values have moved: in fp32, in use."""
         if not matrices:
             return torch.zeros(2, dtype=torch.int64, device=self.device)
-        # A block at a time: few operations, and little memory.
+        # One block at a time takes few operations and little memory.
         starts, differences = torch.cat([m.start for m in matrices]), torch.cat([m.difference for m in matrices])
         in_use = (starts.float() + differences).to(starts.dtype)
         bits = torch.int32 if starts.dtype.itemsize == 4 else torch.int16
@@ -128,7 +133,7 @@ class TrainingDebug:
         return torch.stack([moved.count_nonzero(), moved_in_use.count_nonzero()])
 
     def _read(self, step: int, trackers: Sequence) -> None:
-        """Waits for the device; the last unread step has the number `step`, and is logged."""
+        """Waits for the device, and logs the last unread step, which has the number `step`."""
         if not self.unread:
             return
         norms, counts = (torch.stack(tensors).cpu() for tensors in zip(*self.unread, strict=True))
@@ -149,7 +154,7 @@ class TrainingDebug:
             tracker.log(values, step=step)
 
     def _draw(self, trackers: Sequence) -> None:
-        """Heat maps of all steps so far, histograms of the last step's updates."""
+        """Logs heat maps of all steps so far, and histograms of the updates of the last one."""
         if not trackers:
             return
         shown_CQB = self.history.means() / self.shown_in_QB
@@ -165,7 +170,7 @@ class TrainingDebug:
                 _log_histogram(tracker, f"debug_log10_of_update/{block:02d}", counts, self.step)
 
     def _histograms(self) -> dict[int, Tensor]:
-        """How many values of each block the last step moved by so much: [bins] for each block with a slice."""
+        """How many values of a block the last step moved by how much: [bins] for each block with a slice."""
         edges, places = _BINS[1:-1].to(self.device), len(_BINS) - 1
         found = torch.zeros(len(self.by_block), places, dtype=torch.int64, device=self.device)
         for block, update in zip(self.block_of_matrix.tolist(), self.updates, strict=True):
@@ -174,10 +179,10 @@ class TrainingDebug:
         return {block: counts for block, counts in enumerate(found.cpu()) if self.counts[block]}
 
     def _table(self) -> list[str]:
-        """The last step's figures, a row for each block or for neighbours; then the blocks that nothing reaches."""
-        if self.step == self.told:
+        """The figures of the last step, a row per block or group of blocks; then the blocks without any gradient."""
+        if self.step == self.table_step:
             return []
-        self.told, blocks = self.step, len(self.by_block)
+        self.table_step, blocks = self.step, len(self.by_block)
         lines = [f"{f'step {self.step}':>14}  gradient norm  update/weight  moved in fp32  moved in use"]
         together = -(-blocks // _TABLE_ROWS)
         for first in range(0, blocks, together):
@@ -189,7 +194,7 @@ class TrainingDebug:
         if silent.any():
             lines.append(f"WARNING: no gradient in the last {len(self.recent_SQB)} steps in {_named(silent)}")
         if (self.counts == 0).any():
-            lines.append(f"nothing of the slice lies in {_named(self.counts == 0)}")
+            lines.append(f"the slice has no values in {_named(self.counts == 0)}")
         return lines
 
     def _cells(self, rows: slice) -> str:
@@ -212,7 +217,7 @@ def _named(is_named: Tensor) -> str:
 
 
 def _charts() -> dict[str, list]:
-    """TensorBoard's layout: one chart a quantity, with a line for each block."""
+    """TensorBoard's layout: one chart per quantity, with one line per block."""
     return {title: ["Multiline", [f"^debug_{quantity}/"]] for quantity, title in _QUANTITIES.items()}
 
 
@@ -236,22 +241,16 @@ def _log_histogram(tracker, tag: str, counts: Tensor, step: int) -> None:
         tracker.log({tag: wandb.Histogram(np_histogram=(counts.numpy(), _BINS.numpy()))}, step=step)
 
 
-WIDTH = 512  # pixels, so columns at most
-_ROW, _LEFT, _TOP = 12, 32, 16  # pixels
-_SCALE = torch.tensor([[48, 18, 90], [57, 85, 145], [32, 145, 140], [120, 205, 85], [253, 231, 37]]).float()
-_ZERO, _INFINITE, _NOTHING = (torch.tensor([level] * 3).float() for level in (0, 255, 128))
-
-
 class History:
-    """Means of all steps so far in at most WIDTH columns: when they are full, each two neighbours become one."""
+    """Means over all steps so far in at most WIDTH columns: when these are full, neighbours are merged in pairs."""
 
     def __init__(self, quantities: int, rows: int):
         self.sums_CQR = torch.zeros(WIDTH, quantities, rows, dtype=torch.float64)
-        self.span = 1  # steps of a column; the last one may hold fewer
+        self.span = 1  # steps per column; the last one may have fewer
         self.steps = 0
 
     def add(self, numbers_SQR: Tensor) -> None:
-        """Takes in the numbers of the next steps, [steps, quantities, rows]."""
+        """Adds the next steps, [steps, quantities, rows]."""
         steps = self.steps + len(numbers_SQR)
         while steps > WIDTH * self.span:
             folded_CQR = self.sums_CQR.unflatten(0, (-1, 2)).sum(1)
@@ -266,7 +265,7 @@ class History:
         return self.sums_CQR[: len(held_C)] / held_C[:, None, None]
 
     def outer_columns(self, last: int) -> tuple[str, str]:
-        """The steps of the first and the last column in words, where the last step has the number `last`."""
+        """The steps of the first and of the last column in words, if the last step has the number `last`."""
         first = last + 1 - self.steps
         starts = range(first, last + 1, self.span)
         return _steps(first, first + self.span - 1), _steps(starts[-1], last)
@@ -277,9 +276,9 @@ def _steps(first: int, last: int) -> str:
 
 
 def heat_map(values_RC: Tensor, title: str, rows: Sequence[str], first: str, last: str) -> np.ndarray:
-    """uint8 [height, width, 3] of values [rows, columns], none below 0, from dark to bright by their logarithm.
+    """A picture, uint8 [height, width, 3], of values [rows, columns] from 0 up: the larger the brighter, by logarithm.
 
-    0 is black, infinity white, NaN grey. `first` and `last` name the outer columns, of which there are at most WIDTH.
+    0 is black, infinity white, NaN grey. `first` and `last` label the outer columns, of which there are at most WIDTH.
     """
     assert values_RC.shape[1] <= WIDTH
     shown = values_RC[values_RC.isfinite() & (values_RC > 0)]
@@ -300,10 +299,10 @@ def heat_map(values_RC: Tensor, title: str, rows: Sequence[str], first: str, las
 def _colours(values_RC: Tensor, low: float, high: float) -> Tensor:
     """[rows, columns, 3], 0 to 255."""
     span = max(np.log(high) - np.log(low), 1e-6)
-    place_RC = ((values_RC.double().log() - np.log(low)) / span).nan_to_num(0.0).clamp(0, 1) * (len(_SCALE) - 1)
-    below_RC = place_RC.long().clamp(max=len(_SCALE) - 2)
-    colours_RC3 = torch.lerp(_SCALE[below_RC], _SCALE[below_RC + 1], (place_RC - below_RC).float()[..., None])
+    place_RC = ((values_RC.double().log() - np.log(low)) / span).nan_to_num(0.0).clamp(0, 1) * (len(_COLOURS) - 1)
+    below_RC = place_RC.long().clamp(max=len(_COLOURS) - 2)
+    colours_RC3 = torch.lerp(_COLOURS[below_RC], _COLOURS[below_RC + 1], (place_RC - below_RC).float()[..., None])
     colours_RC3[values_RC == 0] = _ZERO
     colours_RC3[values_RC.isinf()] = _INFINITE
-    colours_RC3[values_RC.isnan()] = _NOTHING
+    colours_RC3[values_RC.isnan()] = _NAN
     return colours_RC3

@@ -10,12 +10,12 @@ _CUDA_SUCCESS = 0
 
 
 def make_backend(device: torch.device) -> "HostBackend | CudaBackend":
-    """The backend of `device`; each has a copy stream of its own."""
+    """The backend of `device`, with a copy stream of its own."""
     return CudaBackend(device) if device.type == "cuda" else HostBackend(device)
 
 
 class HostBackend:
-    """A device that computes in step with the host: the CPU, or `meta` for counting bytes. Its copies are immediate."""
+    """A device that computes synchronously: the CPU, or `meta` for counting bytes. Its copies are immediate."""
 
     page_locks = False
 
@@ -23,23 +23,23 @@ class HostBackend:
         self.device = device
 
     def mark(self) -> None:
-        """An event: the point that computing has come to."""
+        """An event: everything that has been asked of the device so far."""
 
     def copy(self, target: Tensor, source: Tensor, after: None) -> None:
-        """Copies on the copy stream once event `after` has passed; the event of its end comes back."""
+        """Copies on the copy stream once event `after` has passed; returns the event of its end."""
         target.copy_(source)
 
     def wait(self, event: None) -> None:
-        """Computing goes on once `event` has passed; the host does not wait."""
+        """Computing continues once `event` has passed; the host does not wait."""
 
     def finish(self, event: None) -> None:
         """The host itself waits until `event` has passed."""
 
     def drain(self) -> None:
-        """The host waits for all copies: before memory goes that they read or write."""
+        """The host waits for all copies; to be called before memory is freed that they read or write."""
 
     def begin_thread(self) -> None:
-        """To be called first in a thread that copies."""
+        """The first thing that a copying thread has to call."""
 
     def host_buffer(self, size: int) -> Tensor:
         """uint8 [size] of host memory that copies quickly."""
@@ -47,12 +47,12 @@ class HostBackend:
 
 
 class CudaBackend:
-    """A CUDA device; every event is recorded before anything waits for it (else CUDA does not wait at all)."""
+    """A CUDA device. Events are recorded before anything waits for them: otherwise CUDA does not wait at all."""
 
     page_locks = True
 
     def __init__(self, device: torch.device):
-        # With its number: "cuda" alone means another GPU where a thread has its own current one.
+        # With its number: "cuda" alone means the current GPU, which can be another one in each thread.
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         # A stream of its own, so that copies run beside kernels; nothing is ever computed on it.
@@ -84,21 +84,21 @@ class CudaBackend:
         torch.cuda.set_device(self.device)
 
     def host_buffer(self, size: int) -> Tensor:
-        """Page-locked where that works; ordinary memory copies too, only slower."""
+        """Page-locked if possible; ordinary memory works too, but is slower."""
         try:
-            # PyTorch rounds page-locked memory up to a power of two: ask for one.
+            # PyTorch rounds page-locked memory up to a power of two, so sizes should be one.
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError:
             self._clear_error()
             return torch.empty(size, dtype=torch.uint8)
 
     def page_lock(self, region: Tensor) -> bool:
-        """Page-locks `region` where it lies, for all of CUDA; False, with no error left behind, if it cannot be."""
+        """Page-locks `region` in place, for every CUDA context; False, with no error pending, if that fails."""
         cudart = torch.cuda.cudart()
         return self._succeeded(cudart.cudaHostRegister(region.data_ptr(), region.nbytes, _HOST_REGISTER_PORTABLE))
 
     def page_unlock(self, region: Tensor) -> None:
-        """Ends page_lock(); to be called before the memory is freed. A refusal leaves no error behind."""
+        """Undoes page_lock(), before the memory is freed. A failure leaves no error pending."""
         self._succeeded(torch.cuda.cudart().cudaHostUnregister(region.data_ptr()))
 
     def _succeeded(self, code: int) -> bool:
@@ -107,7 +107,7 @@ class CudaBackend:
         return int(code) == _CUDA_SUCCESS
 
     def _clear_error(self) -> None:
-        # A failed call stays pending and would hit the next kernel; torch has no cudaGetLastError, but a kernel launch
-        # reports the error and so clears it (torch/csrc/cuda/shared/cudart.cpp has the list of its calls).
+        # The error stays pending and would be reported by the next kernel. PyTorch has no cudaGetLastError (its calls
+        # are in torch/csrc/cuda/shared/cudart.cpp), but a kernel launch reports the error and so clears it.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=self.device)

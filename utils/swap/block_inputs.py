@@ -1,7 +1,8 @@
 """Keeps the inputs of checkpointed blocks on the host between forward and backward (activation offloading).
 
-For long clips they are most of a step's device memory. Each block has its own place on the host, page-locked and made
-once for the largest input so far; two buffers on the device take turns to bring the inputs back, one block ahead.
+For long clips they are most of the device memory that a step takes. Each block has its own place on the host,
+page-locked and allocated once for the largest input so far; two buffers on the device take turns in bringing the inputs
+back, one block ahead.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from utils.swap.host_store import LockedMemory
 
 @dataclass(frozen=True)
 class _Away:
-    """Stands in autograd's graph for the input of block `number` in forward number `forward`."""
+    """Takes the place of the input of block `number` in the graph of forward pass number `forward`."""
 
     number: int
     forward: int
@@ -26,7 +27,7 @@ class _Away:
 
 
 class BlockInputs:
-    """The inputs of `blocks` blocks on a device; the last one's stays there, since backward begins with it."""
+    """The inputs of `blocks` blocks on a device; that of the last block stays there, since backward starts with it."""
 
     def __init__(self, blocks: int, device: torch.device, backend: HostBackend | CudaBackend | None = None):
         self.blocks = blocks
@@ -36,10 +37,10 @@ class BlockInputs:
         self._locks: LockedMemory | None = None
         self._leaving: list[tuple[Tensor, object]] = []  # inputs on their way to the host, with the event of their end
         self._coming: dict[int, object] = {}  # block -> the event of its input's arrival on the device
-        self._forward = 0  # how many have begun; the host has the inputs of the latest only
+        self._forward = 0  # how many forward passes have begun; the host has the inputs of the last one only
 
     def around(self, number: int, forward: Callable[..., Tensor], x: Tensor, *shared) -> Tensor:
-        """`forward(x, *shared)`, of checkpointed block `number`; what autograd saves of x goes to the host."""
+        """`forward(x, *shared)` of checkpointed block `number`; what autograd saves of x goes to the host."""
         if not torch.is_grad_enabled():
             return forward(x, *shared)
         if number == 0:
@@ -49,7 +50,7 @@ class BlockInputs:
         address, shape = x.data_ptr(), x.shape
 
         def pack(saved: Tensor) -> object:
-            # The blocks share their other arguments, so nothing would be gained by moving those.
+            # All blocks share the other arguments, so moving those would save nothing.
             if (saved.data_ptr(), saved.shape) != (address, shape):
                 return saved
             return (number, self._forward, saved) if number == self.blocks - 1 else self._send(number, saved)
@@ -62,7 +63,7 @@ class BlockInputs:
         self._leaving, self._coming = [], {}
         if self.host and x.nbytes <= self.host[0].nbytes:
             return
-        # Larger than ever before: copies from and to the old memory have to end before it goes.
+        # Larger than before: copies from and to the old memory have to end before it is freed.
         self.backend.drain()
         self._make_host_memory(x.nbytes)
         self._buffers = []
@@ -97,25 +98,25 @@ class BlockInputs:
                 if number not in self._coming:
                     self._fetch(packed)
                 self.backend.wait(self._coming.pop(number))
-                # All of the block above has been enqueued, so its buffer is free for the block below.
+                # The block above has been enqueued entirely, so its buffer is free for the block below.
                 self._fetch(_Away(number - 1, forward, shape, dtype))
                 return _view(self._buffers[number % 2], packed)
 
     def _check_latest(self, forward: int) -> None:
         if forward != self._forward:
             raise RuntimeError(
-                f"backward of forward {forward} after forward {self._forward} has begun: block inputs on the host are "
-                "kept for one forward at a time, so call backward before the next forward"
+                f"backward of forward pass {forward} after forward pass {self._forward} has begun: block inputs on the "
+                "host are kept for one forward pass at a time, so call backward before the next one"
             )
 
     def _release(self, keep: int) -> None:
-        """Lets go of sent inputs but the last `keep`; computing first waits for their copies to have been made."""
+        """Frees sent inputs except the last `keep`; computing first waits until they have been copied."""
         while len(self._leaving) > keep:
             _, sent = self._leaving.pop(0)
             self.backend.wait(sent)
 
     def _fetch(self, away: _Away) -> None:
-        """Starts to bring a block's input back, into the buffer whose turn it is."""
+        """Starts bringing the input of a block back, into the buffer whose turn it is."""
         if away.number < 0:
             return
         if not self._buffers:

@@ -1,13 +1,13 @@
-"""The order in which streamed weights are used: learned in a first pass, replayed, learned anew where it changed."""
+"""The order in which streamed weights are used: learned in a first pass, replayed, and learned again if it changes."""
 
 import math
 from collections.abc import Collection, Hashable, Sequence
 
 
 class WeightOrder:
-    """What comes next, for each kind of pass (training, without gradient).
+    """Which weights come next, for each kind of pass (training, without gradient).
 
-    While a pass is learned nothing is known ahead: `learning` is true and `future` is empty.
+    While a pass is being learned, nothing is known ahead: `learning` is true and `future` is empty.
     """
 
     def __init__(self):
@@ -20,7 +20,7 @@ class WeightOrder:
         self._followers: dict[Hashable, Hashable] = {}
 
     def begin(self, kind: Hashable) -> None:
-        """A pass of this kind begins; the one before has ended, if only by an exception."""
+        """A pass of this kind begins; the one before has ended, perhaps by an exception."""
         if self._seen and self.learning:
             self._plans[self._kind] = self._seen
         self._followers[self._kind] = kind
@@ -29,7 +29,7 @@ class WeightOrder:
         self.future = [] if self.learning else self._plans[kind] + self._plans.get(self._followers.get(kind), [])
 
     def used(self, weight: int) -> None:
-        """`weight` is used now; where the plan says otherwise the pass is learned from here on."""
+        """`weight` is used now; if the plan says otherwise, the pass is learned from here on."""
         if not self.learning and (self.done == len(self._plans[self._kind]) or self.future[self.done] != weight):
             self.learning = True
             self.future = []
@@ -38,10 +38,10 @@ class WeightOrder:
 
 
 def evictions(uses: Sequence[int], held: Collection[int], slots: int) -> tuple[set[int], set[int]]:
-    """How `slots` slots that begin with the weights `held` serve `uses` with few loads, each made one use ahead.
+    """How `slots` slots, which hold the weights `held` at first, serve `uses` with few loads, each made one use ahead.
 
-    What comes back: the held weights that give up their slots before they are used, and the positions in `uses` after
-    which the weight used there does. Belady 1966: where room is needed, what is used again last has to go.
+    Returns the held weights that give up their slots before they are used, and the positions in `uses` after which the
+    weight that is used there gives up its slot. Belady 1966: if room is needed, the weight goes that is needed last.
     """
     next_use, later = [math.inf] * len(uses), {}
     for position in range(len(uses) - 1, -1, -1):

@@ -1,7 +1,7 @@
-"""A thread that does jobs one after the other, and that the garbage collector may end in the middle of anything.
+"""A thread that does jobs one after the other, and that the garbage collector may end at any moment.
 
-A ThreadPoolExecutor is no such thing: to end it takes locks of Python's own threads, and the collector may run in code
-that holds them, which then waits for itself.
+A ThreadPoolExecutor does not allow that: ending it takes locks of Python's threading module, and the collector may run
+in code that holds them, which then deadlocks.
 """
 
 import os
@@ -14,16 +14,16 @@ from typing import Any
 
 
 class WorkerThread:
-    """The thread; `begin` is its first job, and where that fails, all others do. It ends with this object, too."""
+    """The thread; `begin` is its first job, and if that fails, all others do. It ends when this object is freed."""
 
     def __init__(self, name: str, begin: Callable[[], object] | None = None):
         self._jobs = _Jobs()
-        # Not a method: the thread would hold on to this object. A daemon: Python waits for no other kind at its end.
+        # Not a method, which would keep this object alive. A daemon, since at exit Python waits for all other threads.
         threading.Thread(target=_work, args=(self._jobs, begin), name=name, daemon=True).start()
         weakref.finalize(self, _end, self._jobs, drop=True)
 
     def submit(self, action: Callable, *given: Any) -> Future:
-        """What `action` of what is given will return; RuntimeError once the thread was ended."""
+        """The future result of `action(*given)`; RuntimeError once the thread has been ended."""
         if self._jobs.ended:
             raise RuntimeError(f"no {action.__name__} after the end of its thread")
         future = Future()
@@ -31,15 +31,15 @@ class WorkerThread:
         return future
 
     def end(self, drop: bool = False) -> None:
-        """Waits for the jobs, or (`drop`) only for the one that is being done; there can be none after.
+        """Waits for the jobs, or with `drop` only for the one in progress; none can be submitted afterwards.
 
-        In the thread itself, which cannot wait for its own end, nothing is waited for and all others are dropped.
+        Called in the thread itself, which cannot wait for its own end, it waits for nothing and drops all other jobs.
         """
         _end(self._jobs, drop)
 
 
 class _Jobs:
-    """What the thread and its owner share. A SimpleQueue, since its put() may come in the middle of another one."""
+    """What the thread and its owner share. A SimpleQueue, since its put() may interrupt another put()."""
 
     def __init__(self):
         self.queue = SimpleQueue()
@@ -61,14 +61,14 @@ def _work(jobs: _Jobs, begin: Callable[[], object] | None) -> None:
             future.set_exception(error)
         else:
             _do(future, action, *given)
-        del job, future, action, given  # their memory is not to wait for the next job
+        del job, future, action, given  # their memory should not wait for the next job
     job.release()
 
 
 def _do(future: Future, action: Callable, *given: Any) -> None:
     try:
         future.set_result(action(*given))
-    except Exception as error:  # whoever asks for the result is to hear of it
+    except Exception as error:  # raised again where the result is asked for
         future.set_exception(error)
 
 
