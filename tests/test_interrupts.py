@@ -150,6 +150,7 @@ def in_child(folder, prepare, action):
         sys.argv = ["wan_train_network.py", *flags(folder)]
         with before_batch(2, action):
             command.run(wan_train_network.main, needs_console=False)
+        code = 0
     except SystemExit as ended:
         code = ended.code
     finally:

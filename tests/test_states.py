@@ -84,6 +84,7 @@ CHANGES = {
     "optimizer's state of parameter 1": lambda s: s.optimizer["state"][1].pop("exp_avg"),
     "optimizer's state of parameter 2": lambda s: s.optimizer["state"][2].update(exp_avg=torch.zeros(8)),
     "not finite either": lambda s: s.optimizer["state"][2]["exp_avg_sq"].fill_(float("inf")),
+    "schedule is incomplete": lambda s: s.scheduler.pop("lr_lambdas"),
     "schedule is not": lambda s: s.scheduler.update(base_lrs=["x"]),
     "schedule is not, a method": lambda s: s.scheduler.update(step=5),
     "schedule is not that of step 4": lambda s: s.scheduler.update(last_epoch=5),

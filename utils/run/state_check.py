@@ -149,17 +149,18 @@ def _has_settings(group: Mapping, expected: Expected) -> bool:
 def _scheduler_problem(state: State, fresh: LRScheduler) -> str | None:
     ours, theirs = fresh.state_dict(), state.scheduler
     extra = theirs.keys() - ours.keys()
-    # Another torch's may lack some; what is None at first may be set later.
+    if any(key not in theirs for key in ours if not key.startswith("_")):  # those another torch's may lack
+        return "its learning-rate schedule is incomplete"
+    # What is None at first may be set later.
     known = {key: value for key, value in ours.items() if key in theirs and value is not None}
     unset = {key: value for key, value in theirs.items() if key not in known}
     if not _is_like(theirs, known) or not all(isinstance(value, _PLAIN) for value in unset.values()):
         return "its learning-rate schedule is not as it was saved"
     if not all(isinstance(key, str) for key in extra) or extra & {*dir(fresh)}:
         return "its learning-rate schedule is not as it was saved"
-    if "last_epoch" in ours:
-        last = theirs.get("last_epoch")
-        if type(last) is not int or not 0 <= last <= state.step:
-            return f"its learning-rate schedule is not that of step {state.step}"
+    last = theirs.get("last_epoch", 0)
+    if type(last) is not int or not 0 <= last <= state.step:
+        return f"its learning-rate schedule is not that of step {state.step}"
     return None
 
 
