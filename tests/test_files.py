@@ -189,11 +189,15 @@ def test_a_forked_process_leaves_the_lock_of_its_parent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk")
 def test_a_lock_that_cannot_be_written_leaves_none(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    create = os.open
 
-    monkeypatch.setattr(files.os, "write", full)
-    with pytest.raises(InputError, match=r"one\.lock cannot be written: No space left"):
+    def on_a_full_disk(path, *rest):
+        os.close(create(path, *rest))
+        return create("/dev/full", os.O_WRONLY)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"one\.lock cannot be written: No space left"):
+        patch.setattr(files.os, "open", on_a_full_disk)
         lock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []

@@ -205,12 +205,11 @@ def _create(path: Path, text: str) -> bool:
     except FileExistsError:
         return False
     try:
-        os.write(handle, text.encode())
+        with open(handle, "wb") as file:
+            file.write(text.encode())
     except OSError:  # a full disk: a lock without an owner would be in the way of the next run
         path.unlink()
         raise
-    finally:
-        os.close(handle)
     return True
 
 
