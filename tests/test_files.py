@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utils import files
-from utils.files import file_name, file_problem, parse_json, read_json, read_toml, shown, sole_writer, writable_folder
+from utils.files import file_name, file_problem, parse_json, quoted, read_json, read_toml, sole_writer, writable_folder
 from wan.errors import InputError
 
 FOREIGN = {
@@ -74,7 +74,7 @@ def test_a_pair_of_escapes_that_is_one_character_is_read():
 @pytest.mark.parametrize("text", ["0x" + "f" * 5000, "'a\x1b[2J' * 99", "[[[[[[[[[1]]]]]]]]] * 99", "{'\\udfff': 1}"])
 def test_any_value_is_shown_short_and_harmless(text):
     value = eval(text)
-    assert len(shown(value)) < 200 and shown(value).isprintable()
+    assert len(quoted(value)) < 200 and quoted(value).isprintable()
 
 
 def test_what_is_not_a_file_is_named(tmp_path):
