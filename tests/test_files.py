@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utils import files
-from utils.files import file_name, file_problem, parse_json, read_json, read_toml, shown, sole_writer, writable_folder
+from utils.files import file_name, file_problem, parse_json, quoted, read_json, read_toml, sole_writer, writable_folder
 from wan.errors import InputError
 
 FOREIGN = {
@@ -74,7 +74,7 @@ def test_a_pair_of_escapes_that_is_one_character_is_read():
 @pytest.mark.parametrize("text", ["0x" + "f" * 5000, "'a\x1b[2J' * 99", "[[[[[[[[[1]]]]]]]]] * 99", "{'\\udfff': 1}"])
 def test_any_value_is_shown_short_and_harmless(text):
     value = eval(text)
-    assert len(shown(value)) < 200 and shown(value).isprintable()
+    assert len(quoted(value)) < 200 and quoted(value).isprintable()
 
 
 def test_what_is_not_a_file_is_named(tmp_path):
@@ -189,11 +189,15 @@ def test_a_forked_process_leaves_the_lock_of_its_parent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk")
 def test_a_lock_that_cannot_be_written_leaves_none(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    create = os.open
 
-    monkeypatch.setattr(files.os, "write", full)
-    with pytest.raises(InputError, match=r"one\.lock cannot be written: No space left"):
+    def on_a_full_disk(path, *rest):
+        os.close(create(path, *rest))
+        return create("/dev/full", os.O_WRONLY)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"one\.lock cannot be written: No space left"):
+        patch.setattr(files.os, "open", on_a_full_disk)
         lock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []

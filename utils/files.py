@@ -120,19 +120,19 @@ def file_name(text: str) -> str:
     return f"_{name}" if is_device or not name else name
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """A value from a file as a message shows it: short, on one line, without characters that steer a terminal."""
     return _SHORT.repr(value)
 
 
 def path_text(path: Path) -> str:
     """A path that came from a file, as a message shows it."""
-    return str(path) if str(path).isprintable() and len(str(path)) < 300 else shown(str(path))
+    return str(path) if str(path).isprintable() and len(str(path)) < 300 else quoted(str(path))
 
 
 def names_text(names: Iterable[str]) -> str:
     """Keys from a file, as a message lists them."""
-    listed = [name if name.isidentifier() and len(name) < 80 else shown(name) for name in islice(names, 30)]
+    listed = [name if name.isidentifier() and len(name) < 80 else quoted(name) for name in islice(names, 30)]
     return ", ".join([*listed, *(["..."] if len(listed) == 30 else [])])
 
 
@@ -205,12 +205,11 @@ def _create(path: Path, text: str) -> bool:
     except FileExistsError:
         return False
     try:
-        os.write(handle, text.encode())
+        with open(handle, "wb") as file:
+            file.write(text.encode())
     except OSError:  # a full disk: a lock without an owner would be in the way of the next run
         path.unlink()
         raise
-    finally:
-        os.close(handle)
     return True
 
 
@@ -221,7 +220,7 @@ def _refuse_living(path: Path, found: str, what: str, advice: str) -> None:
             raise InputError(f"{what}: another process seems to be starting (lock file {path}); {advice}")
     elif (owner["host"], owner["numbers"]) != _this_machine():
         raise InputError(
-            f"{what} is locked by process {owner['pid']} of another computer or container, {shown(owner['host'])}; "
+            f"{what} is locked by process {owner['pid']} of another computer or container, {quoted(owner['host'])}; "
             f"{advice}; if that process has ended, delete {path}"
         )
     elif is_alive(owner["pid"], owner["started"]):

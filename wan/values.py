@@ -64,11 +64,13 @@ STRENGTH = Number(-1000, 1000)  # of a slice
 
 
 def shown(value: object) -> str:
-    """A value in a message: short, whatever a user gave."""
+    """A value in a message: short and harmless, whatever a user gave."""
     try:
         text = str(value)
     except ValueError:  # an int of thousands of digits
         return "a number of thousands of digits"
+    if not text.isprintable():  # it may steer a terminal, or hold half a character
+        text = repr(text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 

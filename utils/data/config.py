@@ -8,7 +8,7 @@ import psutil
 
 from utils.data.sizes import STEP, nearest_multiples
 from utils.data.sources import FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
-from utils.files import file_name, names_text, read_json, read_toml, readable, shown
+from utils.files import file_name, names_text, quoted, read_json, read_toml, readable
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.values import nearest
@@ -45,7 +45,7 @@ def read_dataset_config(path: Path) -> DatasetConfig:
 
 def _table(value, where: str) -> dict:
     if not isinstance(value, dict):
-        raise InputError(f"{where} must be a table of keys, not {shown(value)}")
+        raise InputError(f"{where} must be a table of keys, not {quoted(value)}")
     return value
 
 
@@ -122,31 +122,31 @@ def _is_count(value) -> bool:
 
 def _count(value, where: str) -> int:
     if not _is_count(value):
-        raise InputError(f"{where} must be a whole number from 1 to {_MOST}, not {shown(value)}")
+        raise InputError(f"{where} must be a whole number from 1 to {_MOST}, not {quoted(value)}")
     return value
 
 
 def _flag(value, where: str) -> bool:
     if not isinstance(value, bool):
-        raise InputError(f"{where} must be true or false, not {shown(value)}")
+        raise InputError(f"{where} must be true or false, not {quoted(value)}")
     return value
 
 
 def _text(value, where: str) -> str:
     if not isinstance(value, str) or not value:
-        raise InputError(f"{where} must be text in quotes, not {shown(value)}")
+        raise InputError(f"{where} must be text in quotes, not {quoted(value)}")
     return value
 
 
 def _path(value, where: str) -> Path:
     if "\0" in _text(value, where):
-        raise InputError(f"{where} cannot be a path: {shown(value)}")
+        raise InputError(f"{where} cannot be a path: {quoted(value)}")
     return Path(value)
 
 
 def _extension(value, where: str) -> str:
     if file_name(f"a{_text(value, where)}") != f"a{value}":
-        raise InputError(f'{where} must be the end of a file name, for example ".txt", not {shown(value)}')
+        raise InputError(f'{where} must be the end of a file name, for example ".txt", not {quoted(value)}')
     return value
 
 
@@ -154,14 +154,14 @@ def _resolution(value, where: str) -> tuple[int, int]:
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2 or not all(_is_count(side) and side >= STEP for side in sides):
         raise InputError(
-            f"{where} must be one whole number or [width, height], each from {STEP} to {_MOST}, not {shown(value)}"
+            f"{where} must be one whole number or [width, height], each from {STEP} to {_MOST}, not {quoted(value)}"
         )
     return sides[0], sides[1]
 
 
 def _target_frames(value, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where} must be a list of whole numbers, for example [1, 25, 45], not {shown(value)}")
+        raise InputError(f"{where} must be a list of whole numbers, for example [1, 25, 45], not {quoted(value)}")
     for frames in value:
         below = WAN_2_1_VAE.whole_frames(_count(frames, where))
         if frames != below:
@@ -172,13 +172,13 @@ def _target_frames(value, where: str) -> tuple[int, ...]:
 
 def _extraction(value, where: str) -> str:
     if not isinstance(value, str) or value not in FRAME_EXTRACTIONS:
-        raise InputError(f"{where} must be one of {', '.join(FRAME_EXTRACTIONS)}, not {shown(value)}")
+        raise InputError(f"{where} must be one of {', '.join(FRAME_EXTRACTIONS)}, not {quoted(value)}")
     return value
 
 
 def _fps(value, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST:
-        raise InputError(f"{where} must be a number above 0 (up to {_MOST}), for example 30, not {shown(value)}")
+        raise InputError(f"{where} must be a number above 0 (up to {_MOST}), for example 30, not {quoted(value)}")
     return float(value)
 
 

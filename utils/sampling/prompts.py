@@ -1,12 +1,11 @@
 """Prompt files: one sample per line (or table) with its size, frames, seed and settings."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.files import existing_file, read_toml
+from utils.files import existing_file, read_json, read_text, read_toml
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.values import GUIDANCE, SEED, SHIFT, Number, nearest, shown
@@ -146,7 +145,8 @@ def _convert(value: object, kind: type, name: str, where: str):
 
 
 def _read_text(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
-    lines = _decode(path).split("\n")  # not splitlines(), which also splits at characters that prompts may contain
+    # Not splitlines(), which also splits at characters that prompts may contain.
+    lines = read_text(path, "prompt file").split("\n")
     return [
         parse_prompt_line(line, defaults, f"{path} line {number}")
         for number, line in enumerate(lines, 1)
@@ -169,10 +169,7 @@ def _read_tables(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
 
 
 def _read_list(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
-    try:
-        content = json.loads(_decode(path))
-    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and deep nesting
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    content = read_json(path, "prompt file")
     if not isinstance(content, list):
         raise InputError(f"{path} must contain a list of prompts (strings or objects)")
     return _read_entries(path, content, defaults)
@@ -191,10 +188,3 @@ def _parse_entry(entry: Mapping | str, defaults: SamplePrompt, where: str) -> Sa
     for key, value in entry.items():
         _add(values, key, value, _target(key, _BY_KEY, where), where)
     return check_prompt(replace(defaults, **values), where)
-
-
-def _decode(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # -sig: Windows editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from None
