@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -144,9 +144,9 @@ def write_random_slice(base: Path, path: Path, ffid: int) -> None:
     entry = Entry(CONTRACT, FF, ffid, f"concept{ffid}", 1000, datetime.now(timezone.utc).isoformat())
     units = units_of(header, entry)
     start = slice_digest({name: value_digest(values) for name, values in read_slice(base, units).items()})
-    told = Entry(**{**vars(entry), "base": base_identity(base), "start": start})
+    entry = replace(entry, base=base_identity(base), start=start)
     values = {name: torch.randn(own.count).bfloat16() for name, own in units.items()}
-    write_slice(path, values, {KEY: ledger_text([told])})
+    write_slice(path, values, {KEY: ledger_text([entry])})
 
 
 def run(command: Sequence[str], sync: Path | None = None) -> Cost:

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_chain import LEFT
 
 import utils.caching as caching
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from utils.cli.cache import parse_cache_latents, parse_cache_text
 from utils.data.media import read_image
-from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
 from wan.vae import load_vae
 
@@ -239,7 +239,7 @@ def test_text_script_refuses_fp8_and_a_missing_encoder(pictures, fake_encoder):
 
 
 def test_only_a_job_that_begins_removes_what_a_killed_one_left(pictures, tmp_path, vae_file):
-    left, foreign = (tmp_path / "cache" / f"a_0032x0032_wan.safetensors{end}" for end in (UNFINISHED, ".tmp"))
+    left, foreign = (tmp_path / "cache" / f"a_0032x0032_wan.safetensors{end}" for end in (LEFT, ".tmp"))
     left.parent.mkdir()
     left.touch()
     foreign.touch()

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_chain import LEFT
 
 from utils import generation
 from utils.cli.generate import parse_generate
@@ -23,7 +23,7 @@ from utils.sampling.denoising import decode_latent, encode_samples, resolve_samp
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.writers import to_frames
 from utils.selective_finetune import attach_slice
-from utils.slice_saving import UNFINISHED, save_checkpoint, save_slice
+from utils.slice_saving import save_checkpoint, save_slice
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -392,9 +392,8 @@ def test_a_numbered_gpu_becomes_the_current_one(device, chosen, tmp_path, monkey
 
 
 def test_only_a_job_that_begins_removes_what_a_killed_one_left(files, tmp_path):
-    left = tmp_path / f"20260102-030405-006_7_000.png{UNFINISHED}"
+    left = tmp_path / f"20260102-030405-006_7_000.png{LEFT}"
     left.touch()
-    os.utime(left, (0, 0))
     with pytest.raises(InputError, match=r"is not a Wan 2\.1 VAE"):
         main(flags(files, tmp_path, "--prompt", "a fox", "--vae", f"{files}/dit.safetensors"))
     assert left.exists()

@@ -18,7 +18,7 @@ from utils.run.state import read_state
 from utils.selective_finetune import SliceError
 from utils.slices.ledger import read_ledger
 from utils.slices.listing import as_json, list_files, table
-from utils.slices.on_base import SlicesOnBase, read_slice_file
+from utils.slices.on_base import read_slice_file, slices_on_base
 from wan.errors import InputError
 from wan.loading import read_checkpoint_header
 from wan.safetensors_header import read_file_header
@@ -112,8 +112,8 @@ def changed_slice(files, path, change):
 
 NAME = "blocks.1.ffn.2.weight"
 WRONG_SLICES = {
-    "NaN": (lambda tensors, _: tensors[NAME].__setitem__(3, float("nan")), "no numbers"),
-    "infinity": (lambda tensors, _: tensors[NAME].__setitem__(0, float("inf")), "no numbers"),
+    "NaN": (lambda tensors, _: tensors[NAME].__setitem__(3, float("nan")), "NaN or infinite values"),
+    "infinity": (lambda tensors, _: tensors[NAME].__setitem__(0, float("inf")), "NaN or infinite values"),
     "one value too few": (lambda tensors, _: tensors.update({NAME: tensors[NAME][1:].clone()}), "has 229 values, and"),
     "a matrix is missing": (lambda tensors, _: tensors.pop(NAME), "has 0 values, and"),
     "a matrix that is not there": (lambda tensors, _: tensors.update({"blocks.7.a.weight": torch.ones(2).bfloat16()}),
@@ -121,7 +121,7 @@ WRONG_SLICES = {
     "a tensor that no slice has": (lambda tensors, _: tensors.update({"head.head.bias": torch.ones(2).bfloat16()}),
                                    "head.head.bias has 2 values"),
     "another dtype": (lambda tensors, _: tensors.update({NAME: tensors[NAME].half()}), "is F16, in .* BF16"),
-    "integers": (lambda tensors, _: tensors.update({NAME: tensors[NAME].int()}), "no tensor of a slice"),
+    "integers": (lambda tensors, _: tensors.update({NAME: tensors[NAME].int()}), "not a tensor of a slice"),
     "another contract": (lambda _, told: told.update(contract=2), "slice contract 2, this program knows 1"),
     "another slice": (lambda _, told: told.update(ffid=3), "has 230 values, and slice ff 0.05 ffid 3 has 231"),
     "another share": (lambda _, told: told.update(ff="0.04"), "values, and slice ff 0.04"),
@@ -230,7 +230,7 @@ def read_all(path, base):
     except InputError as error:
         assert str(error).encode()
     try:
-        below = SlicesOnBase(base, [read_slice_file(path)], [1.0])
+        below = slices_on_base(base, [read_slice_file(path)], [1.0])
         assert all(torch.isfinite(below.files[0].values(name)).all() for name in below.files[0].tensors)
     except (InputError, SliceError) as error:
         assert str(error).encode()

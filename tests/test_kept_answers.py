@@ -288,7 +288,7 @@ def test_answers_are_refused_on_a_merged_base_and_taken_on_one_whose_ledger_was_
     told = {"num_heads": "4", "text_len": "8"}
     save_file(merged, folder / "merged.safetensors", told)
     save_file(load_file(folder / "chain" / "two.safetensors"), folder / "bare.safetensors", told)
-    with pytest.raises(InputError, match=r"holds the answers of another base model than --dit's \(merged"):
+    with pytest.raises(InputError, match=r"holds reference predictions of another base model than --dit's \(merged"):
         run(folder, *third(folder), "--dit", str(folder / "merged.safetensors"))
     run(folder, *third(folder), "--dit", str(folder / "bare.safetensors"), "--max_train_epochs", "1")
 
@@ -426,7 +426,7 @@ def test_an_answer_that_is_not_finite_leaves_the_old_file(tmp_path):
     written(tmp_path / "a.safetensors")
     before = (tmp_path / "a.safetensors").read_bytes()
     bad = Answer(torch.zeros(SHAPE), 1.0, torch.full(SHAPE, torch.inf))
-    with pytest.raises(InputError, match="NaN or infinite values in answer at timestep 1"):
+    with pytest.raises(InputError, match="NaN or infinite values in the prediction at timestep 1"):
         asked = [(OldPrompt("a", text_SD=torch.zeros(1, 48)), [SimpleNamespace(t=1.0, shape=SHAPE)])]
         write_answers(tmp_path / "a.safetensors", BASE, RUN, asked, iter([bad]))
     assert (tmp_path / "a.safetensors").read_bytes() == before
@@ -462,7 +462,7 @@ def resized(*shape):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors, metadata: (tensors, {}), "holds no kept answers"),
+        (lambda tensors, metadata: (tensors, {}), "holds no reference predictions"),
         (lambda tensors, metadata: (tensors, {"wan_answers": "["}), "is damaged"),
         (lambda tensors, metadata: (tensors, {"wan_answers": "[" * 99999}), "is damaged"),
         (lambda tensors, metadata: (tensors, {"wan_answers": "[]"}), "is damaged"),
@@ -488,8 +488,8 @@ def resized(*shape):
         (broken(None, lambda told: told["prompts"][0].update(text="\ud800")), "is damaged"),
         (broken(None, lambda told: told["prompts"][0].update(text="a dog")), "lists a prompt twice"),
         (broken(None, lambda told: told.update(concepts="[{}]")), "is damaged"),
-        (broken(None, lambda told: told.update(version=2, prompts=None)), "is of version 2"),
-        (broken(None, lambda told: told.update(version=True)), "is of version True"),
+        (broken(None, lambda told: told.update(version=2, prompts=None)), "has version 2"),
+        (broken(None, lambda told: told.update(version=True)), "has version True"),
         (broken(None, lambda told: told.update(base="cd" * 32)), "another base model"),
         (broken(None, lambda told: told.update(base_values=["00", "02", "02", "03"])), "another base model"),
         (broken(None, lambda told: told.update(base_values=7)), "is damaged"),

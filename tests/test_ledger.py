@@ -1,18 +1,22 @@
 """The ledger's arithmetic, against the values that slices really hold."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
+from itertools import combinations
+from time import process_time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import selective_finetune
-from utils.selective_finetune import SliceError, check_slice, exact_fraction
+from utils import files, selective_finetune, slice_saving
+from utils.selective_finetune import SliceError, check_slice, exact_fraction, slice_interval
 from utils.slices import ledger
-from utils.slices.ledger import Entry, extended, free_ids, is_concept_name, ledger_text, read_ledger
+from utils.slices.ledger import Entry, is_concept_name, ledger_text, read_ledger
 from utils.slices.on_base import scaled
+from utils.slices.overlaps import covered, free_ids, holds, meetings, over_earlier, overlapping
 from wan.errors import InputError
 
 fractions = st.fractions(Fraction(1, 40), 1, max_denominator=40)
@@ -81,14 +85,21 @@ NAMES += ["a\u2066b", "\xad", "\u0646\u200c\u0645", "\U0001f469\u200d\U0001f680"
 REFUSED_NAMES = [*NAMES[3:14], NAMES[-1]]
 
 
+def can_be_saved(name):
+    """Whether the patch takes the name: the first thing that a save looks at."""
+    with pytest.raises((SliceError, AttributeError)) as error:
+        slice_saving.snapshot(None, (), name)
+    return error.type is AttributeError
+
+
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_the_patch_and_the_ledger_take_the_same_names(name):
-    assert is_concept_name(name) == selective_finetune.is_concept_name(name) == (name not in REFUSED_NAMES)
+    assert is_concept_name(name) == can_be_saved(name) == (name not in REFUSED_NAMES)
 
 
 @given(st.text(st.characters(), max_size=4))
 def test_the_patch_and_the_ledger_take_the_same_names_of_any_characters(name):
-    assert is_concept_name(name) == selective_finetune.is_concept_name(name)
+    assert is_concept_name(name) == can_be_saved(name)
 
 
 SHARES = ["0.1", "0.10", ".5", "1.", "1", "+0.1", "1e-3", "1E-30", "1/3", "3/3", "0." + "1" * 38, "0." + "1" * 39]
@@ -106,7 +117,7 @@ def test_the_patch_takes_the_shares_that_the_ledger_reads(ff, around):
     else:
         with pytest.raises(SliceError, match="above 0 and up to 1, of at most 40 characters"):
             check_slice(around + ff, 1)
-        with pytest.raises(InputError, match="ff or ffid"):
+        with pytest.raises(InputError, match=r"\(ff .*, ffid 1\)"):
             read_ledger({"wan_slices": json.dumps([told])}, "file")
 
 
@@ -123,35 +134,59 @@ def test_captions_that_no_ledger_takes_are_left_out_when_it_is_written():
 
 
 WRONG = {
-    "ff or ffid": {"ffid": 11}, "name": {"name": "a\u202eb"}, "steps": {"steps": -1}, "date": {"date": "a\nb"},
-    "base": {"base": "x"}, "start": {"start": 1}, "strength": {"strength": 1e7}, "rescaled": {"rescaled": 1},
-    "captions": {"captions": ["a\x1b[2J"]}, "name, captions": {"name": "\n", "captions": [1]},
+    "ff '0.1', ffid 11": {"ffid": 11}, "ffid 1.0": {"ffid": 1.0}, "name 'a\\u202eb'": {"name": "a\u202eb"},
+    "steps -1": {"steps": -1}, "steps None": {"steps": None}, "date 'a\\nb'": {"date": "a\nb"},
+    "base 'x'": {"base": "x"}, "start 1": {"start": 1}, "strength 10000000.0": {"strength": 1e7},
+    "rescaled 1": {"rescaled": 1},
+    "contract True": {"contract": True}, "captions of type list": {"captions": ["a\x1b[2J"]},
+    "name '\\n', captions of type list": {"name": "\n", "captions": [1]},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_slice_that_cannot_be_is_refused_with_what_is_wrong(wrong):
-    told = {"contract": 1, "ff": "0.1", "ffid": 1, "name": "one", "steps": 1} | WRONG[wrong]
-    with pytest.raises(InputError, match=rf"cannot be \(ff '0.1' ffid \d+\) by its {wrong}; the file is damaged"):
-        read_ledger({"wan_slices": json.dumps([told])}, "file")
+def test_a_slice_that_cannot_be_right_is_refused_with_what_is_wrong(wrong):
+    fields = {"contract": 1, "ff": "0.1", "ffid": 1, "name": "one", "steps": 1} | WRONG[wrong]
+    with pytest.raises(InputError) as error:
+        read_ledger({"wan_slices": json.dumps([fields])}, "file")
+    assert str(error.value) == f"file: its ledger has an entry that cannot be right ({wrong}); the file is damaged"
 
 
 @pytest.mark.parametrize("captions", [["\ud800"], ["a\x00"], ["x" * 10_001], ["x"] * 101])
 def test_captions_are_checked_when_they_are_read(captions):
     told = {"contract": 1, "ff": "0.1", "ffid": 1, "name": "one", "steps": 1, "captions": captions}
-    with pytest.raises(InputError, match="by its captions"):
+    with pytest.raises(InputError, match=r"\(captions of type list\)"):
         read_ledger({"wan_slices": json.dumps([told])}, "file")
 
 
 def test_a_slice_that_is_trained_further_is_the_newest_with_all_its_steps():
-    old, other = entry("0.10", 2, start="a" * 64), entry("0.1", 3)
-    assert extended([old, other], entry("0.1", 2, start="b" * 64)) == [
-        other, Entry(1, "0.1", 2, "one", 20, "", start="a" * 64)
-    ]  # fmt: skip
+    old = {"contract": 1, "ff": "0.10", "ffid": 2, "name": "old", "steps": 10, "start": "a" * 64}
+    other, new = old | {"ffid": 3}, old | {"ff": "1/10", "name": "new", "steps": 5, "start": "b" * 64}
+    assert slice_saving.extended([old, other], new) == [other, new | {"steps": 15, "start": "a" * 64}]
+    assert slice_saving.extended([other], new) == [other, new]
 
 
 def test_the_patch_and_the_ledger_agree():
-    assert (ledger.CONTRACT, ledger.KEY) == (selective_finetune.CONTRACT, selective_finetune.LEDGER_KEY)
+    assert (ledger.CONTRACT, ledger.KEY) == (selective_finetune.CONTRACT, slice_saving.LEDGER_KEY)
+    assert files.UNFINISHED == slice_saving.UNFINISHED
+
+
+@given(st.lists(entries(), max_size=5), st.integers(1, 60), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_value_is_held_where_a_slice_has_it(taken, numel, data):
+    place = data.draw(st.integers(0, numel - 1))
+    slices = [range(*slice_interval(numel, e.ff, e.ffid)) for e in taken]
+    assert holds(covered(taken), place, numel) == any(place in own for own in slices)
+
+
+@given(st.lists(entries(), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_every_overlap_is_found_once(taken):
+    pairs = {frozenset((a, b)) for a, b in combinations(range(len(taken)), 2) if taken[a].overlaps(taken[b])}
+    named = [replace(one, name=str(number)) for number, one in enumerate(taken)]
+    found = [frozenset((int(a.name), int(b.name))) for a, b in overlapping(named)]
+    assert set(found) == pairs and len(found) == len(pairs)
+    earlier = [any(one.overlaps(other) for other in taken[:number]) for number, one in enumerate(taken)]
+    assert over_earlier(taken) == earlier
 
 
 def test_at_strength_0_and_1_the_bits_are_those_of_start_and_end():
@@ -159,3 +194,11 @@ def test_at_strength_0_and_1_the_bits_are_those_of_start_and_end():
     for strength, expected in ((0, start), (1, final)):
         assert torch.equal(scaled(start, final, strength).view(torch.int32), expected.view(torch.int32))
     assert scaled(start, final, 0.5)[2].view(torch.int32) == start[2].view(torch.int32)
+
+
+def test_thousands_of_entries_are_compared_in_linear_time():
+    began = process_time()
+    many = [entry("0.0001", number) for number in range(1, 5001)]
+    assert not any(over_earlier(many)) and not list(overlapping(many)) and len(covered(many)) == 1
+    assert all(over_earlier([many[0]] * 5000)[1:]) and len(meetings([many[0]] * 5000, many[0])) < 1000
+    assert free_ids(many, "0.0002") == (2500, 5000, 2501) and process_time() - began < 2

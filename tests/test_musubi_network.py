@@ -88,9 +88,10 @@ def fake_trainer(folder, base="resident", steps=STEPS, resume=None, **more):
     """Losses of the run, then that of one pass without gradients, as a sample would see it."""
     flags = {"dit": str(folder / "base.safetensors"), "block_swap_h2d_only": base == "h2d", "fp8_base": base == "fp8"}
     flags |= {"network_args": {"ff": "0.05", "ffid": "2"}, "network_dim": None, "dit_high_noise": None}
-    flags |= {"output_dir": str(folder), "output_name": "out", "base_weights": None, "dim_from_weights": None, **more}
+    flags |= {"output_dir": str(folder), "output_name": "out", "base_weights": None, "dim_from_weights": None}
+    flags |= {"accumulation": 1, "no_metadata": False, **more}
     args = Namespace(**flags)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=args.accumulation)
     model = tiny_model(torch.bfloat16)
     model.load_state_dict(load_file(args.dit))
     model.eval().requires_grad_(False)
@@ -132,6 +133,7 @@ def fake_trainer(folder, base="resident", steps=STEPS, resume=None, **more):
         losses.append(loss_of(model, 99).item())
     accelerator.save_state(folder / "state")
     metadata = {"ss_output_name": "one", "ss_steps": str(steps), "modelspec.architecture": "wan2.1/lora"}
+    metadata = {} if args.no_metadata else metadata
     accelerator.unwrap_model(network).save_weights(str(folder / "out.safetensors"), torch.float32, metadata)
     return losses
 
@@ -215,6 +217,34 @@ def test_a_state_resumes_the_differences_and_refuses_another_slice(folder):
         fake_trainer(folder, resume=folder / "kept", network_args={"ff": "0.05", "ffid": "3"})
 
 
+def recorded(folder):
+    """The name and the steps in the ledger of what the trainer saved."""
+    with safe_open(folder / "out.safetensors", "pt") as file:
+        (entry,) = read_ledger(file.metadata())
+    return entry["name"], entry["steps"]
+
+
+def test_the_ledger_counts_the_steps_of_a_resumed_run_too(folder):
+    fake_trainer(folder, steps=2)
+    (folder / "state").rename(folder / "kept")
+    fake_trainer(folder, steps=3, resume=folder / "kept")
+    assert recorded(folder) == ("one", 5)
+
+
+@pytest.mark.parametrize(("more", "steps"), [({"no_metadata": True}, 4), ({"accumulation": 2}, 2)])
+def test_the_ledger_counts_optimizer_steps_whatever_the_trainer_says(folder, more, steps):
+    fake_trainer(folder, steps=4, **more)
+    assert recorded(folder) == ("out" if "no_metadata" in more else "one", steps)
+
+
+def test_another_optimizers_steps_are_not_counted(folder, monkeypatch):
+    other = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    inner = loss_of
+    monkeypatch.setattr(sys.modules[__name__], "loss_of", lambda *given: (other.step(), inner(*given))[1])
+    fake_trainer(folder, steps=2)
+    assert recorded(folder)[1] == 2
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -227,7 +257,7 @@ def test_a_state_resumes_the_differences_and_refuses_another_slice(folder):
         ({"base_weights": ["lora.safetensors"]}, "merge the LoRA"),
         ({"dim_from_weights": "lora.safetensors"}, "merge the LoRA"),
         ({"output_name": "base"}, "is the base itself"),
-        ({"output_name": "a\x1b[2J"}, r"the name 'a\\x1b\[2J' cannot be a concept's"),
+        ({"output_name": "a\x1b[2J"}, r"a concept cannot be named 'a\\x1b\[2J'"),
         ({"network_args": {"ff": "1_0e-2", "ffid": "1"}}, "ff is 1_0e-2"),
         ({"scale_weight_norms": 1.0}, "no norm"),
         ({"network_weights": "a.safetensors"}, "--resume"),

@@ -1,6 +1,5 @@
 """Saved samples: what is read back, and that nothing half-written stays."""
 
-import os
 import subprocess
 import sys
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_chain import LEFT
 
 from utils.sampling.writers import load_latent, remove_unfinished, save_frames, save_latent, save_sample, to_frames
 from utils.selective_finetune import SliceError
-from utils.slice_saving import UNFINISHED
+from utils.slice_saving import UNFINISHED, this_process
 from wan.errors import InputError
 
 
@@ -130,11 +130,10 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypat
 
 
 def test_half_written_outputs_of_writers_that_are_gone_are_removed(tmp_path):
-    gone, alive = (f"20260102-030405-{name}{UNFINISHED}" for name in ("006_7_000.png", "007_7.mp4"))
-    others = {f"notes.png{UNFINISHED}", "20260102-030405-006_7_000.png.tmp"}
+    gone = f"20260102-030405-006_7_000.png{LEFT}"
+    alive = f"20260102-030405-007_7.mp4.{this_process()}{UNFINISHED}"
+    others = {f"notes.png{LEFT}", "20260102-030405-006_7_000.png.tmp"}
     for name in (gone, alive, *others):
         (tmp_path / name).touch()
-    for name in (gone, *others):
-        os.utime(tmp_path / name, (0, 0))
     remove_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {alive, *others}

@@ -16,7 +16,7 @@ from utils.cli.slices import main
 from utils.selective_finetune import slice_indices
 from utils.slices import commands
 from utils.slices.commands import verify
-from utils.slices.ledger import Entry, extended, read_ledger
+from utils.slices.ledger import Entry, read_ledger
 from utils.slices.listing import ListedFile, as_json
 from wan.errors import InputError
 
@@ -83,6 +83,45 @@ def test_what_an_older_run_alone_told_is_told_whatever_the_order(slices, files, 
     assert (found["ss_output_name"], found["ss_training_comment"]) == ("two", "first")
 
 
+FOREIGN = {
+    "num_heads": "2",
+    "text_len": "3",
+    "format": "tf",
+    "wan_answers": "x",
+    "ss_seed": "3",
+    "modelspec.title": "t",
+}
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["apply {base} {out}/odd.safetensors", "scale {out}/odd.safetensors 2 --base {base}",
+     "to-lora {out}/odd.safetensors --base {base}", "remove {out}/odd_checkpoint.safetensors one --base {base}",
+     "remove {out}/odd_checkpoint.safetensors two --base {base}"],
+)  # fmt: skip
+def test_only_descriptions_go_with_a_slice_and_not_what_the_model_is(slices, files, tmp_path, command):
+    save_file(load_file(files / "one.slice.safetensors"), tmp_path / "odd.safetensors",
+              {**metadata_of(files / "one.slice.safetensors"), **FOREIGN})  # fmt: skip
+    save_file(load_file(files / "two.safetensors"), tmp_path / "odd_checkpoint.safetensors",
+              {**metadata_of(files / "two.safetensors"), **FOREIGN})  # fmt: skip
+    slices(f"{command} -o {{out}}/a.safetensors")
+    found = metadata_of(tmp_path / "a.safetensors")
+    kept = METADATA if command.startswith(("apply", "remove")) else {}
+    assert {key: found.get(key) for key in FOREIGN if "." not in key and key != "ss_seed"} == {
+        "num_heads": None, "text_len": None, "format": None, "wan_answers": None, **kept
+    }  # fmt: skip
+    assert ("modelspec.title" in found) == (" two " not in command)
+
+
+def test_only_descriptions_go_into_an_extracted_slice(slices, files, tmp_path):
+    save_file(load_file(files / "one.safetensors"), tmp_path / "odd.safetensors",
+              {**metadata_of(files / "one.safetensors"), **FOREIGN})  # fmt: skip
+    slices("extract {out}/odd.safetensors --base {base} -o {out}")
+    assert metadata_of(tmp_path / "one.slice.safetensors").keys() == {
+        "wan_slices", "ss_output_name", "ss_seed", "modelspec.title"
+    }  # fmt: skip
+
+
 def test_an_extracted_slice_is_the_saved_one(slices, files, tmp_path):
     slices("extract {two} --base {base} -o {out}")
     assert names_of(tmp_path) == {"one.slice.safetensors", "two.slice.safetensors"}
@@ -99,7 +138,7 @@ def test_slices_are_extracted_into_a_new_folder_and_over_no_file(slices, tmp_pat
     slices("extract {one} --base {base} -o {out}/new/slices")
     path = tmp_path / "new" / "slices" / "one.slice.safetensors"
     path.write_bytes(b"another")
-    with pytest.raises(InputError, match="is there already: choose another output, or add --overwrite"):
+    with pytest.raises(InputError, match="already exists: choose another output, or add --overwrite"):
         slices("extract {one} --base {base} -o {out}/new/slices")
     assert path.read_bytes() == b"another"
     slices("extract {one} --base {base} -o {out}/new/slices --overwrite")
@@ -120,7 +159,7 @@ OVER = {
 def test_a_file_that_is_there_is_replaced_only_if_told(slices, tmp_path, command):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"another")
-    with pytest.raises(InputError, match=r"a\.safetensors is there already: .* add --overwrite to replace it"):
+    with pytest.raises(InputError, match=r"a\.safetensors already exists: .* add --overwrite to replace it"):
         slices(f"{command} -o {path}")
     assert path.read_bytes() == b"another"
     slices(f"{command} -o {path} --overwrite")
@@ -217,7 +256,7 @@ def test_a_strength_that_leaves_the_numbers_is_refused(slices, files, tmp_path, 
 def test_a_strength_that_no_reader_takes_is_refused(slices, tmp_path):
     slices("scale {one_slice} 1e4 --base {base} -o {out}/a.safetensors")
     for command in ("scale {out}/a.safetensors 1e4 --base {base}", "apply {base} {out}/a.safetensors --strength 1e300"):
-        with pytest.raises(InputError, match="allowed is a strength up to 1,000,000"):
+        with pytest.raises(InputError, match="the largest strength is 1,000,000"):
             slices(f"{command} -o {{out}}/b.safetensors")
     slices("list {out}/a.safetensors")
 
@@ -318,7 +357,7 @@ def test_a_base_in_fp8_is_refused_before_anything_is_read(slices, files, tmp_pat
     weights = load_file(files / "base.safetensors")
     weights = {n: w.to(torch.float8_e4m3fn) if re.search(r"blocks.*\d\.weight", n) else w for n, w in weights.items()}
     save_file(weights, tmp_path / "fp8.safetensors", METADATA)
-    for reader in ("read_slice", "base_identity", "stream"):
+    for reader in ("read_slice", "base_identity", "_bytes"):
         monkeypatch.setattr(commands, reader, None)
     with pytest.raises(InputError, match=r"fp8\.safetensors: blocks\..* is F8_E4M3, and slices lie in BF16, F16, F32"):
         slices(f"{command} --base {{out}}/fp8.safetensors")
@@ -336,7 +375,7 @@ def test_a_slice_that_does_not_tell_its_base_is_used_with_a_note(slices, files, 
                     "to-lora {out}/old.safetensors --base {base}"):  # fmt: skip
         slices(f"{command} -o {{out}}/a.safetensors --overwrite")
         notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-        wanted = f"note: {tmp_path}/old.safetensors does not tell its base, so it cannot be checked that this is "
+        wanted = f"note: {tmp_path}/old.safetensors does not record its base, so it cannot be checked that this is "
         assert notes == ([] if known else [f"{wanted}{files}/base.safetensors"])
 
 
@@ -395,7 +434,7 @@ def test_a_slice_that_any_script_trained_further_is_one_of_all_its_steps_on_the_
     train_concept(files / "two.safetensors", tmp_path, "more", "0.050", 2)
     one, two = read_ledger(metadata_of(files / "two.safetensors"), "two")
     entries = read_ledger(metadata_of(tmp_path / "more.safetensors"), "more")
-    assert entries == extended([one, two], replace(entries[-1], steps=20)) and entries[-1].steps == 40
+    assert entries == [two, replace(entries[-1], ff="0.050", ffid=2, steps=40, start=one.start)]
     assert read_ledger(metadata_of(tmp_path / "more.slice.safetensors"), "more") == entries[1:]
     slices("apply {base} {two_slice} {out}/more.slice.safetensors -o {out}/both.safetensors")
     assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "more.safetensors").read_bytes()
@@ -426,7 +465,7 @@ def test_the_list_is_a_table_with_overlaps_and_free_ids(slices, files, tmp_path,
     assert re.search(r"base\.safetensors +checkpoint +\S+ kB +no ledger", told)
     assert re.search(r"two\.safetensors +checkpoint +\S+ kB +two +0\.03 +1 +10 +20\d\d-\d\d-\d\d +[0-9a-f]{12}", told)
     assert re.search(r"one\.slice\.safetensors +slice +\S+ kB +one +0\.05 +2 +20 ", told)
-    assert "overlap: one (ff 0.05 ffid 2) and over (ff 0.1 ffid 1)" in told
+    assert "overlap: over (ff 0.1 ffid 1) and one (ff 0.05 ffid 2)" in told
     assert "18 of 20 ids at ff 0.05 are free, the next is --ffid 3" in told
 
 
@@ -482,18 +521,18 @@ def test_the_list_as_json_holds_the_same(slices, files, capsys):
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("apply {base} {one_slice} -o {base}", "is .*base.safetensors, which is read"),
-        ("apply {base} {one_slice} -o {one_slice}", "which is read"),
-        ("apply {base} {one_slice} -o {out}/none/a.safetensors", "folder that exists"),
-        ("apply {base} {one_slice} -o {out}/a.bin", "no name for a .safetensors file"),
-        ("apply {base} {one} -o {out}/a.safetensors", "is no slice file"),
+        ("apply {base} {one_slice} -o {base}", "is .*base.safetensors, an input: choose"),
+        ("apply {base} {one_slice} -o {one_slice}", "an input: choose"),
+        ("apply {base} {one_slice} -o {out}/none/a.safetensors", "existing folder"),
+        ("apply {base} {one_slice} -o {out}/a.bin", "is not a name for a .safetensors file"),
+        ("apply {base} {one} -o {out}/a.safetensors", "is not a slice file"),
         ("apply {base} {out}/none.safetensors -o {out}/a.safetensors", "does not exist"),
         (
             "apply {base} {one_slice} --strength nan -o {out}/a.safetensors",
             "argument --strength: nan was given, a finite number is needed",
         ),
         ("remove {base} one --base {base} -o {out}/a.safetensors", "has no slice one; there are: none"),
-        ("extract {base} --base {base} -o {out}", "holds no slice that"),
+        ("extract {base} --base {base} -o {out}", "has no slice that"),
         ("list {out}", "is a folder"),
         (f"list {'y' * 300}", "cannot be read|does not exist"),
         (f"verify {'y' * 300} --base {{base}}", "cannot be read|does not exist"),

@@ -11,7 +11,7 @@ from tiny_run import run, write_dataset, write_dit
 
 from utils import training
 from utils.cli.slices import main as slices
-from utils.slices.on_base import SlicesOnBase, read_slice_file
+from utils.slices.on_base import read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
 from utils.swap.placement import LoadedWeights, place_model
 from wan.errors import InputError
@@ -195,7 +195,7 @@ def test_a_model_with_slices_is_loaded_without_a_file_in_between_and_leaves_the_
     before = base.read_bytes()
     slice_file = read_slice_file(folder / "first" / "one.slice.safetensors")
     for dtype in (torch.bfloat16, torch.float32):
-        model, overlays = load_with_slices(base, dtype, SlicesOnBase(read_checkpoint_header(base), [slice_file], [1]))
+        model, overlays = load_with_slices(base, dtype, slices_on_base(read_checkpoint_header(base), [slice_file], [1]))
         assert bool(overlays) == (dtype == torch.bfloat16)  # what is cast is a copy, which the slice is put into
         place_model(model, "cpu", loaded=LoadedWeights(overlays=overlays))
         theirs = load_dit(folder / "first" / "one.safetensors", dtype).state_dict()

@@ -8,7 +8,7 @@ from tiny_chain import names_of, train_concept, write_base, write_chain
 from utils import slice_saving
 from utils.cli.slices import main
 from utils.selective_finetune import SliceError, attach_slice, ids_available, slice_indices, slice_units
-from utils.slice_saving import change_rows, read_header, read_slice, save_checkpoint, stored_values, stream
+from utils.slice_saving import change_rows, read_header, read_slice, save_checkpoint, snapshot, stream
 from wan.errors import InputError
 from wan.loading import load_dit
 
@@ -40,7 +40,7 @@ def test_a_slice_changed_by_rows_is_the_slice_changed_at_once(shape, ff, step):
 
         start = units.cut(units.read(matrix)).clone()
         for first in range(0, shape[0], step):
-            change_rows(units, matrix[first : first + step], first, new)
+            change_rows(units, new, matrix[first : first + step], first)
         assert torch.equal(matrix, whole) and torch.equal(old, start)
 
 
@@ -63,7 +63,7 @@ def load_all_bytes(path):
 def test_a_run_s_checkpoint_in_pieces_is_that_of_whole_matrices(small_pieces, chain, tmp_path):
     trained = train_concept(chain / "base.safetensors", tmp_path, "one", "0.05", 2)
     assert load_all_bytes(tmp_path / "one.safetensors") == load_all_bytes(chain / "one.safetensors")
-    stored, _ = stored_values(trained, chain / "base.safetensors")
+    stored = snapshot(trained, chain / "base.safetensors").start
     units = {name: matrix.units for name, matrix in trained.matrices.items()}
     read = read_slice(chain / "base.safetensors", units)
     assert read.keys() == stored.keys() and all(torch.equal(read[name], stored[name]) for name in read)

@@ -18,7 +18,7 @@ from utils.cli.train import parse_train
 from utils.run import checks
 from utils.selective_finetune import attach_slice
 from utils.slice_saving import save_slice
-from utils.slices.on_base import SlicesOnBase, read_slice_file
+from utils.slices.on_base import read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
 from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model, weight_sizes
 from utils.swap.plan import SwapConfig
@@ -186,7 +186,7 @@ def test_a_mapped_model_with_a_slice_of_a_file_takes_no_memory_of_its_own(tmp_pa
     write_wide_base(base)
     save_slice(attach_slice(load_dit(base), "0.001", 2), base, concept)
     before = private_bytes()
-    below = SlicesOnBase(read_checkpoint_header(base), [read_slice_file(concept)], [1.0])
+    below = slices_on_base(read_checkpoint_header(base), [read_slice_file(concept)], [1.0])
     model, overlays = load_with_slices(base, torch.bfloat16, below)
     trained = attach_slice(model, "0.001", 1)
     checkpoint_blocks(model)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_chain import LEFT
 from tiny_run import ITEMS, flags, run, write_dataset, write_dit, write_inputs, write_sample_models
 from torch.nn import functional as F
 
@@ -17,7 +18,6 @@ from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.files import readable, sole_writer
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.selective_finetune import SliceError, slice_indices
-from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
 from wan.loading import load_dit
 from wan.model import WanModel
@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folder):
 
 
 def test_what_a_killed_run_left_is_removed_before_room_is_looked_for(folder, monkeypatch):
-    left = folder / "out" / f"one.safetensors{UNFINISHED}"
+    left = folder / "out" / f"one.safetensors{LEFT}"
     left.parent.mkdir(exist_ok=True)
     left.touch()
     room = shutil.disk_usage(folder)
@@ -384,7 +384,10 @@ def test_processes_wait_a_day_for_what_the_main_one_does_alone(folder, monkeypat
 
 def test_a_second_run_of_the_same_name_is_refused_while_one_writes(folder):
     (folder / "out").mkdir()
-    with sole_writer(folder / "out", "one", "a run", ""), pytest.raises(InputError, match=r"--output_name one in .*out"):
+    with (
+        sole_writer(folder / "out", "one", "a run", ""),
+        pytest.raises(InputError, match=r"--output_name one in .*out"),
+    ):
         run(folder)
     run(folder, "--max_train_steps", "1")
     assert not list((folder / "out").glob("*.lock"))

@@ -1,25 +1,26 @@
 """Files are written whole or not at all: killed at every step of the writer, on a full disk, by hostile names."""
 
 import os
-import shutil
 import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_chain import METADATA, names_of, train_concept, write_base, write_chain
+from tiny_chain import LEFT, METADATA, names_of, train_concept, write_base, write_chain
 from tiny_run import some_state
 
 from utils.cli.slices import main
+from utils.files import remove_unfinished as remove_temporary
 from utils.preserve.answers_file import ENDING
 from utils.run.save_schedule import KINDS, SaveConfig, remove_unfinished
 from utils.run.state import LATEST, choose_state, read_state, save_state
 from utils.selective_finetune import SliceError
-from utils.slice_saving import UNFINISHED, whole_file
+from utils.slice_saving import UNFINISHED, this_process, whole_file
 from wan.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,9 @@ def _die_at(point):
         return call
 
     opened = Path.open
-    Path.open = lambda path, *args, **options: _Counted(counted(opened)(path, *args, **options), counted)
+    Path.open = lambda path, *args, **options: (
+        _Counted(counted(opened)(path, *args), counted) if args == ("xb",) else opened(path, *args, **options)
+    )
     Path.replace, Path.unlink, os.fsync, os.open = map(counted, (Path.replace, Path.unlink, os.fsync, os.open))
 
 
@@ -114,19 +117,19 @@ def test_a_killed_state_leaves_the_old_state_or_the_new_one(tmp_path):
 
 def test_the_next_start_removes_what_this_run_left_and_nothing_else(tmp_path):
     stems = ("", "-000001", "-step00000007")
-    own = [f"a{stem}{end}{UNFINISHED}" for stem in stems for end in (*KINDS.values(), ENDING)]
-    others = [f"{stem}.safetensors{UNFINISHED}" for stem in ("ab", "b-000001", "a-1")]
+    own = [f"a{stem}{end}{LEFT}" for stem in stems for end in (*KINDS.values(), ENDING)]
+    others = [f"{stem}.safetensors{LEFT}" for stem in ("ab", "b-000001", "a-1")]
     others += ["a.safetensors", "a.tmp", "a.safetensors.tmp", "a.safetensors.crdownload"]
     for name in [*own, *others]:
         (tmp_path / name).touch()
     for folder in ("a-000001-state", "a-state", "b-state"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / f"state.pt{UNFINISHED}").touch()
+        (tmp_path / folder / f"state.pt{LEFT}").touch()
     (tmp_path / "a-state" / "state.pt").touch()
     remove_unfinished(SaveConfig(tmp_path, "a"))
     assert names_of(tmp_path) == {*others, "a-state", "b-state"}
     assert names_of(tmp_path / "a-state") == {"state.pt"}
-    assert names_of(tmp_path / "b-state") == {f"state.pt{UNFINISHED}"}
+    assert names_of(tmp_path / "b-state") == {f"state.pt{LEFT}"}
 
 
 @posix
@@ -160,8 +163,8 @@ def test_room_is_looked_for_before_the_first_byte(tmp_path):
 
 
 def test_samples_of_a_run_whose_name_begins_alike_stay(tmp_path):
-    left = [f"a_e000001_00_20260102030405_000.png{UNFINISHED}", f"a_000012_01_20260102030405_7.mp4{UNFINISHED}"]
-    others = [f"a_b_e000001_00_20260102030405_000.png{UNFINISHED}", "a_000012_01_20260102030405_7.mp4"]
+    left = [f"a_e000001_00_20260102030405_000.png{LEFT}", f"a_000012_01_20260102030405_7.mp4{LEFT}"]
+    others = [f"a_b_e000001_00_20260102030405_000.png{LEFT}", "a_000012_01_20260102030405_7.mp4"]
     others += ["a_e000001_00_20260102030405_000.png.tmp"]
     (tmp_path / "sample").mkdir()
     for name in [*left, *others]:
@@ -170,14 +173,56 @@ def test_samples_of_a_run_whose_name_begins_alike_stay(tmp_path):
     assert names_of(tmp_path / "sample") == set(others)
 
 
-def test_what_a_killed_run_left_is_room(tmp_path, monkeypatch):
-    (tmp_path / f"a{UNFINISHED}").write_bytes(OLD)
-    free = shutil.disk_usage(tmp_path)._replace(free=len(NEW) - 1)
-    room = shutil.disk_usage(tmp_path)._replace(free=len(NEW))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free if (tmp_path / f"a{UNFINISHED}").exists() else room)
-    with whole_file(tmp_path / "a", len(NEW)) as file:
-        file.write(NEW)
-    assert (tmp_path / "a").read_bytes() == NEW and names_of(tmp_path) == {"a"}
+@posix
+def test_two_writers_of_one_file_each_write_their_own_and_the_last_one_stays(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with whole_file(path) as file:
+        file.write(OLD[:100])
+        if (pid := os.fork()) == 0:  # the second one begins, and ends, while the first one writes
+            with whole_file(path) as other:
+                other.write(NEW)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0 and path.read_bytes() == NEW
+        file.write(OLD[100:])
+    assert path.read_bytes() == OLD and names_of(tmp_path) == {"a.safetensors"}
+
+
+def start_writer(folder):
+    """A process that has begun a file in `folder`, and waits."""
+    pid = os.fork()
+    if pid == 0:
+        with whole_file(folder / "a.safetensors") as file:
+            file.write(NEW)
+            file.flush()
+            signal.pause()
+    while not names_of(folder):
+        time.sleep(0.002)
+    return pid
+
+
+@posix
+def test_what_a_living_process_writes_stays_until_it_is_killed(tmp_path):
+    pid = start_writer(tmp_path)
+    (written,) = tmp_path.iterdir()
+    os.utime(written, (0, 0))
+    remove_unfinished(SaveConfig(tmp_path, "a"))
+    assert written.exists()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    remove_unfinished(SaveConfig(tmp_path, "a"))
+    assert names_of(tmp_path) == set()
+
+
+def test_a_writer_that_cannot_be_asked_is_gone_after_an_hour_without_a_byte(tmp_path):
+    machine, pid, start = this_process().split("-")
+    elsewhere = {f"a.safetensors.00000000-{pid}-{start}{UNFINISHED}", f"b.safetensors{UNFINISHED}"}
+    reused = f"c.safetensors.{machine}-{pid}-{int(start or 9) - 1}{UNFINISHED}"
+    for age, left in ((3500, elsewhere), (3700, set())):
+        for name in (*elsewhere, reused):
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (time.time() - age,) * 2)
+        remove_temporary(tmp_path.iterdir())
+        assert names_of(tmp_path) == left
 
 
 def test_a_folder_that_is_missing_is_made_or_told(tmp_path):
@@ -292,7 +337,7 @@ def test_a_shard_of_the_base_is_no_output(tmp_path):
     for words in (["apply", shards[0], tmp_path / "one.slice.safetensors"],
                   ["scale", tmp_path / "one.slice.safetensors", "2", "--base", shards[0]],
                   ["remove", tmp_path / "one.safetensors", "one", "--base", shards[0]]):  # fmt: skip
-        with pytest.raises(InputError, match="which is read"):
+        with pytest.raises(InputError, match="an input: choose"):
             main([*map(str, words), "-o", str(shards[1])])
     assert shards[1].read_bytes() == before
 
@@ -300,12 +345,10 @@ def test_a_shard_of_the_base_is_no_output(tmp_path):
 def test_what_a_killed_command_left_is_removed_by_the_next_one_and_no_other_programs_files(tmp_path):
     base = write_base(tmp_path / "base.safetensors")
     train_concept(base, tmp_path, "one", "0.05", 2)
-    gone, written = (f"{stem}.safetensors{UNFINISHED}" for stem in ("left", "written"))
-    foreign = {f"foreign{UNFINISHED}", "download.safetensors.tmp", "download.tmp"}
-    for name in (gone, written, *foreign):
+    written = f"written.safetensors.{this_process()}{UNFINISHED}"
+    foreign = {f"foreign{LEFT}", "download.safetensors.tmp", "download.tmp"}
+    for name in (f"left.safetensors{LEFT}", written, *foreign):
         (tmp_path / name).write_bytes(b"half")
-    for name in (gone, *foreign):
-        os.utime(tmp_path / name, (0, 0))
     main(["apply", str(base), f"{tmp_path}/one.slice.safetensors", "-o", f"{tmp_path}/a.safetensors"])
     assert {name for name in names_of(tmp_path) if name.endswith(".tmp")} == {written, *foreign}
 
@@ -325,9 +368,8 @@ def test_a_command_that_is_refused_deletes_nothing(tmp_path, command):
         (tmp_path / folder).mkdir()
         write_base(tmp_path / folder / "base.safetensors", seed=seed)
     train_concept(tmp_path / "chain" / "base.safetensors", tmp_path / "chain", "one", "0.05", 2)
-    left = tmp_path / "out" / f"left.safetensors{UNFINISHED}"
+    left = tmp_path / "out" / f"left.safetensors{LEFT}"
     left.write_bytes(b"half")
-    os.utime(left, (0, 0))
     with pytest.raises(InputError, match="is not the base of"):
         main(command.format(out=left.parent, other=tmp_path / "other", one=tmp_path / "chain" / "one").split())
     assert left.exists()
@@ -337,7 +379,7 @@ def test_an_output_through_a_link_to_an_input_is_refused(tmp_path):
     write_base(tmp_path / "base.safetensors")
     (tmp_path / "link.safetensors").hardlink_to(tmp_path / "base.safetensors")
     before = (tmp_path / "base.safetensors").read_bytes()
-    with pytest.raises(InputError, match="which is read"):
+    with pytest.raises(InputError, match="an input: choose"):
         main(["apply", f"{tmp_path}/base.safetensors", f"{tmp_path}/none.safetensors", "-o",
               f"{tmp_path}/link.safetensors"])  # fmt: skip
     assert (tmp_path / "base.safetensors").read_bytes() == before

@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from utils.selective_finetune import attach_slice
-from utils.slice_saving import save_checkpoint, save_slice
+from utils.slice_saving import UNFINISHED, save_checkpoint, save_slice, this_process
 from wan.configs import WanConfig
 from wan.loading import load_dit
 from wan.model import WanModel
 
 CONFIG = WanConfig("t2v", 48, 96, 4, 3, 16, 16, text_dim=24, freq_dim=32, text_len=7)
 METADATA = {"num_heads": "4", "text_len": "7"}
+LEFT = f".{this_process().split('-')[0]}-4194399-1{UNFINISHED}"  # by a process of this machine that is gone
 
 
 def write_base(path: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, prefix: str = "") -> Path:

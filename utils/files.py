@@ -1,15 +1,16 @@
-"""Users' files and folders, checked before they are used: reading, names, one writer at a time; sizes as text."""
+"""Users' files and folders, checked before they are used: reading, names, one writer at a time, left-overs."""
 
 import json
 import os
 import platform
+import re
 import reprlib
 import sys
 import tempfile
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -29,6 +30,9 @@ _JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
 _DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"
 }
+UNFINISHED = ".wan.tmp"  # as in slice_saving.py, which imports torch
+_TEMPORARY = re.compile(rf"(?P<name>.+)\.(?P<process>[0-9a-f]{{8}}-[0-9]+-[0-9]*){re.escape(UNFINISHED)}", re.DOTALL)
+_QUIET = 3600  # seconds without a byte, after which a writer that cannot be asked is taken to be gone
 _STARTING = 60  # seconds after which a lock without an owner in it is one that a crash left
 
 
@@ -140,6 +144,50 @@ def readable(count: int) -> str:
     """Bytes for a person to read, in decimal units: 28.6 GB."""
     unit, size = next(((u, s) for u, s in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)) if count >= s), ("kB", 1000))
     return f"{count / size:.1f} {unit}"
+
+
+def remove_unfinished(paths: Iterable[Path]) -> None:
+    """Deletes those of the files that are temporary and whose writer is gone; others, folders as well, stay."""
+    for path in paths:
+        with suppress(OSError):  # gone meanwhile, or open in another program: nothing that a writer needs
+            if is_left_over(path):
+                path.unlink()
+
+
+def finished_name(path: Path) -> str:
+    """The name that a temporary file was to take; of older versions' as well, which was NAME.wan.tmp."""
+    found = _TEMPORARY.fullmatch(path.name)
+    return found["name"] if found else path.name.removesuffix(UNFINISHED)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a file is a temporary one whose writer ended without taking it away; OSError if it is gone.
+
+    A writer on another machine, or of an older version, cannot be asked: it counts as gone after an hour without a
+    byte.
+    """
+    if not path.name.endswith(UNFINISHED) or path.is_dir():
+        return False
+    found = _TEMPORARY.fullmatch(path.name)
+    runs = is_running(found["process"]) if found else None
+    return time.time() - path.stat().st_mtime > _QUIET if runs is None else not runs
+
+
+def is_running(process: str) -> bool | None:
+    """Whether a process, by the name that slice_saving.this_process() gave it, still runs; None for other machines.
+
+    A later process of the same number is another one, where the name has its start (on Linux).
+    """
+    from utils.slice_saving import this_process  # torch takes seconds; only what writes needs it
+
+    machine, pid, start = process.split("-")
+    if machine != this_process().split("-")[0]:
+        return None
+    try:
+        started = started_at(int(pid))
+    except psutil.AccessDenied:  # another user's
+        return True
+    return started is not None and (not start or started.split()[-1] == start)
 
 
 @contextmanager

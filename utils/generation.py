@@ -29,7 +29,7 @@ from utils.sampling.denoising import (
 )
 from utils.sampling.prompts import SamplePrompt, parse_prompt_line
 from utils.slice_saving import base_identity
-from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file
+from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
 from utils.swap.memory_checks import check_memory
 from utils.swap.placement import LoadedWeights, check_swap, memory_line, place_model
@@ -146,7 +146,7 @@ def _read_expert(
     check_swap(widths, dtype, config.device, config.swap, mapped)
     lighter = "use a bf16 file" if is_fp8(header) else "leave out --dit_dtype"
     check_memory(header, widths, dtype, config.device, config.swap, f"{lighter}, so that the weights are read in place")
-    own = SlicesOnBase(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
+    own = slices_on_base(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     with_slices = "".join(f", with {entry.label}" for entry in own.entries)
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{with_slices}")
     for line in own.notes:

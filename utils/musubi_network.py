@@ -6,85 +6,43 @@ Copied into src/musubi_tuner with selective_finetune.py and slice_saving.py; no 
 import functools
 import glob
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if __package__:
-    from .selective_finetune import (
-        Ff,
-        SlicedMatrix,
-        SliceError,
-        attach_slice,
-        check_slice,
-        exact_fraction,
-        slice_forward,
-    )
-    from .slice_saving import (
-        check_concept,
-        read_header,
-        read_ledger,
-        refuse_base,
-        save_checkpoint,
-        save_slice,
-        stored_dtypes,
-    )
+    from . import selective_finetune as finetune
+    from . import slice_saving as saving
 else:  # as that trainer imports it
-    from selective_finetune import (
-        Ff,
-        SlicedMatrix,
-        SliceError,
-        attach_slice,
-        check_slice,
-        exact_fraction,
-        slice_forward,
-    )
-    from slice_saving import (
-        check_concept,
-        read_header,
-        read_ledger,
-        refuse_base,
-        save_checkpoint,
-        save_slice,
-        stored_dtypes,
-    )
+    import selective_finetune as finetune
+    import slice_saving as saving
 
-prepare_network = True  # that the module has this name is enough for network.prepare_network(flags) to be called
+prepare_network = True  # a module with this name has network.prepare_network(flags) called
+CHOICES = {"save": ("checkpoint", "slice"), "allow_overlap": ("no", "yes")}  # of --network_args; the first by default
 
 
 def create_arch_network(multiplier, network_dim, network_alpha, vae, text_encoders, unet, neuron_dropout=None, **args):
-    """The SliceNetwork that --network_args ask for: `ff`, `ffid`; `save` checkpoint or slice; `allow_overlap` yes."""
-    choices = {"save": ("checkpoint", "slice"), "allow_overlap": ("no", "yes")}
-    known = {"ff", "ffid"} <= args.keys() <= {"ff", "ffid", *choices} and args.get("ffid", "").isdecimal()
-    if not known or any(args.get(key, allowed[0]) not in allowed for key, allowed in choices.items()):
+    """The SliceNetwork that --network_args asks for: `ff`, `ffid`; `save` checkpoint or slice; `allow_overlap` yes."""
+    known = {"ff", "ffid"} <= args.keys() <= {"ff", "ffid", *CHOICES} and args.get("ffid", "").isdecimal()
+    if not known or any(args.get(key, allowed[0]) not in allowed for key, allowed in CHOICES.items()):
         given = " ".join(f"{key}={value}" for key, value in args.items())
-        raise SliceError(
+        raise finetune.SliceError(
             f"--network_args {given}: it takes ff=0.001 ffid=1 (a number) and, if wanted, save=slice, allow_overlap=yes"
         )
     if network_dim is not None or neuron_dropout is not None:
-        raise SliceError("a slice has no rank and no dropout: leave out --network_dim and --network_dropout")
-    check_slice(args["ff"], int(args["ffid"]))
-    allow_overlap = args.get("allow_overlap") == "yes"
-    return SliceNetwork(args["ff"], int(args["ffid"]), args.get("save", "checkpoint"), allow_overlap)
+        raise finetune.SliceError("a slice has no rank and no dropout: leave out --network_dim and --network_dropout")
+    finetune.check_slice(args["ff"], int(args["ffid"]))
+    return SliceNetwork(args["ff"], int(args["ffid"]), args.get("save"), args.get("allow_overlap") == "yes")
 
 
 def create_arch_network_from_weights(*_, **__):
     """What --base_weights and --dim_from_weights call before there is a network."""
-    raise SliceError(
-        "--base_weights and --dim_from_weights do not go with a slice, which trains on the values of the --dit file: "
+    raise finetune.SliceError(
+        "--base_weights and --dim_from_weights do not work with a slice, which trains the values of the --dit file: "
         "merge the LoRA into a file first"
     )
-
-
-def _refuse_overlap(ledger: Sequence[Mapping], ff: Ff, ffid: int) -> None:
-    share = exact_fraction(ff)
-    for entry in ledger:
-        theirs = exact_fraction(entry["ff"])
-        if max((entry["ffid"] - 1) * theirs, (ffid - 1) * share) < min(entry["ffid"] * theirs, ffid * share):
-            held = f"{entry['name']} (ff {entry['ff']} ffid {entry['ffid']})"
-            raise SliceError(f"--dit holds {held} in the values of ff {ff} ffid {ffid}: take another ffid")
 
 
 class SliceNetwork(nn.Module):
@@ -94,44 +52,60 @@ class SliceNetwork(nn.Module):
     the trainer uses copies (H2D-only swap) or fp8, the difference is multiplied beside the frozen linears.
     """
 
-    def __init__(self, ff: str, ffid: int, save: str, allow_overlap: bool):
+    def __init__(self, ff: str, ffid: int, save: str | None, allow_overlap: bool):
         super().__init__()
         self.ff, self.ffid, self.save, self.allow_overlap = ff, ffid, save, allow_overlap
         self.written: set[str] = set()  # weights that hold this step's values
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # in states; the trainer's count is not
+        register_optimizer_step_post_hook(self._count_step)
 
     def prepare_network(self, args) -> None:
         flags = vars(args)
         refused = {
             "dit_high_noise": "train each expert in a run of its own",
-            "network_weights": "go on with --resume, or give the checkpoint as --dit",
+            "network_weights": "continue with --resume, or give the checkpoint as --dit",
             "scale_weight_norms": "a slice has no norm to scale",
         }
         for flag, reason in refused.items():
             if flags.get(flag):
-                raise SliceError(f"--{flag} does not go with a slice: {reason}")
-        check_concept(str(args.output_name))
-        path = Path(args.dit)
+                raise finetune.SliceError(f"--{flag} does not work with a slice: {reason}")
+        self.name, path = str(args.output_name), Path(args.dit)
         shards = re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", path.name)
         self.base = sorted(path.parent.glob(glob.escape(path.name) if shards == path.name else shards))
-        refuse_base(Path(args.output_dir, f"{args.output_name}.safetensors"), self.base)
+        saving.refuse_base(Path(args.output_dir, f"{args.output_name}.safetensors"), self.base)
         if not self.allow_overlap:
-            _refuse_overlap(read_ledger(read_header(self.base)[1]), self.ff, self.ffid)
+            self._refuse_overlap(saving.read_ledger(saving.read_header(self.base)[1]))
         self.beside = bool(flags.get("block_swap_h2d_only") or flags.get("fp8_base"))
+
+    def _refuse_overlap(self, ledger: list[dict]) -> None:
+        share = finetune.exact_fraction(self.ff)
+        for entry in ledger:
+            theirs, number = finetune.exact_fraction(entry["ff"]), entry["ffid"]
+            if max((number - 1) * theirs, (self.ffid - 1) * share) < min(number * theirs, self.ffid * share):
+                held = f"{entry['name']} (ff {entry['ff']} ffid {number})"
+                raise finetune.SliceError(
+                    f"--dit holds {held} in the values of ff {self.ff} ffid {self.ffid}: take another ffid"
+                )
 
     def apply_to(self, text_encoders, unet: nn.Module, apply_text_encoder=False, apply_unet=True) -> None:
         # With block swap some blocks are still on the CPU; what lies around them is on the training device.
         device = next((p.device for p in unet.parameters() if p.device.type != "cpu"), torch.device("cpu"))
-        self.trained = attach_slice(unet, self.ff, self.ffid, device, beside=self.beside)
-        stored_dtypes(self.trained, self.base)  # so that what cannot be saved is told now
+        self.trained = finetune.attach_slice(unet, self.ff, self.ffid, device, beside=self.beside)
+        saving.snapshot(self.trained, self.base, self.name)  # what cannot be saved is an error before training
         for matrix in () if self.beside else self.trained.matrices.values():
             matrix.linear.forward = functools.partial(self._write_and_forward, matrix)
 
-    def _write_and_forward(self, matrix: SlicedMatrix, x: Tensor) -> Tensor:
+    def _write_and_forward(self, matrix: finetune.SlicedMatrix, x: Tensor) -> Tensor:
         # No call tells that an optimizer stepped before samples are drawn, so passes without gradients always write.
         if matrix.name not in self.written or not torch.is_grad_enabled():
             matrix.write(matrix.linear.weight)
             self.written.add(matrix.name)
-        return slice_forward(matrix, x)
+        return finetune.slice_forward(matrix, x)
+
+    def _count_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        first = next(self.parameters(), None)
+        if any(parameter is first for group in optimizer.param_groups for parameter in group["params"]):
+            self.steps += 1
 
     def on_step_start(self) -> None:
         self.written.clear()
@@ -149,8 +123,8 @@ class SliceNetwork(nn.Module):
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """A checkpoint (or slice file) in the base's dtypes: the trainer's `dtype` is that of LoRA files."""
         metadata = dict(metadata or {})
-        name, steps = metadata.get("ss_output_name", Path(file).stem), int(metadata.get("ss_steps", 0))
         if "modelspec.architecture" in metadata:
             metadata["modelspec.architecture"] = metadata["modelspec.architecture"].removesuffix("/lora")
-        save = save_slice if self.save == "slice" else save_checkpoint
-        save(self.trained, self.base, file, metadata, concept=name, steps=steps)
+        save = saving.save_slice if self.save == "slice" else saving.save_checkpoint
+        name = metadata.get("ss_output_name", self.name)
+        save(self.trained, self.base, file, metadata, concept=name, steps=int(self.steps))

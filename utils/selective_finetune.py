@@ -302,6 +302,8 @@ def attach_slice(
 class TrainedSlice(nn.Module):
     """A slice attached to a model: its parameters (fp32 differences from the start values) and its values in use."""
 
+    contract = CONTRACT
+
     def __init__(self, ff: Ff, ffid: int, matrices: Sequence[SlicedMatrix], name_of: NameOf, beside: bool):
         super().__init__()
         self.ff, self.ffid = str(ff).strip(), ffid

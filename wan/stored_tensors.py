@@ -23,6 +23,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # in flags and messages
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bf16`, `fp16` or `fp32`."""
+    return next(name for name, known in DTYPE_NAMES.items() if known == dtype)
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:

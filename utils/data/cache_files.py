@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from utils.files import file_problem
-from utils.slice_saving import UNFINISHED, whole_file
+from utils import files
+from utils.files import UNFINISHED, file_problem
+from utils.slice_saving import whole_file
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.safetensors_header import TensorEntry, read_file_header
@@ -62,9 +63,8 @@ def text_files(folder: Path) -> list[Path]:
 
 
 def remove_unfinished(folder: Path, ending: str) -> None:
-    """Deletes caches that a job left half written when it was killed: `ending` is _wan or _wan_te."""
-    for path in folder.glob(f"*{ending}.safetensors{UNFINISHED}"):
-        path.unlink()
+    """Deletes the unfinished caches of jobs that were killed; `ending` is _wan or _wan_te."""
+    files.remove_unfinished(folder.glob(f"*{ending}.safetensors*{UNFINISHED}"))
 
 
 def parse_image_name(path: Path) -> tuple[str, tuple[int, int]]:

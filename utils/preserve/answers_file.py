@@ -1,7 +1,7 @@
-"""Answers that a model once gave, kept in a file: what later concepts are held to, however long the chain.
+"""Reference predictions in a file: recorded once, so that later concepts are held to them, however long the chain.
 
-The file holds for prompt i its `i.text` [S, D] in bf16, as text caches do, and for answer j to it `i.j.noisy` and
-`i.j.velocity` [C, F, H, W] in fp16, all else in its metadata.
+For prompt i the file holds its `i.text` [S, D] in bf16, as text caches do, and for prediction j of it `i.j.noisy` and
+`i.j.velocity` [C, F, H, W] in fp16; all else is in its metadata.
 Shapes: C latent channels, F H W latent frames, height, width, S text tokens, D text width.
 """
 
@@ -30,7 +30,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a model said to a prompt at noisy latents, both [C, F, H, W] on the CPU, and timestep `t` (0 to 1000)."""
+    """What a model predicted for a prompt: noisy latents, velocity [C, F, H, W] on the CPU, timestep `t` (0-1000)."""
 
     noisy_CFHW: Tensor
     t: float
@@ -42,7 +42,7 @@ class Answer:
 
 
 class Question(Protocol):
-    """An answer that is still to be had."""
+    """A prediction that is still to be recorded."""
 
     @property
     def t(self) -> float: ...
@@ -52,9 +52,9 @@ class Question(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class OldPrompt:
-    """A prompt whose answers are preserved, the concept that it belongs to, if any, the answers that are kept of it.
+    """A prompt to preserve, the concept it belongs to, if any, and the reference predictions recorded for it.
 
-    `text_SD` is what the text encoder makes of it, on the CPU; None if it was not encoded yet.
+    `text_SD` is the encoded prompt on the CPU; None if it was not encoded yet.
     """
 
     text: str
@@ -64,25 +64,25 @@ class OldPrompt:
 
 
 def read_answers(path: Path, base: BaseModel, model: WanConfig) -> list[OldPrompt]:
-    """The prompts of an answers file, mapped from it; InputError if it is none, or of another base or kind of model.
+    """The prompts of a file of reference predictions, mapped from it.
 
-    InputError also for values that are not finite.
+    InputError if it is not one, belongs to another base or kind of model, or holds values that are not finite.
     """
-    entries, told = _read(path)
+    entries, table = _read(path)
     contents = mapped_bytes(path)
     ours = {key: entry for key, entry in entries.items() if entry.numel and entry.dtype in ("F16", "BF16")}
     tensors = {key: mapped_tensor(contents, entry) for key, entry in ours.items()}
     try:
-        concepts = read_ledger({KEY: told["concepts"]}, path)
-        prompts = [_prompt(number, fields, concepts, tensors) for number, fields in enumerate(told["prompts"])]
+        concepts = read_ledger({KEY: table["concepts"]}, path)
+        prompts = [_prompt(number, fields, concepts, tensors) for number, fields in enumerate(table["prompts"])]
     except (ValueError, TypeError, LookupError, RecursionError):
-        raise InputError(f"{path} is damaged: its list of answers ({ANSWERS_KEY}) cannot be read") from None
+        raise InputError(f"{path} is damaged: its list of predictions ({ANSWERS_KEY}) cannot be read") from None
     if len({old.text for old in prompts}) < len(prompts):
         raise InputError(f"{path} is damaged: it lists a prompt twice")
-    if not (told["base"].is_same(base) and all(_fits(old, model) for old in prompts)):
+    if not (table["base"].is_same(base) and all(_fits(old, model) for old in prompts)):
         raise InputError(
-            f"{path} holds the answers of another base model than --dit's (merged, or otherwise finetuned?): leave it "
-            "out"
+            f"{path} holds reference predictions of another base model than --dit's (merged, or otherwise finetuned?): "
+            "leave it out"
         )
     for key, values in tensors.items():
         _check_finite(values, key, path)
@@ -90,7 +90,7 @@ def read_answers(path: Path, base: BaseModel, model: WanConfig) -> list[OldPromp
 
 
 def is_of_run(path: Path, run: str) -> bool:
-    """Whether the file is there, whole, and holds what a run of these settings, as one hash, kept when it began."""
+    """Whether the file exists, is complete, and was recorded at the start of a run with these settings (their hash)."""
     with suppress(InputError):
         return _read(path)[1].get("run") == run
     return False
@@ -99,15 +99,16 @@ def is_of_run(path: Path, run: str) -> bool:
 def _read(path: Path) -> tuple[dict[str, TensorEntry], dict]:
     tensors, metadata = read_file_header(path)
     if ANSWERS_KEY not in metadata:
-        raise InputError(f"{path} holds no kept answers: give a file that a run wrote as NAME{ENDING}")
+        raise InputError(f"{path} holds no reference predictions: give a file that a run wrote as NAME{ENDING}")
     try:
-        told = json.loads(metadata[ANSWERS_KEY])
-        version, told["base"] = told["version"], BaseModel(str(told["base"]), tuple(told.get("base_values", ())))
+        table = json.loads(metadata[ANSWERS_KEY])
+        version, table["base"] = table["version"], BaseModel(str(table["base"]), tuple(table.get("base_values", ())))
     except (ValueError, TypeError, LookupError, RecursionError):
-        raise InputError(f"{path} is damaged: its list of answers ({ANSWERS_KEY}) cannot be read") from None
+        raise InputError(f"{path} is damaged: its list of predictions ({ANSWERS_KEY}) cannot be read") from None
     if type(version) is not int or version != _VERSION:
-        raise InputError(f"{path} is of version {str(version)[:20]}, this program reads {_VERSION}: update it")
-    return tensors, told
+        found = version if isinstance(version, int) else f"of type {type(version).__name__}"
+        raise InputError(f"{path} has version {str(found)[:20]}, this program reads {_VERSION}: update it")
+    return tensors, table
 
 
 def _fits(old: OldPrompt, model: WanConfig) -> bool:
@@ -121,9 +122,9 @@ def _fits(old: OldPrompt, model: WanConfig) -> bool:
 def write_answers(
     path: Path, base: BaseModel, run: str, asked: Sequence[tuple[OldPrompt, Sequence[Question]]], new: Iterator[Answer]
 ) -> None:
-    """Writes the encoded prompts, each with what is kept of it, then its questions' answers, in order from `new`.
+    """Writes the encoded prompts, each with its recorded predictions, then those of its questions, in order from `new`.
 
-    SliceError if the file cannot be written, InputError if an answer is not finite; what stood at `path` then stays.
+    SliceError if the file cannot be written, InputError if a value is not finite; what was at `path` then stays.
     """
     concepts = list(dict.fromkeys(old.concept for old, _ in asked if old.concept))
     rows = [[*old.kept, *questions] for old, questions in asked]
@@ -135,8 +136,8 @@ def write_answers(
         }
         for (old, _), row in zip(asked, rows, strict=True)
     ]
-    told = {"version": _VERSION, "base": base.identity, "base_values": base.values, "run": run}
-    told |= {"concepts": ledger_text(concepts), "prompts": prompts}
+    table = {"version": _VERSION, "base": base.identity, "base_values": base.values, "run": run}
+    table |= {"concepts": ledger_text(concepts), "prompts": prompts}
     texts = [old.text_SD.bfloat16() for old, _ in asked]
     tensors = {}
     for number, (text_SD, row) in enumerate(zip(texts, rows, strict=True)):
@@ -145,11 +146,11 @@ def write_answers(
         for place, answer in enumerate(row):
             for key in (f"{number}.{place}.noisy", f"{number}.{place}.velocity"):
                 tensors[key] = StoredTensor(key, "F16", list(answer.shape), answer_bytes(answer.shape) // 2)
-    write_safetensors(path, tensors, {ANSWERS_KEY: json.dumps(told)}, _chunks(path, texts, rows, new))
+    write_safetensors(path, tensors, {ANSWERS_KEY: json.dumps(table)}, _chunks(path, texts, rows, new))
 
 
 def answer_bytes(shape: Sequence[int]) -> int:
-    """What an answer at latents of this shape takes in the file."""
+    """Bytes in the file of a prediction at latents of this shape."""
     return 2 * 2 * math.prod(shape)
 
 
@@ -162,7 +163,7 @@ def _chunks(
         for answer in row:
             had = answer if isinstance(answer, Answer) else next(new)
             for values in (had.noisy_CFHW.half(), had.velocity_CFHW.half()):
-                _check_finite(values, f"answer at timestep {had.t:g}", path)
+                _check_finite(values, f"the prediction at timestep {had.t:g}", path)
                 yield _bytes(values)
 
 
@@ -176,22 +177,30 @@ def _check_finite(values: Tensor, what: str, path: Path) -> None:
 
 
 def _prompt(number: int, fields: Mapping, concepts: Sequence[Entry], tensors: Mapping[str, Tensor]) -> OldPrompt:
-    """One prompt of the list; ValueError, TypeError or LookupError where it is not as write_answers makes it."""
-    match fields["text"], fields["concept"], fields["timesteps"]:
-        case str(text), None | int() as place, [_, *_] as times if type(place) is not bool and (place or 0) >= 0:
-            text.encode()  # ValueError where halves of characters stand in it
-            kept = tuple(_answer(f"{number}.{i}", t, tensors) for i, t in enumerate(times))
-            text_SD = tensors[f"{number}.text"]
-            if text_SD.dim() == 2 and text_SD.dtype == torch.bfloat16:
-                return OldPrompt(text, None if place is None else concepts[place], kept, text_SD)
-    raise ValueError
+    """One prompt of the list; ValueError, TypeError or LookupError where it is not as write_answers writes it."""
+    text, place, times = fields["text"], fields["concept"], fields["timesteps"]
+    if not (isinstance(text, str) and isinstance(times, list) and times):
+        raise ValueError
+    text.encode()  # ValueError where it has halves of characters
+    text_SD = tensors[f"{number}.text"]
+    if text_SD.dim() != 2 or text_SD.dtype != torch.bfloat16:
+        raise ValueError
+    kept = tuple(_answer(f"{number}.{i}", t, tensors) for i, t in enumerate(times))
+    return OldPrompt(text, None if place is None else _at(concepts, place), kept, text_SD)
+
+
+def _at(concepts: Sequence[Entry], place: int) -> Entry:
+    if type(place) is not int or place < 0:
+        raise ValueError
+    return concepts[place]
 
 
 def _answer(key: str, t: float, tensors: Mapping[str, Tensor]) -> Answer:
-    answer = Answer(tensors[f"{key}.noisy"], t, tensors[f"{key}.velocity"])
-    shapes = {tuple(answer.noisy_CFHW.shape), tuple(answer.velocity_CFHW.shape)}
-    dtypes = {answer.noisy_CFHW.dtype, answer.velocity_CFHW.dtype}
-    is_answer = len(shapes) == 1 and len(answer.shape) == 4 and dtypes == {torch.float16}
-    if not (is_answer and type(t) is float and 0 <= t <= 1000):
+    noisy_CFHW, velocity_CFHW = tensors[f"{key}.noisy"], tensors[f"{key}.velocity"]
+    if type(t) is not float or not 0 <= t <= 1000:
         raise ValueError
-    return answer
+    if noisy_CFHW.dim() != 4 or noisy_CFHW.shape != velocity_CFHW.shape:
+        raise ValueError
+    if {noisy_CFHW.dtype, velocity_CFHW.dtype} != {torch.float16}:
+        raise ValueError
+    return Answer(noisy_CFHW, t, velocity_CFHW)

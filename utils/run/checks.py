@@ -26,12 +26,11 @@ from utils.run.plan import TrainingPlan, plan_training
 from utils.run.save_schedule import check_saves, disk_use, planned_saves, remove_unfinished
 from utils.run.state import choose_state
 from utils.run.state_check import check_state, expected_state
-from utils.run.write import read_slices
 from utils.selective_finetune import check_slice
 from utils.slices.base_identity import base_model
 from utils.slices.ledger import own_entry
 from utils.slices.lora import lora_bytes
-from utils.slices.on_base import SlicesOnBase, units_of
+from utils.slices.on_base import SlicesOnBase, read_below, units_of
 from utils.swap.memory_checks import StepNeeds, check_memory
 from utils.swap.placement import check_swap
 from wan.configs import TASKS, WanConfig
@@ -44,6 +43,7 @@ from wan.loading import (
     is_fp8,
     read_checkpoint_header,
 )
+from wan.stored_tensors import dtype_name
 
 _STATE_BYTES = 12  # a value: the difference, two of AdamW
 
@@ -83,7 +83,9 @@ class RunPlan:
 def read_inputs(config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Inputs:
     """Reads the headers, slices and caches that a run is given; InputError if they do not fit together."""
     header, model_config = read_dit(config, accelerator.device)
-    below = read_slices(config, header)
+    own = own_entry(config.ff, config.ffid, config.save.name)
+    dtype = COMPUTE_DTYPES[config.mixed_precision]
+    below = read_below(config.dit, header, config.slices, own, dtype, config.continue_slice, config.allow_overlap)
     dataset = build_training_dataset(config.dataset)
     check_dataset(dataset, model_config, config)
     return Inputs(header, model_config, below, dataset, _agree_on_seed(config, say))
@@ -258,8 +260,3 @@ def say_what_is_read(
         say(line)
     if line := expert_line(TASKS[config.task], config.dit, config.timesteps):
         say(line)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bf16`, `fp16` or `fp32`."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

@@ -15,9 +15,10 @@ from utils.preserve.old_prompts import preserve_lines
 from utils.run.plan import TrainingPlan
 from utils.run.run import Run
 from utils.run.save_schedule import DiskUse
-from utils.run.write import ledger_lines
 from utils.selective_finetune import TrainedSlice
-from utils.slices.ledger import Entry, ids_line, own_entry
+from utils.slices.ledger import Entry, own_entry
+from utils.slices.on_base import lines_below
+from utils.slices.overlaps import ids_line
 from utils.swap.placement import Placement, memory_line
 from wan.configs import WanConfig, WanTask
 from wan.model import WanModel
@@ -29,7 +30,10 @@ def opening_lines(run: Run, placement: Placement, input_bytes: int, saving_lines
     """All of them; `input_bytes` of each block's input wait on the host, `saving_lines` say what will be written."""
     config, below, trained = run.config, run.below, run.trained
     own = own_entry(config.ff, config.ffid, config.save.name)
-    lines = [*ledger_lines(config, run.header, below), *slice_lines(trained, run.model, below.entries)]
+    lines = [
+        *lines_below(config.dit, below, own, config.continue_slice),
+        *slice_lines(trained, run.model, below.entries),
+    ]
     lines += preserve_lines(run.preserved, below.entries, own)
     lines.append(f"{memory_line(placement, run.accelerator.device)}; {slice_memory(trained, run.model)}")
     if input_bytes:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from utils.files import readable, writable_folder
+from utils import files
+from utils.files import UNFINISHED, finished_name, readable, writable_folder
 from utils.preserve.answers_file import ENDING
-from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
 from wan.loading import is_shard
 from wan.safetensors_header import read_file_header
@@ -166,29 +166,24 @@ def _check_name(output: Path) -> None:
         raise InputError(
             f"{output.name} would look like one part of a checkpoint in several files: choose another --output_name"
         )
-    for path in (output, output.with_name(f"{output.name}{UNFINISHED}")):
-        if path.is_dir():
-            raise InputError(
-                f"{path} is a folder, and the run writes a file of that name: move it, or choose another --output_name"
-            )
+    if output.is_dir():
+        raise InputError(
+            f"{output} is a folder, and the run writes a file of that name: move it, or choose another --output_name"
+        )
 
 
 def remove_unfinished(config: SaveConfig) -> None:
-    """Deletes the unfinished files that a run of this name left when it was killed."""
-    stem = f"{re.escape(config.name)}{_TURN}?"
-    half_written = re.compile(f"{stem}({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})")
-    # As training_samples names them; another run's name may begin with this one's and an underscore.
+    """Deletes the unfinished files that a run of this name left when it was killed; a living writer's stay."""
+    saved = re.compile(f"{re.escape(config.name)}{_TURN}?({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})")
+    # As run/samples names them; another run's name may begin with this one's and an underscore.
     sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)")
-    for path in config.folder.glob(f"sample/*{UNFINISHED}"):
-        if sample.fullmatch(path.name.removesuffix(UNFINISHED)) and not path.is_dir():
-            path.unlink()
-    for path in [*config.folder.glob(f"*{UNFINISHED}"), *config.folder.glob(f"*{STATE}/*{UNFINISHED}")]:
-        in_state = re.fullmatch(stem + STATE, path.parent.name) and path.parent != config.folder
-        own = in_state or half_written.fullmatch(path.name.removesuffix(UNFINISHED))
-        if own and not path.is_dir():
-            path.unlink()
-            if in_state and not any(path.parent.iterdir()):
-                path.parent.rmdir()
+    for own, folder in ((saved, config.folder), (sample, config.folder / "sample")):
+        files.remove_unfinished(path for path in folder.glob(f"*{UNFINISHED}") if own.fullmatch(finished_name(path)))
+    for folder in config.folder.glob(f"*{STATE}"):
+        if is_state_of(config, folder.name) and (left := list(folder.glob(f"*{UNFINISHED}"))):
+            files.remove_unfinished(left)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def remove_expired(save: Save) -> list[str]:

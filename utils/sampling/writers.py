@@ -4,7 +4,6 @@ Shapes: T frames, H W height and width in pixels, C latent channels, F h w laten
 """
 
 import re
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +15,16 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from utils import files
+from utils.files import UNFINISHED, finished_name
 from utils.sampling.denoising import check_finite
-from utils.slice_saving import UNFINISHED, whole_file
+from utils.slice_saving import whole_file
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.state_dict_files import read_state_dict
 
 LATENT_KEY = "latent"
 _LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_GONE = 600  # seconds without a byte
 _THREADS = 1  # with more, x264 now and then gives other bytes for the same frames while the CPU is busy
 _NAME = re.compile(r"\d{8}-\d{6}-\d{3}_.*\.(png|mp4|safetensors)")  # the names of generation
 
@@ -103,10 +103,9 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Deletes half-written outputs in `folder` whose writers are surely gone: others may be at work in it."""
-    for path in [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")]:
-        if _NAME.fullmatch(path.name.removesuffix(UNFINISHED)) and time.time() - path.stat().st_mtime > _GONE:
-            path.unlink()
+    """Deletes the unfinished outputs in `folder` of writers that are gone: others may be at work in it."""
+    paths = [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")]
+    files.remove_unfinished(path for path in paths if _NAME.fullmatch(finished_name(path)))
 
 
 @contextmanager

@@ -1,25 +1,27 @@
-"""The ledger in a file's metadata: which slices it holds, where they overlap, which ids are free.
+"""The ledger in a file's metadata: which slices it holds.
 
 Imports no torch, so that a command can list a folder of files at once.
 """
 
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from functools import cached_property
 
 from wan.errors import InputError
 
 KEY = "wan_slices"
-ANSWERS_KEY = "wan_answers"  # of files that hold kept answers, and no slice
+ANSWERS_KEY = "wan_answers"  # of files that hold reference predictions, and no slice
+_DESCRIPTIONS = ("ss_", "modelspec.")  # what the names of metadata begin with that say how a file was made
 CONTRACT = 1
 _STRONGEST = 1e6
 _HASH = re.compile(r"[0-9a-f]{64}")
-# What a share, a name may be stands in selective_finetune.py too, which a foreign trainer has alone.
+_MOST_NAMED = 5  # slices in one message
+# What a share and a name may be is also in the patch, which other trainers have without this file.
 _SHARE = re.compile(r"\+?([0-9]+/[0-9]+|([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?)")
 _LONGEST_SHARE = 40  # characters
 _LONGEST_NAME = 255  # characters
@@ -30,12 +32,12 @@ _LONGEST_CAPTION = 10_000  # characters
 
 @dataclass(frozen=True)
 class Entry:
-    """One slice in a file: contract version, share, number; how it came there; what it was trained on.
+    """One slice in a file: contract version, share, number; how it got there; what it was trained on.
 
     `base` is the base's identity, `start` the digest of the base's values at the slice's positions: None in files of
-    the first version. `strength` is the factor on what was learned that the values in the file have; `rescaled` says
-    that they were rounded at another one before, so are near it only. `captions` are a few of those that it was trained
-    on.
+    the first version. `strength` is the factor on what was learned that the values in the file have; `rescaled` means
+    that they were rounded at another one before, so they are only near it. `captions` are a few of those that it was
+    trained on.
     """
 
     contract: int
@@ -43,37 +45,37 @@ class Entry:
     ffid: int
     name: str
     steps: int
-    date: str
+    date: str = ""
     base: str | None = None
     start: str | None = None
     strength: float = 1.0
     rescaled: bool = False
     captions: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def interval(self) -> tuple[Fraction, Fraction]:
         """Where the slice lies on every matrix's line, from 0 to 1."""
-        ff = _fraction(self.ff)
+        ff = fraction_of(self.ff)
         return (self.ffid - 1) * ff, self.ffid * ff
 
     @property
     def age(self) -> tuple:
-        """What entries are sorted by, oldest first."""
+        """The key that sorts entries, oldest first."""
         return self.date, self.interval, self.name
 
     @property
     def label(self) -> str:
         """The slice in words."""
-        told = "" if self.strength == 1 and not self.rescaled else f", strength {self.strength_text}"
-        return f"{self.name or 'unnamed'} (ff {self.ff} ffid {self.ffid}{told})"
+        strength = "" if self.strength == 1 and not self.rescaled else f", strength {self.strength_text}"
+        return f"{self.name or 'unnamed'} (ff {self.ff} ffid {self.ffid}{strength})"
 
     @property
     def strength_text(self) -> str:
-        """The strength, marked where the values are near it only."""
+        """The strength, marked where the values are only near it."""
         return f"{self.strength:g}{' rescaled' if self.rescaled else ''}"
 
     def overlaps(self, other: "Entry") -> bool:
-        """Whether the two may share a value; of another contract's slice nothing is known, so it may."""
+        """Whether the two may share a value; they may if one follows another contract, which is not known here."""
         if self.contract != other.contract:
             return True
         (a, b), (c, d) = self.interval, other.interval
@@ -86,7 +88,7 @@ class Entry:
 
 def own_entry(ff: str, ffid: int, name: str) -> Entry:
     """The slice that a run trains, before its first step."""
-    return Entry(CONTRACT, ff, ffid, name, 0, "")
+    return Entry(CONTRACT, ff, ffid, name, 0)
 
 
 def read_ledger(metadata: Mapping[str, str], source: object) -> list[Entry]:
@@ -105,114 +107,108 @@ def ledger_text(entries: Sequence[Entry]) -> str:
     return json.dumps([_fields(entry) for entry in entries])
 
 
+def description(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of a file's metadata only says how it was made, and so may go with a slice to other files.
+
+    The rest says what the model is (num_heads, text_len), which a slice does not change.
+    """
+    return {key: text for key, text in metadata.items() if key.startswith(_DESCRIPTIONS)}
+
+
 def at_strength(entry: Entry, strength: float) -> Entry:
     """The entry with `strength` times what it has; InputError beyond a million."""
     product = strength * entry.strength
     if not abs(product) <= _STRONGEST:
-        raise InputError(f"{entry.label} at {strength:g} times that: allowed is a strength up to {_STRONGEST:,.0f}")
+        raise InputError(f"{entry.label} at {strength:g} times that: the largest strength is {_STRONGEST:,.0f}")
     return replace(entry, strength=product, rescaled=entry.rescaled or (entry.strength != 1 and strength not in (0, 1)))
 
 
-def extended(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
-    """The ledger with `entry` as its newest; a slice that was trained further keeps its first start, adds up steps."""
-    earlier = [other for other in entries if other.is_slice_of(entry)]
-    if earlier:
-        entry = replace(entry, steps=entry.steps + sum(e.steps for e in earlier), start=earlier[0].start)
-    return [*(other for other in entries if other not in earlier), entry]
-
-
 def is_concept_name(text: str) -> bool:
-    """Whether a ledger may name a concept so: 255 characters at the most, none that steers a terminal."""
+    """Whether a concept may have this name: at most 255 characters, none of them a control character."""
     refused = (character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Cs"))
     return len(text) <= _LONGEST_NAME and all(character in _JOINERS for character in refused)
 
 
 def is_caption(text: str) -> bool:
-    """Whether a ledger may tell a caption so: 10,000 characters at the most, none but whitespace is a control."""
+    """Whether a ledger may hold this caption: at most 10,000 characters, no control characters but whitespace."""
     refused = (character for character in text if unicodedata.category(character) in ("Cc", "Cs"))
     return len(text) <= _LONGEST_CAPTION and all(character in "\t\n\r" for character in refused)
 
 
-def free_ids(entries: Sequence[Entry], ff: str) -> tuple[int, int, int | None]:
-    """How many ids of `ff` no entry touches, of how many, and the first of them.
-
-    Counted over intervals, since there may be more ids than memory has room for.
-    """
-    share = _fraction(ff)
-    last = int(1 / share)
-    used = sorted(
-        (math.floor(low / share) + 1, min(math.ceil(high / share), last)) for low, high in (e.interval for e in entries)
-    )
-    taken, end, first_free = 0, 0, 1
-    for first, final in used:
-        taken += max(final - max(first, end + 1) + 1, 0)
-        end = max(end, final)
-        if first <= first_free <= final:
-            first_free = final + 1
-    return last - taken, last, first_free if first_free <= last else None
+def recorded_captions(captions: Sequence[str]) -> list[str]:
+    """Those of the captions that a ledger records: the first hundred, of those that read_ledger would not refuse."""
+    return [caption for caption in captions if is_caption(caption)][:_MOST_CAPTIONS]
 
 
-def ids_line(entries: Sequence[Entry], ff: str) -> str:
-    """How many ids are free at this ff, and which one to take."""
-    free, last, first = free_ids(entries, ff)
-    following = f", the next is --ffid {first}" if first else ""
-    return f"{free:,} of {last:,} ids at ff {ff} are free{following}"
+def list_of(texts: Sequence[str], separator: str = ", ") -> str:
+    """The texts as one, of which a message names the first few."""
+    more = [f"{len(texts) - _MOST_NAMED:,} more"] if len(texts) > _MOST_NAMED else []
+    return separator.join([*texts[:_MOST_NAMED], *more])
 
 
-def refuse_overlap(entries: Sequence[Entry], entry: Entry, source: object, advice: str) -> None:
-    """InputError with what overlaps, by how much, and the next free id, if `entry` lies over one of `entries`."""
-    if met := meetings(entries, entry):
-        raise InputError(f"{source} already holds {met}. {ids_line(entries, entry.ff)}. {advice}")
-
-
-def meetings(entries: Sequence[Entry], entry: Entry) -> str:
-    """What of `entries` overlaps `entry`, by how much, in words; empty if nothing does."""
-    return "; ".join(_meeting(other, entry) for other in entries if other.overlaps(entry))
-
-
-def _meeting(other: Entry, entry: Entry) -> str:
-    if other.contract != entry.contract:
-        return f"{other.label}, of contract {other.contract}, whose values are not known"
-    (a, b), (c, d) = other.interval, entry.interval
-    share = float((min(b, d) - max(a, c)) / (d - c))
-    return f"{other.label}, which has {100 * share:.3g} % of the values of ff {entry.ff} ffid {entry.ffid}"
-
-
-def _fraction(ff: str) -> Fraction:
+def fraction_of(ff: str) -> Fraction:
+    """The exact share of a ledger's entry."""
     return Fraction(ff) if "/" in ff else Fraction(Decimal(ff))
 
 
 def _entry(fields: object, source: object) -> Entry:
-    match fields:
-        case {"contract": int(contract), "ff": str(ff), "ffid": int(ffid), "name": str(name), "steps": int(steps)}:
-            date, base, start, strength = (fields.get(key) for key in ("date", "base", "start", "strength"))
-            rescaled, captions = fields.get("rescaled", False), fields.get("captions", [])
-        case _:
-            raise InputError(f"{source}: its ledger has an entry that is no slice; the file is damaged")
-    possible = {
-        "ff or ffid": _is_slice(ff, ffid),
-        "name": is_concept_name(name),
-        "steps": 0 <= steps < 10**12,
-        "date": isinstance(date, str | None) and len(date or "") <= 40 and (date or "").isprintable(),
-        "base": _is_hash(base),
-        "start": _is_hash(start),
-        "strength": type(strength) in (int, float, type(None)) and abs(strength or 0) <= _STRONGEST,
-        "rescaled": isinstance(rescaled, bool),
-        "captions": isinstance(captions, list)
-        and len(captions) <= _MOST_CAPTIONS
-        and all(isinstance(caption, str) and is_caption(caption) for caption in captions),
-    }
-    if wrong := [what for what, is_possible in possible.items() if not is_possible]:
-        raise InputError(
-            f"{source}: its ledger names a slice that cannot be (ff {ff[:40]!a} ffid {str(ffid)[:20]}) by its "
-            f"{', '.join(wrong)}; the file is damaged"
-        )
-    strength = 1.0 if strength is None else strength
-    return Entry(contract, ff, ffid, name, steps, date or "", base, start, strength, rescaled, tuple(captions))
+    if not isinstance(fields, dict):
+        raise InputError(f"{source}: its ledger has an entry that is not a slice; the file is damaged")
+    found = {key: fields.get(key) for key in _IS_VALID}
+    wrong = [key for key, is_valid in _IS_VALID.items() if not is_valid(found[key])]
+    if not wrong and not _is_slice(found["ff"], found["ffid"]):
+        wrong = ["ff", "ffid"]
+    if wrong:
+        text = ", ".join(f"{key} {_shown(found[key])}" for key in wrong)
+        raise InputError(f"{source}: its ledger has an entry that cannot be right ({text}); the file is damaged")
+    captions = tuple(found.pop("captions") or ())
+    return Entry(**{key: value for key, value in found.items() if value is not None}, captions=captions)
+
+
+def _shown(value: object) -> str:
+    return ascii(value)[:40] if isinstance(value, str | int | float | None) else f"of type {type(value).__name__}"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 10**12
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and is_concept_name(value)
+
+
+def _is_date(value: object) -> bool:
+    return value is None or (isinstance(value, str) and len(value) <= 40 and value.isprintable())
 
 
 def _is_hash(value: object) -> bool:
     return value is None or (isinstance(value, str) and _HASH.fullmatch(value) is not None)
+
+
+def _is_strength(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) <= _STRONGEST)
+
+
+def _are_captions(value: object) -> bool:
+    if value is None:
+        return True
+    few = isinstance(value, list) and len(value) <= _MOST_CAPTIONS
+    return few and all(isinstance(caption, str) and is_caption(caption) for caption in value)
+
+
+_IS_VALID = {
+    "contract": _is_count,
+    "ff": lambda value: isinstance(value, str),
+    "ffid": lambda value: type(value) is int,
+    "name": _is_name,
+    "steps": _is_count,
+    "date": _is_date,
+    "base": _is_hash,
+    "start": _is_hash,
+    "strength": _is_strength,
+    "rescaled": lambda value: value is None or isinstance(value, bool),
+    "captions": _are_captions,
+}
 
 
 def _is_slice(ff: str, ffid: int) -> bool:
@@ -228,7 +224,7 @@ def _is_slice(ff: str, ffid: int) -> bool:
 
 
 def _fields(entry: Entry) -> dict:
-    captions = [caption for caption in entry.captions if is_caption(caption)][:_MOST_CAPTIONS]
+    captions = recorded_captions(entry.captions)
     fields = asdict(entry) | {"captions": captions}
     if entry.strength == 1:
         del fields["strength"]

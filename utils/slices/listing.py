@@ -3,11 +3,16 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import islice
 from pathlib import Path
 
-from utils.slices.ledger import ANSWERS_KEY, Entry, free_ids, ids_line, read_ledger
+from utils.files import readable
+from utils.slices.ledger import ANSWERS_KEY, Entry, read_ledger
+from utils.slices.overlaps import free_ids, ids_line, overlapping
 from wan.safetensors_header import TensorEntry, read_file_header
+
+_MOST_OVERLAPS = 1000  # that are listed: of n slices there may be n * n
+_MOST_SHARES = 20
 
 
 @dataclass(frozen=True)
@@ -22,20 +27,15 @@ class ListedFile:
 
 
 def list_files(paths: Sequence[Path]) -> list[ListedFile]:
-    """The files by their headers; InputError if one is no safetensors file."""
+    """The files by their headers; InputError if one is not a safetensors file."""
     return [_listed(path) for path in paths]
 
 
 def slices_by_base(files: Sequence[ListedFile]) -> dict[str | None, list[Entry]]:
-    """The slices of all files, once each, by their base's identity; one that tells none may be any base's."""
+    """The slices of all files, once each, by their base's identity; one that records none may be any base's."""
     entries = [entry for file in files for entry in file.entries]
     bases = list(dict.fromkeys(entry.base for entry in entries if entry.base)) or [None]
     return {base: _distinct([entry for entry in entries if entry.base in (base, None)]) for base in bases}
-
-
-def overlaps(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-    """Every two slices of one base that share values."""
-    return [(a, b) for a, b in combinations(entries, 2) if a.overlaps(b)]
 
 
 def table(files: Sequence[ListedFile]) -> list[str]:
@@ -43,20 +43,21 @@ def table(files: Sequence[ListedFile]) -> list[str]:
     rows = [("file", "kind", "size", "slice", "ff", "ffid", "steps", "date", "base", "strength")]
     names = Counter(file.path.name for file in files)
     for file in files:
-        name = file.path.name if names[file.path.name] == 1 else str(file.path)
-        start = (name, file.kind, _size(file.size))
+        path = file.path.name if names[file.path.name] == 1 else str(file.path)
+        start = (path, file.kind, readable(file.size))
         rows += [(*start, *_cells(entry)) for entry in file.entries]
         if not file.entries:
-            told = ("-", "-") if file.kind == "answers" else ("no ledger", "unknown")
-            rows.append((*start, told[0], "", "", "", "", told[1], ""))
+            name, base = ("-", "-") if file.kind == "answers" else ("no ledger", "unknown")
+            rows.append((*start, name, "", "", "", "", base, ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     by_base = slices_by_base(files)
     for base, entries in by_base.items():
         if len(by_base) > 1:
             lines.append(f"on base {base[:12]}:")
-        met = [f"overlap: {a.label} and {b.label}" for a, b in overlaps(entries)]
-        lines += met or ["no two of these slices overlap"]
+        met = [f"overlap: {a.label} and {b.label}" for a, b in islice(overlapping(entries), _MOST_OVERLAPS + 1)]
+        lines += met[:_MOST_OVERLAPS] or ["no two of these slices overlap"]
+        lines += ["there are more overlaps"] if len(met) > _MOST_OVERLAPS else []
         lines += [ids_line(entries, ff) for ff in _shares(entries)]
     return lines
 
@@ -69,12 +70,13 @@ def as_json(files: Sequence[ListedFile]) -> dict:
 
 def _on_base(base: str | None, entries: Sequence[Entry]) -> dict:
     ids = {ff: dict(zip(("free", "of", "next"), free_ids(entries, ff), strict=True)) for ff in _shares(entries)}
-    return {"base": base, "overlaps": [[a.label, b.label] for a, b in overlaps(entries)], "ids": ids}
+    met = [[a.label, b.label] for a, b in islice(overlapping(entries), _MOST_OVERLAPS)]
+    return {"base": base, "overlaps": met, "ids": ids}
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
-    told = (entry.name or "-", entry.ff, str(entry.ffid), str(entry.steps), entry.date[:10] or "-")
-    return (*told, (entry.base or "unknown")[:12], entry.strength_text)
+    cells = (entry.name or "-", entry.ff, str(entry.ffid), str(entry.steps), entry.date[:10] or "-")
+    return (*cells, (entry.base or "unknown")[:12], entry.strength_text)
 
 
 def _listed(path: Path) -> ListedFile:
@@ -99,9 +101,4 @@ def _distinct(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _shares(entries: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(entry.ff for entry in entries))
-
-
-def _size(count: int) -> str:
-    unit, size = next(((u, s) for u, s in (("GB", 10**9), ("MB", 10**6)) if count >= s), ("kB", 1000))
-    return f"{count / size:.1f} {unit}"
+    return list(islice(dict.fromkeys(entry.ff for entry in entries), _MOST_SHARES))

@@ -1,4 +1,4 @@
-"""A slice as an ordinary LoRA, for loaders that know no slices.
+"""A slice as an ordinary LoRA, for loaders that do not know slices.
 
 What a slice changes in a matrix lies in few columns, so it is a product of two: `up` [out, rank] holds the changes, a
 column of the matrix each, and `down` [rank, in] says which column. The rank of each matrix is what it needs.
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from utils.selective_finetune import SliceUnits
-from utils.slice_saving import StoredTensor, write_safetensors
+from utils.slice_saving import DTYPES, StoredTensor, write_safetensors
 from utils.slices.ledger import KEY, Entry, ledger_text
 from utils.slices.on_base import same_bits
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_STORED = {dtype: name for name, dtype in DTYPES.items()}
 # Of the original names, longest first where one begins another.
 _DIFFUSERS = {
     "self_attn.": "attn1.",
@@ -87,7 +86,7 @@ def write_lora(
             layout[alpha] = _stored(alpha, torch.float32, [])
     found = Counter()
     chunks = _chunks(units, start, final, names, dtype, found)
-    write_safetensors(path, layout, {**metadata, **_told(entry, units, names)}, chunks)
+    write_safetensors(path, layout, {**metadata, **_own_metadata(entry, units, names)}, chunks)
     return LoraReport(found["values"], found["different"], found["largest_error"])
 
 
@@ -144,14 +143,17 @@ def _stored(name: str, dtype: torch.dtype, shape: list[int]) -> StoredTensor:
     return StoredTensor(name, _STORED[dtype], shape, math.prod(shape) * dtype.itemsize)
 
 
-def _told(entry: Entry, units: Mapping[str, SliceUnits], names: str) -> dict[str, str]:
-    told = {KEY: ledger_text([entry]), "modelspec.architecture": "wan2.1/lora"}
+def _own_metadata(entry: Entry, units: Mapping[str, SliceUnits], names: str) -> dict[str, str]:
+    metadata = {KEY: ledger_text([entry]), "modelspec.architecture": "wan2.1/lora"}
     ranks = {lora_names(name, names)[0].removesuffix(".lora_A.weight"): rank_of(own) for name, own in units.items()}
     most = Counter(ranks.values()).most_common(1)[0][0]
     if names == "comfyui":
-        return {**told, "ss_network_module": "networks.lora_wan", "ss_network_dim": str(most)}
+        return {**metadata, "ss_network_module": "networks.lora_wan", "ss_network_dim": str(most)}
     # Without it a loader may take one alpha for matrices of different ranks.
     others = {module.removeprefix("transformer."): rank for module, rank in ranks.items() if rank != most}
     config = {"r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others}
     config["target_modules"] = [module.removeprefix("transformer.") for module in ranks]
-    return {**told, "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    return {
+        **metadata,
+        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()}),
+    }
