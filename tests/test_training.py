@@ -16,6 +16,7 @@ from utils.data.cache_files import image_latents_path, read_latents, read_text, 
 from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.files import readable, sole_writer
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
+from utils.run import step
 from utils.selective_finetune import SliceError, slice_indices
 from utils.slice_saving import UNFINISHED
 from wan.errors import InputError
@@ -235,7 +236,7 @@ def test_every_item_of_the_run_has_its_own_number(folder, monkeypatch):
         numbers.extend(range(first_item, first_item + len(generators)))
         return draw_uniforms(timesteps, generators, seed, first_item)
 
-    monkeypatch.setattr(training, "draw_uniforms", record)
+    monkeypatch.setattr(step, "draw_uniforms", record)
     run(folder, "--gradient_accumulation_steps", "2")
     assert numbers == list(range(2 * len(ITEMS)))
 
@@ -384,7 +385,10 @@ def test_processes_wait_a_day_for_what_the_main_one_does_alone(folder, monkeypat
 
 def test_a_second_run_of_the_same_name_is_refused_while_one_writes(folder):
     (folder / "out").mkdir()
-    with sole_writer(folder / "out", "one", "a run", ""), pytest.raises(InputError, match=r"--output_name one in .*out"):
+    with (
+        sole_writer(folder / "out", "one", "a run", ""),
+        pytest.raises(InputError, match=r"--output_name one in .*out"),
+    ):
         run(folder)
     run(folder, "--max_train_steps", "1")
     assert not list((folder / "out").glob("*.lock"))

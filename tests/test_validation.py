@@ -1,15 +1,20 @@
 """Validation: the loss on held-out pictures at fixed noise, and how far predictions at general captions have moved."""
 
+import re
+
 import pytest
 import torch
-from tiny_run import CONFIG, write_dataset
+from tiny_run import CONFIG, run, write_dataset, write_inputs, write_sample_models
 
 from utils.data.cache_files import read_latents, read_text
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset
 from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.general_captions import general_captions
-from utils.run.validation import LEVELS, Probe, curves, forgetting_sums, predictions, probe_inputs, validation_sums
+from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
+from utils.run.noise_bins import curves
+from utils.run.validation import LEVELS, validation_sums
+from utils.slice_saving import read_header, read_ledger
 from wan.errors import InputError
 from wan.model import WanModel
 
@@ -71,8 +76,7 @@ def test_the_loss_is_that_of_each_picture_at_each_noise_level_in_plain_arithmeti
 
 def probe_of(model, items, most_values=10**6):
     texts = [torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3)]
-    noisy, t, contexts = probe_inputs(texts, items, UNIFORM, 5)
-    return Probe(noisy, t, contexts, predictions(model, noisy, t, contexts, most_values, CPU))
+    return start_probe(ProbedOn(texts, items, UNIFORM, 5), model, most_values, CPU)
 
 
 def test_forgetting_is_the_squared_distance_from_the_start(config, model):
@@ -102,3 +106,78 @@ def test_the_probe_asks_nothing_that_is_trained_or_preserved():
     every = general_captions()
     assert len(every) == len(set(every)) > 50 and not any(line.startswith("#") for line in every)
     assert general_captions(without=[every[3], f" {every[0]} "]) == [every[1], every[2], *every[4:]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_inputs(tmp_path)
+    flags = write_sample_models(tmp_path)
+    data = tmp_path / "data.toml"
+    data.write_text(data.read_text(encoding="utf-8") + "\n[general]\nvalidation_split = 0.25\n", encoding="utf-8")
+    return tmp_path, [flag for flag in flags if flag.startswith(("--t5", "--tokenizer"))]
+
+
+def validated(lines):
+    """Step -> its validation loss and forgetting, as a run printed them."""
+    pattern = r"step (\d+): validation loss (\S+) \(.*\); forgetting (\S+) \("
+    found = (re.match(pattern, line) for line in lines)
+    return {int(match[1]): (float(match[2]), float(match[3])) for match in found if match}
+
+
+def test_a_run_is_validated_from_its_start_to_its_end(folder):
+    folder, t5 = folder
+    told = validated(run(folder, *t5, "--validate_every_n_steps", "3"))
+    assert list(told) == [0, 3, 6] and told[0][1] == 0 < told[3][1] < told[6][1]
+    assert len({loss for loss, _ in told.values()}) == 3
+
+
+def test_a_resumed_run_is_validated_as_the_uninterrupted_one(folder):
+    folder, t5 = folder
+    flags = (*t5, "--validate_every_n_steps", "1", "--save_every_n_steps", "3", "--save_state", "--save_best")
+    whole = validated(run(folder, *flags))
+    best = (folder / "out" / "one-best.slice.safetensors").read_bytes()
+    (folder / "out" / "one.safetensors").unlink()
+    resumed = run(folder, *flags, "--resume", str(folder / "out" / "one-step00000003-state"))
+    assert validated(resumed) == {step: values for step, values in whole.items() if step > 3}
+    assert read_ledger(read_header(folder / "out" / "one-best.slice.safetensors")[1])[0]["steps"] == min(
+        range(1, 7), key=lambda step: whole[step][0]
+    )
+    assert len((folder / "out" / "one-best.slice.safetensors").read_bytes()) == len(best)
+
+
+def test_without_a_text_encoder_or_pictures_the_other_is_measured(folder, tmp_path):
+    folder, t5 = folder
+    told = run(folder, "--validate_every_n_epochs", "2")
+    assert [line for line in told if line.startswith("step 6: validation loss") and "forgetting" not in line]
+    data = (folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0]
+    (folder / "data.toml").write_text(data, encoding="utf-8")
+    told = run(folder, *t5, "--validate_every_n_epochs", "1", "--overwrite")
+    assert [line for line in told if line.startswith("step 10: forgetting")]
+
+
+def test_a_dataset_of_its_own_is_validated_on_unless_it_is_trained(folder):
+    folder, _ = folder
+    (folder / "data.toml").write_text((folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0])
+    with pytest.raises(InputError, match=r"is in --dataset_config and in --validation_dataset_config"):
+        run(folder, "--validation_dataset_config", str(folder / "data.toml"))
+    other = write_dataset(folder / "other", "other")
+    told = run(folder, "--validation_dataset_config", str(other), "--max_train_epochs", "1")
+    assert [line.partition(" (")[0].rpartition(" ")[0] for line in told if line.startswith("step")] == [
+        "step 0: validation loss", "step 5: validation loss"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--save_best",), "--save_best needs pictures to validate on: --validation_dataset_config FILE, or"),
+        (("--validate_every_n_steps", "2"), "there is nothing to validate: .*, or --t5, which measures forgetting"),
+        (("--validate_every_n_epochs", "0"), "must be a whole number from 1"),
+        (("--validation_dataset_config", "nowhere.toml"), "nowhere.toml does not exist"),
+    ],
+)
+def test_what_cannot_be_validated_is_refused(folder, flags, message):
+    folder, _ = folder
+    (folder / "data.toml").write_text((folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0])
+    with pytest.raises(InputError, match=message):
+        run(folder, *flags)

@@ -4,6 +4,7 @@ B batch, C channels, F H W latent frames, height, width, S text tokens, D text w
 """
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +70,10 @@ class TrainingDataset(Dataset):
         """The caption of every entry of an epoch, in the order of the items."""
         shown = [(number, bucket.num_repeats) for bucket in self._buckets for number in bucket.items]
         return [self.items[number].caption for number, repeats in sorted(shown) for _ in range(repeats)]
+
+    def latent_values(self, entry: int) -> int:
+        """How many values the latents of an entry have."""
+        return math.prod(self.items[entry % len(self.items)].latent_shape)
 
     def epoch_batches(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
         """The epoch's batches of entries: each item num_repeats times, a bucket's last one may be short.
