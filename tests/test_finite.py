@@ -7,6 +7,7 @@ from tiny_run import run, write_inputs
 
 from utils import training
 from utils.learning.flow_matching import flow_loss
+from utils.run import step
 from wan.errors import InputError
 
 SAVING = ("--save_every_n_steps", "2", "--save_state")
@@ -26,7 +27,7 @@ def losses_that(monkeypatch, change, at):
         loss = flow_loss(*given)
         return change(loss, given[0]) if len(calls) >= at else loss
 
-    monkeypatch.setattr(training, "flow_loss", changed)
+    monkeypatch.setattr(step, "flow_loss", changed)
 
 
 def with_nan_gradient(loss, predicted):

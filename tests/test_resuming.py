@@ -58,7 +58,7 @@ def same_tensors(a, b):
 @contextmanager
 def interrupted(monkeypatch, at, times=1):
     """Ctrl-C in the middle of step number `at`."""
-    steps, update = [0], training._update
+    steps, update = [0], training.update
 
     def counted(*given):
         steps[0] += 1
@@ -68,7 +68,7 @@ def interrupted(monkeypatch, at, times=1):
         return update(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_update", counted)
+        patch.setattr(training, "update", counted)
         yield steps
 
 

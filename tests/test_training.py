@@ -17,6 +17,7 @@ from utils.data.cache_files import image_latents_path, read_latents, read_text, 
 from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.files import readable, sole_writer
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
+from utils.run import step
 from utils.selective_finetune import SliceError, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -235,7 +236,7 @@ def test_every_item_of_the_run_has_its_own_number(folder, monkeypatch):
         numbers.extend(range(first_item, first_item + len(generators)))
         return draw_uniforms(timesteps, generators, seed, first_item)
 
-    monkeypatch.setattr(training, "draw_uniforms", record)
+    monkeypatch.setattr(step, "draw_uniforms", record)
     run(folder, "--gradient_accumulation_steps", "2")
     assert numbers == list(range(2 * len(ITEMS)))
 

@@ -1,11 +1,7 @@
-"""Trains one slice of a Wan checkpoint on a dataset: the job behind wan_train_network.py.
+"""Trains one slice of a Wan checkpoint on a dataset: the job behind wan_train_network.py."""
 
-Shapes: B batch, C latent channels, F H W latent frames, height, width, S text tokens, D text width.
-"""
-
-import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -20,20 +16,21 @@ from utils.data.dataset import make_loader
 from utils.devices import cpu_line
 from utils.files import sole_writer, writable_folder
 from utils.interrupts import StopRequest
-from utils.learning.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.learning.lr_schedules import build_scheduler
 from utils.learning.optimizers import build_optimizer, learning_rates
 from utils.preserve.asking import AskingPlan, encode_old_prompts, keep_answers
-from utils.preserve.old_prompts import Targets
 from utils.run.checks import Inputs, RunPlan, check, read_inputs
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.fingerprint import other_settings, start_hash
-from utils.run.finite import check_slice_is_finite, check_start_is_finite, check_step_is_finite
+from utils.run.finite import check_start_is_finite
+from utils.run.forgetting import Probe, ProbedOn, encode_probe, start_probe
 from utils.run.opening_lines import opening_lines, timestep_lines
 from utils.run.plan import first_items
 from utils.run.run import Place, Run, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
 from utils.run.save_schedule import SaveConfig, remove_overwritten, save_after_epoch, save_after_step, save_at_end
+from utils.run.state import read_state
+from utils.run.step import backward, update
 from utils.run.turns import (
     draw_turn,
     draws_after_step,
@@ -44,7 +41,9 @@ from utils.run.turns import (
     save_turn,
     step_text,
     stop_with_state,
+    validate_turn,
 )
+from utils.run.validation import WITHOUT_GRADIENT, Validation, ValidationConfig
 from utils.selective_finetune import TrainedSlice, attach_slice
 from utils.slices.overlay import load_with_slices, start_from_overlays
 from utils.swap.block_inputs import BlockInputs
@@ -76,9 +75,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
         return True
     with _only_run_of_its_name(config.save, accelerator):
         plan = check(config, inputs, accelerator, say)
-        samples, asking = _encode_prompts(config, inputs, plan, accelerator, say)
+        samples, asking, probed = _encode_prompts(config, inputs, plan, accelerator, say)
         placed = place(config, inputs, plan, accelerator.device)
-        run = prepare(config, inputs, plan, samples, asking, placed, accelerator, started, say)
+        run = prepare(config, inputs, plan, samples, asking, probed, placed, accelerator, started, say)
         position = resume(run, plan.resume) if plan.resume else Place(0, 0, 0, deque(maxlen=run.plan.steps_per_epoch))
         for line in opening_lines(run, placed.placement, placed.input_bytes, plan.saving_lines):
             say(line)
@@ -119,8 +118,11 @@ def _only_run_of_its_name(save: SaveConfig, accelerator: Accelerator) -> Abstrac
 
 def _encode_prompts(
     config: TrainConfig, inputs: Inputs, plan: RunPlan, accelerator: Accelerator, say: Callable[[str], None]
-) -> tuple[PreparedSamples | None, AskingPlan | None]:
-    """Encodes the prompts of samples and of what is preserved, while the model does not take up memory yet."""
+) -> tuple[PreparedSamples | None, AskingPlan | None, list[Tensor]]:
+    """Encodes every prompt of the run while the model does not take up memory yet.
+
+    Those of samples, those that are preserved, and those at which forgetting is measured.
+    """
     samples, asking = None, plan.asking
     if config.samples and accelerator.is_main_process:
         samples = prepare_samples(
@@ -128,7 +130,23 @@ def _encode_prompts(
         )
     if asking:
         asking = encode_old_prompts(config.preserve, asking, accelerator, say)
-    return samples, asking
+    return samples, asking, _encode_probe(config.validation, inputs, plan, accelerator)
+
+
+def _encode_probe(
+    validation: ValidationConfig | None, inputs: Inputs, plan: RunPlan, accelerator: Accelerator
+) -> list[Tensor]:
+    """The captions at which forgetting is measured; none where it is not, or from the start of an earlier run."""
+    if validation is None or validation.t5 is None or (plan.resume and read_state(plan.resume).validation):
+        return []
+    without = _not_to_probe(inputs, plan)
+    return encode_probe(validation.t5, validation.tokenizer, without, inputs.model_config, accelerator)
+
+
+def _not_to_probe(inputs: Inputs, plan: RunPlan) -> set[str]:
+    """The captions that are trained or preserved."""
+    preserved = {old.text for old, _ in plan.asking.asked} if plan.asking else set()
+    return preserved | {item.caption for item in inputs.dataset.items}
 
 
 @dataclass(frozen=True)
@@ -164,6 +182,7 @@ def prepare(
     plan: RunPlan,
     samples: PreparedSamples | None,
     asking: AskingPlan | None,
+    probed: Sequence[Tensor],
     placed: PlacedModel,
     accelerator: Accelerator,
     started: str,
@@ -194,9 +213,31 @@ def prepare(
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
         samples=samples,
         preserved=preserved,
+        validation=_validation(config, inputs, plan, probed, model, accelerator.device),
         debug=TrainingDebug(trained, len(model.blocks), inputs.header.files, applied) if watches else None,
         say=say,
     )
+
+
+def _validation(
+    config: TrainConfig,
+    inputs: Inputs,
+    plan: RunPlan,
+    probed: Sequence[Tensor],
+    model: WanModel,
+    device: torch.device,
+) -> Validation | None:
+    """What the run is validated on; forgetting is measured from the model as it was before the run's first step."""
+    if config.validation is None:
+        return None
+    saved = read_state(plan.resume).validation if plan.resume else None
+    most_values = WITHOUT_GRADIENT * plan.most_values
+    if saved and saved["probe"]:
+        probe = Probe.from_state(saved["probe"])
+    else:
+        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps, inputs.seed)
+        probe = start_probe(asked, model, most_values, device) if probed else None
+    return Validation(config.validation, inputs.validated, config.timesteps, inputs.seed, most_values, probe)
 
 
 def _start_trackers(run: Run) -> None:
@@ -224,6 +265,8 @@ def _loop(run: Run, place: Place, stop: StopRequest) -> None:
     with tqdm(total=plan.steps, initial=place.step, desc="steps", disable=not accelerator.is_main_process) as bar:
         if config.samples and config.samples.at_first and place.step == 0:
             draw_turn(run, place, epoch_text(0))
+        if place.step == 0:
+            validate_turn(run, place)
         if place.step > 0:
             make_up(run, place)
         for epoch in range(place.epoch + 1, plan.epochs + 1):
@@ -233,12 +276,15 @@ def _loop(run: Run, place: Place, stop: StopRequest) -> None:
             log(run, place, {"loss/epoch": place.average_loss()})
             if place.batch == plan.batches_per_epoch:  # not where --max_train_steps ends the run within an epoch
                 place.epoch, place.batch = epoch, 0
+            if run.validation and run.validation.config.is_due_after_epoch(epoch):
+                validate_turn(run, place)
             if turn := save_after_epoch(config.save, epoch, plan.epochs):
                 save_turn(run, place, turn)
             if due_after_epoch(config.samples, epoch):
                 draw_turn(run, place, epoch_text(epoch))
             if stops:
                 return stop_with_state(run, place)
+        validate_turn(run, place)
         save_turn(run, place, save_at_end(config.save))
 
 
@@ -252,19 +298,21 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
     for number, batch in enumerate(loader if place.step < plan.steps else (), start=place.batch):
         first_item = place.epoch * plan.items_per_epoch + starts[number]
         preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
-        losses += _backward(run, batch, place.epoch, first_item, plan.window(number), preserves)
+        losses += backward(run, batch, place.epoch, first_item, plan.window(number), preserves)
         if not plan.ends_step(number):
             if stop.is_urgent and _any_asked(accelerator, stop):
                 return True  # without the unfinished step, whose gradients go with the process
             continue
         rates = learning_rates(run.optimizer)
-        values, asked = _update(run, place, losses, stop)
+        values, asked = update(run, place, losses, stop)
         losses = torch.zeros_like(losses)
         place.finish_step(number + 1)
         stops = asked and place.step < plan.steps
         place.losses.append(values["loss"])
         shown = {"loss/preserve": values["preserve_loss"]} if preserves else {}
         log_step(run, place, {**shown, **rates, "grad_norm": values["grad_norm"]}, bar)
+        if run.validation and run.validation.config.is_due_after_step(place.step):
+            validate_turn(run, place)
         if turn := save_after_step(run.config.save, place.step):
             save_turn(run, place, turn)
         if draws_after_step(run, place):
@@ -277,66 +325,3 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
 def _any_asked(accelerator: Accelerator, stop: StopRequest) -> bool:
     """Whether any process was asked to stop: all have to stop after the same batch."""
     return bool(accelerator.reduce(torch.tensor([float(stop.asked)], device=accelerator.device), "sum"))
-
-
-def _backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_step: int, preserves: bool) -> Tensor:
-    """Adds the batch's share of its step's gradient; returns its shares of the loss and of the preservation loss.
-
-    Random numbers are the entries' own (seed, epoch, entry): a resumed run repeats them, and so does one with the same
-    entries in more batches or on more processes.
-    """
-    device, timesteps = run.accelerator.device, run.config.timesteps
-    latents_BCFHW = batch["latents"]
-    generators = [draw_generator(run.seed, epoch, entry) for entry in batch["entries"]]
-    u_B = draw_uniforms(timesteps, generators, run.seed, first_item)
-    sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
-    noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
-    # All of it before the forward: a copy between it and backward would have the host wait for the device.
-    moved = (*add_noise(latents_BCFHW, noise_BCFHW, sigma_B), sigma_B)
-    noisy_BCFHW, t_B, target_BCFHW, sigma_B = (x.to(device, non_blocking=True) for x in moved)
-    context = [text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]]
-    targets = [Targets(noisy_BCFHW, sigma_B, t_B, context, target_BCFHW)]
-    if preserves:
-        of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
-        targets += run.preserved.draw(of_prompts, device)
-    losses = torch.zeros(2, device=device)
-    for number, own in enumerate(targets):
-        # One backward for each, so that one graph at a time is held.
-        predicted_BCFHW = run.model(own.noisy_BCFHW, own.t_B, own.context)
-        loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.sigma_B, timesteps.weighting)
-        loss = loss * own.share / batches_of_step
-        run.scaler.scale(run.preserved.weight * loss if number else loss).backward()
-        losses[min(number, 1)] += loss.detach()
-    return losses
-
-
-def _update(run: Run, place: Place, losses: Tensor, stop: StopRequest) -> tuple[dict[str, float], bool]:
-    """One optimizer step on the gradients of all processes, or none where a gradient or loss is not finite.
-
-    Returns the means of the step's losses over the processes, the gradient's norm before clipping, and whether any
-    process was asked to stop. InputError, with the slice as it was before the step, where something is not finite.
-    """
-    if run.accelerator.num_processes > 1:
-        run.trained.reduce_gradients()
-    run.scaler.unscale_(run.optimizer)
-    parameters = [parameter for parameter in run.trained.parameters() if parameter.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    # Processes may be interrupted at different steps, and have to stop at the same one.
-    means = run.accelerator.reduce(torch.cat([losses, losses.new_tensor([stop.asked])]), "mean")
-    loss, preserve_loss, stops, norm = torch.cat([means, grad_norm[None]]).tolist()
-    values = {"loss": loss, "preserve_loss": preserve_loss, "grad_norm": norm}
-    check_step_is_finite(run, place, values)
-    if run.debug:
-        run.debug.before_update()
-    torch.nn.utils.clip_grads_with_norm_(parameters, run.config.optimizer.max_grad_norm or math.inf, grad_norm)
-    scale = run.scaler.get_scale()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if run.scaler.get_scale() >= scale:  # smaller: fp16 gradients overflowed, and the optimizer did not step
-        run.scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.trained.write_back()
-    check_slice_is_finite(run, place)
-    if run.debug:
-        run.debug.after_update()
-    return values, bool(stops)

@@ -13,12 +13,14 @@ from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
+from utils.data.sources import DatasetConfig
 from utils.files import existing_file, read_toml
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, LogConfig, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
 from utils.run.save_schedule import KINDS, SaveConfig
 from utils.run.state import LATEST, no_state, state_folders
+from utils.run.validation import ValidationConfig
 from utils.sampling.prompts import read_prompt_file
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
@@ -29,19 +31,22 @@ _LEVELS = 8  # of noise, at which reference predictions of a prompt are recorded
 _LONGEST_NAME = 200  # bytes, of the 255 that a file name may have; a sample's adds up to 50
 
 
+_VALIDATE_ON = "--validation_dataset_config FILE, or validation_split = 0.1 under [general] in --dataset_config"
+
+
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     """The run that the flags describe; InputError if it cannot be done. Nothing is written."""
     flags = _parse(argv)
     _check_text(flags)
     _check_slice(flags)
     _check_required(flags)
-    save = _save(flags)
+    save, dataset = _save(flags), read_dataset_config(flags.dataset_config)
     return TrainConfig(
         task=flags.task,
         dit=flags.dit,
         ff=flags.ff.strip(),
         ffid=flags.ffid,
-        dataset=read_dataset_config(flags.dataset_config),
+        dataset=dataset,
         save=save,
         timesteps=read_timesteps(flags),
         optimizer=read_optimizer(flags),
@@ -50,6 +55,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         log=_log(flags),
         samples=_samples(flags),
         preserve=_preserve(flags),
+        validation=_validation(flags, dataset),
         vae=flags.vae,
         inputs=_inputs(flags),
         mixed_precision=_mixed_precision(flags),
@@ -169,6 +175,7 @@ def _check_required(flags: Namespace) -> None:
 
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
     named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts, flags.preserve_answers]
+    named.append(flags.validation_dataset_config)
     named += [*flags.slices, *map(Path, flags.preserve_prompts or []), flags.config_file, flags.log_tracker_config]
     return tuple(path for path in named if path)
 
@@ -246,6 +253,31 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         every_n_epochs=flags.sample_every_n_epochs,
         every_n_steps=flags.sample_every_n_steps,
         at_first=flags.sample_at_first,
+    )
+
+
+def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | None:
+    every_n_steps, every_n_epochs = flags.validate_every_n_steps, flags.validate_every_n_epochs
+    if flags.validation_dataset_config and dataset.validation_split:
+        raise InputError(
+            f"--validation_dataset_config, and validation_split in {dataset.path}: give one of them to say what to "
+            "validate on"
+        )
+    has_pictures = bool(flags.validation_dataset_config or dataset.validation_split)
+    if not has_pictures:
+        if flags.save_best:
+            raise InputError(f"--save_best needs pictures to validate on: {_VALIDATE_ON}")
+        if not (every_n_steps or every_n_epochs):
+            return None
+        if flags.t5 is None:
+            raise InputError(f"there is nothing to validate: {_VALIDATE_ON}, or --t5, which measures forgetting")
+    return ValidationConfig(
+        dataset=flags.validation_dataset_config and read_dataset_config(flags.validation_dataset_config),
+        every_n_steps=every_n_steps,
+        every_n_epochs=every_n_epochs or (None if every_n_steps else 1),
+        save_best=flags.save_best,
+        t5=flags.t5 and existing_file(flags.t5, "--t5"),
+        tokenizer=flags.tokenizer,
     )
 
 

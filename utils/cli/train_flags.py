@@ -26,6 +26,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add_learning_flags(parser)
     _add_preservation(parser)
     _add_saving(parser)
+    _add_validation(parser)
     _add_samples(parser)
     _add_logging(parser)
     _add_metadata(parser)
@@ -255,6 +256,30 @@ def _add_saving(parser: ArgumentParser) -> None:
         "--save_precision",
         choices=("float", "fp32", "fp16", "bf16"),
         help="accepted if it is the precision of --dit, which checkpoints keep (default: that of --dit)",
+    )
+
+
+def _add_validation(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("validation")
+    add = group.add_argument
+    add(
+        "--validation_dataset_config",
+        type=Path,
+        metavar="FILE",
+        help="dataset file of pictures to validate on, cached like those to train on (default: what validation_split "
+        "in --dataset_config holds out, if anything)",
+    )
+    for unit, default in (("epochs", "1 if there are pictures to validate on"), ("steps", "off")):
+        add(
+            f"--validate_every_n_{unit}",
+            type=number(COUNT),
+            metavar="N",
+            help=f"validate every N {unit} (default: {default})",
+        )
+    add(
+        "--save_best",
+        action="store_true",
+        help="also save the slice with the lowest validation loss, as NAME-best.slice.safetensors (default: off)",
     )
 
 

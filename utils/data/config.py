@@ -31,6 +31,7 @@ def read_dataset_config(path: Path) -> DatasetConfig:
             f"{path}: unknown {names_text(unknown)}{hint}; a dataset file has [general] and [[datasets]] only"
         )
     general = _values(_table(tables.get("general", {}), f"{path} [general]"), _GENERAL, f"{path} [general]")
+    held_out = general.pop("validation_split", 0.0)
     entries = tables.get("datasets", [])
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} has no [[datasets]] table; at least one is needed")
@@ -40,7 +41,7 @@ def read_dataset_config(path: Path) -> DatasetConfig:
         for where in [f"{path} [[datasets]] number {number}"]
     ]
     _refuse_shared_caches(datasets, path)
-    return DatasetConfig(path, tuple(datasets))
+    return DatasetConfig(path, tuple(datasets), held_out)
 
 
 def _table(value, where: str) -> dict:
@@ -182,7 +183,13 @@ def _fps(value, where: str) -> float:
     return float(value)
 
 
-_GENERAL = {
+def _share(value, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InputError(f"{where} must be a number from 0 up to, but not including, 1, not {value!r}")
+    return float(value)
+
+
+_SHARED = {
     "resolution": _resolution,
     "caption_extension": _extension,
     "batch_size": _count,
@@ -190,9 +197,10 @@ _GENERAL = {
     "enable_bucket": _flag,
     "bucket_no_upscale": _flag,
 }
-_IMAGE = {**_GENERAL, "image_directory": _path, "image_jsonl_file": _path, "cache_directory": _path}
+_GENERAL = {**_SHARED, "validation_split": _share}
+_IMAGE = {**_SHARED, "image_directory": _path, "image_jsonl_file": _path, "cache_directory": _path}
 _VIDEO = {
-    **_GENERAL,
+    **_SHARED,
     "video_directory": _path,
     "video_jsonl_file": _path,
     "cache_directory": _path,

@@ -4,9 +4,10 @@ B batch, C channels, F H W latent frames, height, width, S text tokens, D text w
 """
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, multiprocessing
@@ -42,8 +43,11 @@ class TrainingDataset(Dataset):
     for each repeat before.
     """
 
-    def __init__(self, items: Sequence[Item], buckets: Sequence[_Bucket], lines: Sequence[str]):
+    def __init__(
+        self, items: Sequence[Item], buckets: Sequence[_Bucket], lines: Sequence[str], held_out: Sequence[Item] = ()
+    ):
         self.items = tuple(items)
+        self.held_out = tuple(held_out)  # for validation: no batch has them
         self._buckets = tuple(buckets)
         self._lines = tuple(lines)
 
@@ -66,6 +70,10 @@ class TrainingDataset(Dataset):
         """The caption of every entry of an epoch, in the order of the items."""
         shown = [(number, bucket.num_repeats) for bucket in self._buckets for number in bucket.items]
         return [self.items[number].caption for number, repeats in sorted(shown) for _ in range(repeats)]
+
+    def latent_values(self, entry: int) -> int:
+        """How many values the latents of an entry have."""
+        return math.prod(self.items[entry % len(self.items)].latent_shape)
 
     def epoch_batches(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
         """The epoch's batches of entries: each item num_repeats times, a bucket's last one may be short.
@@ -121,6 +129,8 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
     problems = [problem for cached in found for problem in cached.problems]
     if problems:
         raise InputError(_problem_line(problems, config))
+    held_out = [item for cached in found for item in _held_out(cached.items, config.validation_split)]
+    found = [replace(cached, items=tuple(i for i in cached.items if i not in held_out)) for cached in found]
     items = [item for cached in found for item in cached.items]
     if not items:
         raise InputError(
@@ -133,7 +143,9 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
         for number, (dataset, cached) in enumerate(zip(config.datasets, found, strict=True), 1)
         for line in _describe(number, dataset, cached)
     ]
-    return TrainingDataset(items, _buckets(config.datasets, found), lines)
+    if held_out:
+        lines.append(f"{len(held_out)} more items are held out for validation (validation_split)")
+    return TrainingDataset(items, _buckets(config.datasets, found), lines, held_out)
 
 
 class BatchLoader:
@@ -259,6 +271,14 @@ def _check_entries(config: DatasetConfig, found: Sequence[CachedItems]) -> None:
         raise InputError(
             f"{config.path}: an epoch would show {sum(counts):,} items, more than {_MOST_ENTRIES:,}: lower num_repeats"
         )
+
+
+def _held_out(items: Sequence[Item], share: float) -> list[Item]:
+    """The items of a share of the sources: at least one, not all; the same ones whatever files are added."""
+    sources = sorted({item.text for item in items}, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    count = min(max(round(share * len(sources)), 1), len(sources) - 1) if share else 0
+    chosen = set(sources[:count])
+    return [item for item in items if item.text in chosen]
 
 
 def _buckets(datasets: Sequence[AnyDataset], found: Sequence[CachedItems]) -> list[_Bucket]:

@@ -61,6 +61,7 @@ class DatasetConfig:
 
     path: Path
     datasets: tuple[AnyDataset, ...]
+    validation_split: float = 0.0  # share of each dataset's pictures that is held out for validation
 
 
 @dataclass(frozen=True)

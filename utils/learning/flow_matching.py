@@ -195,8 +195,13 @@ def add_noise(latents_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor) -> tu
 
 def flow_loss(predicted_BCFHW: Tensor, target_BCFHW: Tensor, sigma_B: Tensor, weighting: str) -> Tensor:
     """The mean squared error, each sample weighted by its noise level."""
+    return sample_losses(predicted_BCFHW, target_BCFHW, sigma_B, weighting).mean()
+
+
+def sample_losses(predicted_BCFHW: Tensor, target_BCFHW: Tensor, sigma_B: Tensor, weighting: str) -> Tensor:
+    """[B]: each sample's own mean squared error, weighted by its noise level."""
     error_B = (predicted_BCFHW.float() - target_BCFHW.float()).square().flatten(1).mean(1)
-    return (error_B * loss_weights(sigma_B, weighting)).mean()
+    return error_B * loss_weights(sigma_B, weighting)
 
 
 def loss_weights(sigma_B: Tensor, weighting: str) -> Tensor:

@@ -3,7 +3,7 @@
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.data.dataset import TrainingDataset, build_training_dataset
+from utils.data.items import Item
 from utils.files import writable_folder
 from utils.learning.flow_matching import check_timesteps
 from utils.learning.lr_schedules import check_schedule
@@ -56,6 +57,7 @@ class Inputs:
     model_config: WanConfig
     below: SlicesOnBase  # slices on top of the header's files, under the one that trains
     dataset: TrainingDataset
+    validated: Sequence[Item]  # pictures that are not trained on
     seed: int
 
     @property
@@ -74,6 +76,7 @@ class RunPlan:
     settings: Mapping[str, str]  # those that decide the run's numbers
     asking: AskingPlan | None
     block_input: int  # bytes: the input of a block, for the largest batch
+    most_values: int  # of latents, in the largest batch
     saving_lines: Sequence[str]
     resume: Path | None
     continues: bool
@@ -88,7 +91,22 @@ def read_inputs(config: TrainConfig, accelerator: Accelerator, say: Callable[[st
     below = read_below(config.dit, header, config.slices, own, dtype, config.continue_slice, config.allow_overlap)
     dataset = build_training_dataset(config.dataset)
     check_dataset(dataset, model_config, config)
-    return Inputs(header, model_config, below, dataset, _agree_on_seed(config, say))
+    validated = _validated_items(config, dataset, model_config)
+    return Inputs(header, model_config, below, dataset, validated, _agree_on_seed(config, say))
+
+
+def _validated_items(config: TrainConfig, dataset: TrainingDataset, model: WanConfig) -> Sequence[Item]:
+    if config.validation is None or config.validation.dataset is None:
+        return dataset.held_out
+    other = build_training_dataset(config.validation.dataset)
+    check_dataset(other, model, replace(config, dataset=config.validation.dataset))
+    trained = {item.latents.resolve() for item in dataset.items}
+    if both := [item.name for item in other.items if item.latents.resolve() in trained]:
+        raise InputError(
+            f"{both[0]} is in --dataset_config and in --validation_dataset_config: validate on pictures that are not "
+            "trained on"
+        )
+    return other.items
 
 
 def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Callable[[str], None]) -> RunPlan:
@@ -115,7 +133,8 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
     say_what_is_read(config, header, dataset, say)
     for line in asking.lines() if asking else ():
         say(line)
-    return RunPlan(steps, settings, asking, block_input, lines, resume, continues, replaced.removed)
+    most_values = max(sum(dataset.latent_values(entry) for entry in batch) for batch in batches)
+    return RunPlan(steps, settings, asking, block_input, most_values, lines, resume, continues, replaced.removed)
 
 
 def _choose_state(

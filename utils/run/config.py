@@ -14,6 +14,7 @@ from utils.learning.optimizers import OptimizerConfig
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.samples import SampleConfig
 from utils.run.save_schedule import SaveConfig
+from utils.run.validation import ValidationConfig
 from utils.swap.plan import SwapConfig
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
@@ -63,6 +64,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     samples: SampleConfig | None = None
     preserve: PreserveConfig | None = None
+    validation: ValidationConfig | None = None
     vae: Path | None = None  # named in the metadata
     mixed_precision: str = "no"
     inputs: tuple[Path, ...] = ()  # all files that flags name beside dit: no output may replace one

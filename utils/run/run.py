@@ -19,6 +19,7 @@ from utils.run.plan import TrainingPlan
 from utils.run.samples import PreparedSamples
 from utils.run.save_schedule import save_at_end
 from utils.run.state import State, check_settings, damaged_state, read_state
+from utils.run.validation import Validation
 from utils.selective_finetune import TrainedSlice
 from utils.slice_saving import slice_digest, value_digest
 from utils.slices.on_base import SlicesOnBase
@@ -81,6 +82,7 @@ class Run:
     scaler: torch.amp.GradScaler
     samples: PreparedSamples | None
     preserved: Preservation | None
+    validation: Validation | None
     debug: TrainingDebug | None
     say: Callable[[str], None]
 
@@ -95,6 +97,8 @@ def resume(run: Run, folder: Path) -> Place:
     run.optimizer.load_state_dict(state.optimizer)
     run.scheduler.load_state_dict(state.scheduler)
     run.scaler.load_state_dict(state.scaler)
+    if run.validation and state.validation:
+        run.validation.load_state(state.validation)
     losses = deque(state.losses, run.plan.steps_per_epoch)
     place = Place(state.epoch, state.batch, state.step, losses, state.saved_at, folder, state.step, state.epoch)
     # As the main process sees it, before it writes: all have to take the same way.
@@ -126,6 +130,7 @@ def state_of(run: Run, place: Place) -> State:
         optimizer=run.optimizer.state_dict(),
         scheduler=run.scheduler.state_dict(),
         scaler=run.scaler.state_dict(),
+        validation=run.validation.state() if run.validation else None,
     )
 
 

@@ -93,6 +93,11 @@ def save_at_end(config: SaveConfig) -> Save:
     return Save(_files(config, config.name), state)
 
 
+def best_file(config: SaveConfig) -> Path:
+    """Where --save_best keeps the slice with the lowest validation loss."""
+    return config.folder / f"{config.name}-best{KINDS['slice']}"
+
+
 def stop_state(config: SaveConfig, step: int) -> Path:
     """The folder for the state of a run that is stopped after `step`."""
     return config.folder / f"{_step_stem(config, step)}{STATE}"

@@ -24,6 +24,7 @@ _FILE = "state.pt"
 _COUNTS = ("epoch", "batch", "step", "planned_steps")
 _TABLES = ("trained", "optimizer", "scheduler", "scaler")
 _KEYS = (*_COUNTS, *_TABLES, "losses")
+_OPTIONAL = ("validation",)
 
 
 class UnusableState(InputError):
@@ -49,6 +50,7 @@ class State:
     optimizer: Mapping
     scheduler: Mapping
     scaler: Mapping
+    validation: Mapping | None = None
 
 
 def save_state(folder: Path, state: State) -> None:
@@ -57,7 +59,7 @@ def save_state(folder: Path, state: State) -> None:
     SliceError if it cannot be written; a state that stood there before is then unchanged.
     """
     content = {"format": _FORMAT, "name": state.name, "saved_at": state.saved_at, "settings": dict(state.settings)}
-    content["state"] = {key: vars(state)[key] for key in _KEYS}
+    content["state"] = {key: vars(state)[key] for key in (*_KEYS, *_OPTIONAL)}
     # In memory, because torch reports a file that accepts no more bytes as an error of its own.
     buffer = io.BytesIO()
     torch.save(_on_cpu(content), buffer)
@@ -155,7 +157,7 @@ def _read(folder: Path, mmap: bool) -> State:
         raise UnusableState(f"--resume {folder} was written by another version of this program; train without it")
     if problem := _problem(content):
         raise damaged_state(folder, problem)
-    state = {key: content["state"][key] for key in _KEYS}
+    state = {key: content["state"].get(key) for key in (*_KEYS, *_OPTIONAL)}
     return State(content["name"], content["settings"], content["saved_at"], **state)
 
 

@@ -15,6 +15,7 @@ from utils.learning.lr_schedules import ScheduleConfig, build_scheduler
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
 from utils.run.plan import TrainingPlan
 from utils.run.state import State, check_settings, damaged_state
+from utils.run.validation import state_problem
 from utils.selective_finetune import CONTRACT, SliceError, exact_fraction
 
 _WHICH = "_extra_state"  # torch's name for what a module adds to its parameters: here, whose slice they are
@@ -76,6 +77,7 @@ def check_state(folder: Path, state: State, expected: Expected) -> None:
         or _optimizer_problem(state, expected)
         or _scheduler_problem(state, expected.scheduler)
         or (None if _is_like(state.scaler, expected.scaler) else "its loss scaling is not as it was saved")
+        or state_problem(state.validation)
         or _values_problem(state)
     )
     if problem:
@@ -179,7 +181,7 @@ def _is_like(value: object, ours: object) -> bool:
 
 def _values_problem(state: State) -> str | None:
     """Looked at last: a tensor of the right shape cannot be larger than what was saved."""
-    for tensor in _tensors([state.trained, state.optimizer, state.scheduler, state.scaler]):
+    for tensor in _tensors([state.trained, state.optimizer, state.scheduler, state.scaler, state.validation]):
         if tensor is None:
             return "its tables are nested too deeply"
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.requires_grad:

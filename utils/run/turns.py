@@ -4,6 +4,7 @@ At each turn the state is written first; files that a crash or a full disk preve
 """
 
 import glob
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,8 +20,17 @@ from utils.run.fingerprint import checkpoint_metadata
 from utils.run.finite import check_state_is_finite
 from utils.run.run import Place, Run, state_of, values_digest
 from utils.run.samples import draw_samples, due_after_epoch, due_after_step
-from utils.run.save_schedule import VALUES_KEY, Save, remove_expired, save_after_epoch, save_after_step, stop_state
+from utils.run.save_schedule import (
+    VALUES_KEY,
+    Save,
+    best_file,
+    remove_expired,
+    save_after_epoch,
+    save_after_step,
+    stop_state,
+)
 from utils.run.state import save_state
+from utils.run.validation import validation_line
 from utils.run.write import write_files
 from utils.sampling.writers import to_frames
 from wan.errors import InputError
@@ -65,18 +75,42 @@ def save_turn(run: Run, place: Place, turn: Save) -> None:
     if turn.state:
         _save_state(run, place, turn.state)
     if run.accelerator.is_main_process:
-        name, timesteps = run.config.save.name, run.config.timesteps
-        progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
-        timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
-        metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
-        metadata[VALUES_KEY] = values_digest(run.trained)
-        concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
-        lines = write_files(turn.files, run.trained, run.header, run.below, metadata, concept)
+        lines = _write(run, place, turn.files)
         if run.debug:
             lines += run.debug.after_save(turn.files.get("checkpoint"), place.step, run.accelerator.trackers)
         lines += remove_expired(turn)
         paths = [*map(str, turn.files.values()), *([turn.state.name] if turn.state else [])]
         say_beside_bar(run, *lines, f"saved {' and '.join(paths)}")
+    run.accelerator.wait_for_everyone()
+
+
+def _write(run: Run, place: Place, files: Mapping[str, Path]) -> list[str]:
+    """Writes the slice as it is now as each kind of `files`; returns lines on what is not exact."""
+    name, timesteps = run.config.save.name, run.config.timesteps
+    progress = {"steps": place.step, "epoch": -(-place.step // run.plan.steps_per_epoch)}
+    timestep_range = f"{timesteps.min_timestep:g},{timesteps.max_timestep:g}"
+    metadata = checkpoint_metadata(run.config.metadata, name, run.metadata | progress, timestep_range)
+    metadata[VALUES_KEY] = values_digest(run.trained)
+    concept = {"name": name, "steps": place.step, "captions": tuple(_captions(run))}
+    return write_files(files, run.trained, run.header, run.below, metadata, concept)
+
+
+def validate_turn(run: Run, place: Place) -> None:
+    """Validates, once a step, and saves the slice if it is the best so far and --save_best asks for it."""
+    validation = run.validation
+    if validation is None or validation.measured_at == place.step:
+        return
+    values = validation.measure(run.model, run.accelerator)
+    validation.measured_at = place.step
+    log(run, place, values)
+    lines = [validation_line(place.step, values)]
+    loss = values.get("validation/loss", math.inf)
+    if place.step and loss < validation.best:
+        validation.best = loss
+        if validation.config.save_best and run.accelerator.is_main_process:
+            path = best_file(run.config.save)
+            lines += [*_write(run, place, {"slice": path}), f"saved {path}, the best so far"]
+    say_beside_bar(run, *lines)
     run.accelerator.wait_for_everyone()
 
 

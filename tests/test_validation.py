@@ -1,0 +1,183 @@
+"""Validation: the loss on held-out pictures at fixed noise, and how far predictions at general captions have moved."""
+
+import re
+
+import pytest
+import torch
+from tiny_run import CONFIG, run, write_dataset, write_inputs, write_sample_models
+
+from utils.data.cache_files import read_latents, read_text
+from utils.data.config import read_dataset_config
+from utils.data.dataset import build_training_dataset
+from utils.learning.flow_matching import TimestepConfig, draw_generator
+from utils.preserve.general_captions import general_captions
+from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
+from utils.run.noise_bins import curves
+from utils.run.validation import LEVELS, validation_sums
+from utils.slice_saving import read_header, read_ledger
+from wan.errors import InputError
+from wan.model import WanModel
+
+CPU = torch.device("cpu")
+UNIFORM = TimestepConfig(sampling="uniform")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return WanModel(CONFIG)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = write_dataset(tmp_path)
+
+    def split(share):
+        text = path.read_text(encoding="utf-8").split("[general]")[0]
+        path.write_text(f"{text}\n[general]\nvalidation_split = {share}\n", encoding="utf-8")
+        return read_dataset_config(path)
+
+    return split
+
+
+@pytest.mark.parametrize(("share", "held_out"), [("0", 0), ("0.01", 1), ("0.25", 2), ("0.99", 7)])
+def test_a_share_of_the_sources_is_held_out_and_never_trained(config, share, held_out):
+    dataset = build_training_dataset(config(share))
+    trained = {dataset.items[entry].name for batch in dataset.epoch_batches(1, 0) for entry in batch}
+    assert len(dataset.held_out) == held_out and len(trained) == 8 - held_out
+    assert trained.isdisjoint(item.name for item in dataset.held_out)
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "true", '"a"', "nan"])
+def test_a_share_that_leaves_nothing_to_train_is_refused(config, share):
+    with pytest.raises(InputError, match="validation_split must be a number from 0 up to, but not including, 1"):
+        config(share)
+
+
+@pytest.mark.parametrize("most_values", [1, 700, 10**6])
+def test_the_loss_is_that_of_each_picture_at_each_noise_level_in_plain_arithmetic(config, model, most_values):
+    items = build_training_dataset(config("0.3")).held_out
+    by_bin = {"": []}
+    for item in items:
+        latents, text = read_latents(item.latents).float(), read_text(item.text)
+        for level in range(LEVELS):
+            sigma = torch.tensor([(level + 0.5) / LEVELS])
+            noise = torch.randn(latents.shape, generator=draw_generator(5, "validation", item.name, level))
+            with torch.no_grad():
+                predicted = model(((1 - sigma) * latents + sigma * noise)[None], 1000 * sigma, [text])[0]
+            loss = (predicted.float() - (noise - latents)).square().mean().item()
+            low = 250 * (level // 2)
+            for place in ("", f" t {low}-{low + 250}"):
+                by_bin.setdefault(place, []).append(loss)
+    found = curves("loss", validation_sums(model, items, UNIFORM, 5, most_values, CPU))
+    expected = {f"validation/loss{place}": sum(losses) / len(losses) for place, losses in by_bin.items()}
+    assert len(items) == 2 and found == pytest.approx(expected, rel=1e-5)
+
+
+def probe_of(model, items, most_values=10**6):
+    texts = [torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3)]
+    return start_probe(ProbedOn(texts, items, UNIFORM, 5), model, most_values, CPU)
+
+
+def test_forgetting_is_the_squared_distance_from_the_start(config, model):
+    items = build_training_dataset(config("0.3")).items
+    probe = probe_of(model, items)
+    assert curves("forgetting", forgetting_sums(model, probe, 10**6, CPU))["validation/forgetting"] == 0
+    model.head.head.bias.data += 0.5
+    moved = curves("forgetting", forgetting_sums(model, probe, 700, CPU))
+    assert len(moved) == 5 and all(value == pytest.approx(0.25, rel=1e-4) for value in moved.values())
+
+
+def test_the_processes_parts_of_the_probe_add_up_to_the_whole(config, model):
+    probe = probe_of(model, build_training_dataset(config("0")).items)
+    model.head.head.bias.data += torch.arange(64) / 64
+    parts = [forgetting_sums(model, probe.share(rank, 3), 700, CPU) for rank in range(3)]
+    torch.testing.assert_close(sum(parts), forgetting_sums(model, probe, 700, CPU), rtol=1e-5, atol=0)
+
+
+def test_a_resumed_run_measures_from_the_same_start(config, model):
+    probe = probe_of(model, build_training_dataset(config("0")).items)
+    model.head.head.bias.data += 0.5
+    again = Probe.from_state(probe.state())
+    assert torch.equal(forgetting_sums(model, again, 700, CPU), forgetting_sums(model, probe, 700, CPU))
+
+
+def test_the_probe_asks_nothing_that_is_trained_or_preserved():
+    every = general_captions()
+    assert len(every) == len(set(every)) > 50 and not any(line.startswith("#") for line in every)
+    assert general_captions(without=[every[3], f" {every[0]} "]) == [every[1], every[2], *every[4:]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_inputs(tmp_path)
+    flags = write_sample_models(tmp_path)
+    data = tmp_path / "data.toml"
+    data.write_text(data.read_text(encoding="utf-8") + "\n[general]\nvalidation_split = 0.25\n", encoding="utf-8")
+    return tmp_path, [flag for flag in flags if flag.startswith(("--t5", "--tokenizer"))]
+
+
+def validated(lines):
+    """Step -> its validation loss and forgetting, as a run printed them."""
+    pattern = r"step (\d+): validation loss (\S+) \(.*\); forgetting (\S+) \("
+    found = (re.match(pattern, line) for line in lines)
+    return {int(match[1]): (float(match[2]), float(match[3])) for match in found if match}
+
+
+def test_a_run_is_validated_from_its_start_to_its_end(folder):
+    folder, t5 = folder
+    told = validated(run(folder, *t5, "--validate_every_n_steps", "3"))
+    assert list(told) == [0, 3, 6] and told[0][1] == 0 < told[3][1] < told[6][1]
+    assert len({loss for loss, _ in told.values()}) == 3
+
+
+def test_a_resumed_run_is_validated_as_the_uninterrupted_one(folder):
+    folder, t5 = folder
+    flags = (*t5, "--validate_every_n_steps", "1", "--save_every_n_steps", "3", "--save_state", "--save_best")
+    whole = validated(run(folder, *flags))
+    best = (folder / "out" / "one-best.slice.safetensors").read_bytes()
+    (folder / "out" / "one.safetensors").unlink()
+    resumed = run(folder, *flags, "--resume", str(folder / "out" / "one-step00000003-state"))
+    assert validated(resumed) == {step: values for step, values in whole.items() if step > 3}
+    assert read_ledger(read_header(folder / "out" / "one-best.slice.safetensors")[1])[0]["steps"] == min(
+        range(1, 7), key=lambda step: whole[step][0]
+    )
+    assert len((folder / "out" / "one-best.slice.safetensors").read_bytes()) == len(best)
+
+
+def test_without_a_text_encoder_or_pictures_the_other_is_measured(folder, tmp_path):
+    folder, t5 = folder
+    told = run(folder, "--validate_every_n_epochs", "2")
+    assert [line for line in told if line.startswith("step 6: validation loss") and "forgetting" not in line]
+    data = (folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0]
+    (folder / "data.toml").write_text(data, encoding="utf-8")
+    told = run(folder, *t5, "--validate_every_n_epochs", "1", "--overwrite")
+    assert [line for line in told if line.startswith("step 10: forgetting")]
+
+
+def test_a_dataset_of_its_own_is_validated_on_unless_it_is_trained(folder):
+    folder, _ = folder
+    (folder / "data.toml").write_text((folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0])
+    with pytest.raises(InputError, match=r"is in --dataset_config and in --validation_dataset_config"):
+        run(folder, "--validation_dataset_config", str(folder / "data.toml"))
+    other = write_dataset(folder / "other", "other")
+    told = run(folder, "--validation_dataset_config", str(other), "--max_train_epochs", "1")
+    assert [line.partition(" (")[0].rpartition(" ")[0] for line in told if line.startswith("step")] == [
+        "step 0: validation loss", "step 5: validation loss"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--save_best",), "--save_best needs pictures to validate on: --validation_dataset_config FILE, or"),
+        (("--validate_every_n_steps", "2"), "there is nothing to validate: .*, or --t5, which measures forgetting"),
+        (("--validate_every_n_epochs", "0"), "must be a whole number from 1"),
+        (("--validation_dataset_config", "nowhere.toml"), "nowhere.toml does not exist"),
+    ],
+)
+def test_what_cannot_be_validated_is_refused(folder, flags, message):
+    folder, _ = folder
+    (folder / "data.toml").write_text((folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0])
+    with pytest.raises(InputError, match=message):
+        run(folder, *flags)

@@ -1,0 +1,79 @@
+"""One optimizer step: the gradient of its batches, then the update, unless something is not finite.
+
+Shapes: B batch, C latent channels, F H W latent frames, height, width, S text tokens, D text width.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from utils.interrupts import StopRequest
+from utils.learning.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
+from utils.preserve.old_prompts import Targets
+from utils.run.finite import check_slice_is_finite, check_step_is_finite
+from utils.run.run import Place, Run
+
+
+def backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_step: int, preserves: bool) -> Tensor:
+    """Adds the batch's share of its step's gradient; returns its shares of the loss and of the preservation loss.
+
+    Random numbers are the entries' own (seed, epoch, entry): a resumed run repeats them, and so does one with the same
+    entries in more batches or on more processes.
+    """
+    device, timesteps = run.accelerator.device, run.config.timesteps
+    latents_BCFHW = batch["latents"]
+    generators = [draw_generator(run.seed, epoch, entry) for entry in batch["entries"]]
+    u_B = draw_uniforms(timesteps, generators, run.seed, first_item)
+    sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
+    noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
+    # All of it before the forward: a copy between it and backward would have the host wait for the device.
+    moved = (*add_noise(latents_BCFHW, noise_BCFHW, sigma_B), sigma_B)
+    noisy_BCFHW, t_B, target_BCFHW, sigma_B = (x.to(device, non_blocking=True) for x in moved)
+    context = [text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]]
+    targets = [Targets(noisy_BCFHW, sigma_B, t_B, context, target_BCFHW)]
+    if preserves:
+        of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
+        targets += run.preserved.draw(of_prompts, device)
+    losses = torch.zeros(2, device=device)
+    for number, own in enumerate(targets):
+        # One backward for each, so that one graph at a time is held.
+        predicted_BCFHW = run.model(own.noisy_BCFHW, own.t_B, own.context)
+        loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.sigma_B, timesteps.weighting)
+        loss = loss * own.share / batches_of_step
+        run.scaler.scale(run.preserved.weight * loss if number else loss).backward()
+        losses[min(number, 1)] += loss.detach()
+    return losses
+
+
+def update(run: Run, place: Place, losses: Tensor, stop: StopRequest) -> tuple[dict[str, float], bool]:
+    """One optimizer step on the gradients of all processes, or none where a gradient or loss is not finite.
+
+    Returns the means of the step's losses over the processes, the gradient's norm before clipping, and whether any
+    process was asked to stop. InputError, with the slice as it was before the step, where something is not finite.
+    """
+    if run.accelerator.num_processes > 1:
+        run.trained.reduce_gradients()
+    run.scaler.unscale_(run.optimizer)
+    parameters = [parameter for parameter in run.trained.parameters() if parameter.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    # Processes may be interrupted at different steps, and have to stop at the same one.
+    means = run.accelerator.reduce(torch.cat([losses, losses.new_tensor([stop.asked])]), "mean")
+    loss, preserve_loss, stops, norm = torch.cat([means, grad_norm[None]]).tolist()
+    values = {"loss": loss, "preserve_loss": preserve_loss, "grad_norm": norm}
+    check_step_is_finite(run, place, values)
+    if run.debug:
+        run.debug.before_update()
+    torch.nn.utils.clip_grads_with_norm_(parameters, run.config.optimizer.max_grad_norm or math.inf, grad_norm)
+    scale = run.scaler.get_scale()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.scaler.get_scale() >= scale:  # smaller: fp16 gradients overflowed, and the optimizer did not step
+        run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.trained.write_back()
+    check_slice_is_finite(run, place)
+    if run.debug:
+        run.debug.after_update()
+    return values, bool(stops)
