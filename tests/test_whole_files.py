@@ -302,8 +302,8 @@ def latest(folder, lines=None):
 def test_the_latest_state_is_the_one_of_the_last_step_whatever_the_clock_said(tmp_path):
     with pytest.raises(InputError, match=r"--resume latest: .* has no usable state of a"):
         latest(tmp_path)
-    for folder, step, time in (("a-000002-state", 8, 9), ("a-state", 10, 7), ("a-step00000009-state", 9, 8)):
-        save_state(tmp_path / folder, some_state(step=step, saved_at=time))
+    for folder, step, saved_at in (("a-000002-state", 8, 9), ("a-state", 10, 7), ("a-step00000009-state", 9, 8)):
+        save_state(tmp_path / folder, some_state(step=step, saved_at=saved_at))
     save_state(tmp_path / "b-state", some_state("b", step=20))
     save_state(tmp_path / "a-000003-state", some_state("a-000003", step=20))  # at the end of another run
     (tmp_path / "a-step00000011-state").mkdir()
