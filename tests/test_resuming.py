@@ -292,3 +292,37 @@ def unused_port():
             return probe.getsockname()[1]
 
     return port
+
+
+def rates_of(monkeypatch, folder, *flags):
+    """The learning rate of every step of a run."""
+    rates = []
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "log_step", lambda run, place, values, *_: rates.append(values["lr/slice"]))
+        run(folder, *flags)
+    return rates
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant_with_warmup"])
+def test_with_more_epochs_a_resumed_run_has_the_rates_of_the_longer_schedule_from_its_first_step(
+    folder, monkeypatch, scheduler
+):
+    flags = ("--lr_scheduler", scheduler, "--lr_warmup_steps", "0.2", "--save_state")
+    whole = rates_of(monkeypatch, folder, *flags, "--max_train_epochs", "4")
+    rates_of(monkeypatch, folder, *flags, "--max_train_epochs", "2", "--overwrite")
+    assert rates_of(monkeypatch, folder, *flags, "--max_train_epochs", "4", "--resume", "latest") == whole[10:]
+
+
+def test_a_resumed_run_without_a_seed_has_that_of_its_state(folder):
+    def without_seed(*more):
+        given = [*flags(folder, *more)]
+        at, lines = given.index("--seed"), []
+        train(parse_train(given[:at] + given[at + 2 :]), say=lines.append)
+        return next(line for line in lines if line.startswith("seed"))
+
+    seed = re.match(r"seed (\d+) \(drawn at random", without_seed("--save_state", "--max_train_epochs", "1"))[1]
+    for resume in ("latest", str(folder / "out" / "one-state")):
+        again = without_seed(
+            "--save_state", "--resume", resume, "--max_train_epochs", "2" if resume == "latest" else "3"
+        )
+        assert again == f"seed {seed}, as the run that --resume continues"

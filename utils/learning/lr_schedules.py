@@ -6,6 +6,7 @@ seconds to import.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -75,6 +76,14 @@ def build_scheduler(config: ScheduleConfig, optimizer: Optimizer, steps: int) ->
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"--lr_scheduler {name} with {dict(arguments)}: {error}") from None
     return LambdaLR(optimizer, factor)
+
+
+def fast_forward(scheduler: LRScheduler, steps: int) -> None:
+    """Moves a schedule that has not begun to where it is after `steps` optimizer steps, rates included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no optimizer steps in between
+        for _ in range(steps):
+            scheduler.step()
 
 
 def check_schedule_flags(config: ScheduleConfig) -> None:

@@ -25,7 +25,7 @@ from utils.run.fingerprint import base_settings, deciding_settings
 from utils.run.opening_lines import expert_line, input_bytes, saving_lines
 from utils.run.plan import TrainingPlan, plan_training
 from utils.run.save_schedule import check_saves, disk_use, planned_saves, remove_unfinished
-from utils.run.state import choose_state
+from utils.run.state import choose_state, seed_of_state
 from utils.run.state_check import check_state, expected_state
 from utils.selective_finetune import check_slice
 from utils.slices.base_identity import base_model
@@ -118,7 +118,7 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
     model = AskedModel(base_model(header, below.entries), inputs.model_config) if config.preserve else None
     own = own_entry(config.ff, config.ffid, config.save.name)
     prompts = read_old_prompts(config.preserve, model, below.entries, own, dataset.items)
-    settings = deciding_settings(config, seed, dataset, batches, processes, prompts) | base_settings(header, below)
+    settings = deciding_settings(config, seed, dataset, processes, prompts) | base_settings(header, below)
     resume, continues = _choose_state(config, header, steps, settings, accelerator.device, say)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
@@ -161,6 +161,9 @@ def _choose_state(
 def _agree_on_seed(config: TrainConfig, say: Callable[[str], None]) -> int:
     if config.seed is not None:
         return config.seed
+    if config.resume and (seed := seed_of_state(config.resume, config.save)) is not None:
+        say(f"seed {seed}, as the run that --resume continues")
+        return seed
     drawn = [random.SystemRandom().randrange(2**32)]
     broadcast_object_list(drawn)
     say(f"seed {drawn[0]} (drawn at random; --seed {drawn[0]} repeats the run)")

@@ -5,7 +5,7 @@ The names are musubi-tuner's, without its ss_.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -26,11 +26,10 @@ def deciding_settings(
     config: TrainConfig,
     seed: int,
     dataset: TrainingDataset,
-    batches: Sequence[Sequence[int]],
     processes: int,
     preserved: OldPrompts,
 ) -> dict[str, str]:
-    """All that decides the run's numbers; `batches` are those of epoch 0, `preserved` the old prompts."""
+    """All that decides the run's numbers; `preserved` are the old prompts."""
     timesteps, schedule, optimizer = config.timesteps, config.schedule, config.optimizer
     values = {
         "ff": _plain_share(config.ff),
@@ -68,7 +67,7 @@ def deciding_settings(
         "preserve_every": config.preserve and config.preserve.every,
         "preserve_weight": config.preserve and config.preserve.weight,
         "num_train_items": len(dataset.items),
-        "dataset_sha256": _dataset_hash(dataset, batches),
+        "dataset_sha256": _dataset_hash(dataset),
     }
     return {key: str(value) for key, value in values.items()}
 
@@ -108,12 +107,12 @@ def _plain_share(ff: str) -> str:
     return f"{decimal.normalize():f}" if Fraction(decimal) == exact else str(exact)
 
 
-def _dataset_hash(dataset: TrainingDataset, batches: Sequence[Sequence[int]]) -> str:
+def _dataset_hash(dataset: TrainingDataset) -> str:
     """The SHA-256 of what the run sees and in which order; not of files, whose metadata have no fixed order."""
     items = [(item.name, item.bucket, item.frames, item.text_shape, item.caption) for item in dataset.items]
     latents = [value_digest(read_latents(item.latents)).hex() for item in dataset.items]
     texts = [value_digest(read_text(path)).hex() for path in dict.fromkeys(item.text for item in dataset.items)]
-    return hashlib.sha256(json.dumps([items, latents, texts, batches]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([items, latents, texts, dataset.epoch_batches(0, 0)]).encode()).hexdigest()
 
 
 def checkpoint_metadata(

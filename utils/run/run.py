@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils.data.dataset import TrainingDataset
+from utils.learning.lr_schedules import fast_forward
 from utils.preserve.old_prompts import Preservation
 from utils.run.config import TrainConfig
 from utils.run.plan import TrainingPlan
@@ -94,8 +95,7 @@ def resume(run: Run, folder: Path) -> Place:
     if list(state.trained) != list(run.trained.state_dict()):  # the optimizer's state goes by the order
         raise damaged_state(folder, "its matrices are not in the model's order")
     run.trained.load_state_dict(state.trained)
-    run.optimizer.load_state_dict(state.optimizer)
-    run.scheduler.load_state_dict(state.scheduler)
+    _resume_schedule(run, state)
     run.scaler.load_state_dict(state.scaler)
     if run.validation and state.validation:
         run.validation.load_state(state.validation)
@@ -110,9 +110,22 @@ def resume(run: Run, folder: Path) -> Place:
             "or --max_train_steps to continue"
         )
     run.say(f"continues from {folder}: epoch {place.epoch + 1}, step {place.step}")
-    if state.planned_steps != run.plan.steps:
-        run.say(f"note: the learning rate now follows {run.plan.steps} steps, before it followed {state.planned_steps}")
+    if (before := state.planned_steps) != run.plan.steps:
+        run.say(f"note: the learning-rate schedule now spans {run.plan.steps} steps instead of {before}")
     return place
+
+
+def _resume_schedule(run: Run, state: State) -> None:
+    """The optimizer's state, and the schedule where it was; with another number of steps, the new schedule's rates."""
+    if state.planned_steps == run.plan.steps:
+        run.optimizer.load_state_dict(state.optimizer)
+        run.scheduler.load_state_dict(state.scheduler)
+        return
+    fast_forward(run.scheduler, state.scheduler.get("last_epoch", state.step))
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(state.optimizer)
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def state_of(run: Run, place: Place) -> State:

@@ -19,7 +19,7 @@ from utils.slice_saving import whole_file
 from wan.errors import InputError
 
 LATEST = Path("latest")  # what --resume says for the newest state of its --output_name
-_FORMAT = 4
+_FORMAT = 5
 _FILE = "state.pt"
 _COUNTS = ("epoch", "batch", "step", "planned_steps")
 _TABLES = ("trained", "optimizer", "scheduler", "scaler")
@@ -96,6 +96,13 @@ def choose_state(
         else:
             return folder, save.name
     raise no_state(save)
+
+
+def seed_of_state(resume: Path, save: SaveConfig) -> int | None:
+    """The seed of the run that --resume names, for a run that is given none; None if no state can be read."""
+    folders = _newest_first(save, lambda line: None) if resume == LATEST else [resume]
+    seed = _read(folders[0], mmap=True).settings.get("seed", "") if folders else ""
+    return int(seed) if seed.isdecimal() else None
 
 
 def no_state(save: SaveConfig) -> InputError:
