@@ -320,9 +320,9 @@ def test_at_the_end_of_a_placement_copies_have_ended_and_layers_use_their_own_we
     assert len(device.copied) == copied
 
 
-def test_a_model_is_freed_at_the_end_of_its_placement_without_the_garbage_collector():
+def test_a_layer_is_freed_at_the_end_of_its_placement_without_the_garbage_collector():
     model = tiny_model()
-    gone = weakref.ref(model)
+    gone = weakref.ref(model.blocks[0].self_attn.q)
     gc.disable()
     with place_model(model, "cpu", SwapConfig(BLOCKS), backend=FakeDevice()), torch.no_grad():
         loss_of(model, 0)
