@@ -90,7 +90,7 @@ def test_a_lone_picture_is_the_official_one_under_wan_2_2(wan22):
     assert relative(vae.decode(latents), wan22.oracle["decoded.image.unclamped"].clamp(-1, 1)) < 1e-5
 
 
-def test_a_vae_tells_its_stride_and_channels(wan21, wan22):
+def test_a_vae_knows_its_stride_and_channels(wan21, wan22):
     for known, channels, stride in ((wan21, 16, (4, 8, 8)), (wan22, 48, (4, 16, 16))):
         vae, video = load_vae(known.path), known.oracle["input.video"]
         assert (vae.latent_channels, vae.stride) == (channels, stride)

@@ -91,8 +91,8 @@ def load_image_encoder(
 ) -> ImageEncoder:
     """The CLIP image encoder of a file with Wan's names (a whole CLIP or its visual part) or ComfyUI's clip_vision_h.
 
-    The sizes are the file's; each head is 80 wide unless its metadata has num_heads. InputError, in one line, for a
-    file that is missing, truncated, holds code, or is not such an encoder.
+    The file gives the sizes; each head is 80 wide unless its metadata has num_heads. InputError, in one line, for a
+    file that is missing, truncated, contains code, or is not such an encoder.
     """
     stored, metadata = read_state_dict(path, "image encoder")
     source = f"{path} is not a CLIP image encoder"
