@@ -19,7 +19,7 @@ from utils.data.media import read_image
 from wan.errors import InputError
 from wan.vae import load_vae
 
-ORACLE = Path(__file__).parent / "oracle" / "vae_wan21.safetensors"
+ORACLE = Path(__file__).parent / "oracle"
 
 
 class FakeEncoder:
@@ -31,12 +31,14 @@ class FakeEncoder:
 
 @pytest.fixture(scope="module")
 def vae_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
-    weights = {
-        name.removeprefix("weight."): value for name, value in load_file(ORACLE).items() if "weight." in name[:7]
-    }
-    save_file(weights, path)
-    return path
+    return _write_vae(tmp_path_factory.mktemp("vae"), "vae_wan21")
+
+
+def _write_vae(folder, name):
+    oracle = load_file(ORACLE / f"{name}.safetensors")
+    weights = {key.removeprefix("weight."): oracle[key] for key in oracle if key.startswith("weight.")}
+    save_file(weights, folder / "vae.safetensors")
+    return folder / "vae.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -318,3 +320,9 @@ def test_wrong_sources_are_named_before_anything_is_written(pictures, tmp_path, 
         _cache_latents(pictures, vae_file)
     assert named in str(error.value)
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_vae_of_wan_2_2_is_refused_before_anything_is_written(pictures, tmp_path):
+    with pytest.raises(InputError, match=r"is the Wan 2\.2 VAE .*use the Wan 2\.1 VAE"):
+        _cache_latents(pictures, _write_vae(tmp_path, "vae_wan22"))
+    assert _names(tmp_path) == []

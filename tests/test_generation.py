@@ -321,6 +321,13 @@ def test_a_dit_in_place_of_the_vae_is_refused_before_sampling(files, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_vae_of_wan_2_2_is_refused_before_sampling(files, tmp_path):
+    save_file(oracle_weights("vae_wan22.safetensors"), tmp_path / "vae.safetensors")
+    with pytest.raises(InputError, match=r"is the Wan 2\.2 VAE .*use the Wan 2\.1 VAE"):
+        main(flags(files, tmp_path / "out", "--prompt", "a fox", "--vae", f"{tmp_path}/vae.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_in_place_of_the_folder_is_refused(files, tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(InputError, match="out is not a folder"):

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,23 @@ def test_a_scale_of_one_at_a_weight_that_was_kept_in_16_bit_is_fine(tmp_path, we
     assert_loads(write(tmp_path / "fp8.safetensors", stored, metadata=metadata), meant)
 
 
-# ---- the task
+# ---- other models, and the task
+
+
+PICTURE = replace(TINY, model_type="i2v", in_dim=12)
+CLIP = replace(PICTURE, image_dim=10)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PICTURE, CLIP, replace(CLIP, model_type="flf2v"), replace(TINY, model_type="ti2v", in_dim=48, out_dim=48)],
+    ids=["i2v", "i2v with CLIP", "flf2v", "ti2v"],
+)
+def test_other_models_are_read_from_the_shapes_of_their_file(tmp_path, config):
+    weights = {name: tensor.detach().clone() for name, tensor in WanModel(config).state_dict().items()}
+    path = write(tmp_path / "wan.safetensors", weights, "model.diffusion_model.")
+    assert config_from_header(read_checkpoint_header(path)) == config
+    assert assert_loads(path, weights).config == config
 
 
 def released_header(config: WanConfig) -> CheckpointHeader:
@@ -230,11 +247,11 @@ def released_header(config: WanConfig) -> CheckpointHeader:
     return CheckpointHeader((file,), entries, {}, "")
 
 
-@pytest.mark.parametrize("task", ["t2v-1.3B", "t2v-14B", "i2v-A14B", "ti2v-5B"])
+@pytest.mark.parametrize("task", ["t2v-1.3B", "t2v-14B", "i2v-14B", "i2v-A14B", "flf2v-14B", "ti2v-5B"])
 def test_a_released_checkpoint_fits_the_tasks_of_its_widths_alone(task):
     header = released_header(TASKS[task].config)
     assert config_from_header(header) == TASKS[task].config
-    for other in ("t2v-1.3B", "t2v-14B", "t2i-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B"):
+    for other in TASKS:
         if TASKS[other].config == TASKS[task].config:
             check_fits_task(header, other)
             continue
@@ -247,15 +264,23 @@ def test_a_released_checkpoint_fits_the_tasks_of_its_widths_alone(task):
 
 def test_heads_in_the_metadata_fit_every_text_to_video_task(tmp_path, weights):
     header = read_checkpoint_header(write(tmp_path / "tiny.safetensors", weights))
-    for task in ("t2v-1.3B", "t2v-14B", "t2i-14B", "t2v-A14B"):
+    for task in SUPPORTED_TASKS:
         check_fits_task(header, task)
     assert "use --task t2v-1.3B or" in refusal(tmp_path / "tiny.safetensors", "i2v-A14B")
+
+
+@pytest.mark.parametrize(("config", "fits"), [(PICTURE, "i2v-A14B"), (CLIP, "i2v-14B")])
+def test_heads_in_the_metadata_fit_the_image_to_video_task_with_or_without_clip(tmp_path, config, fits):
+    path = write(tmp_path / "tiny.safetensors", WanModel(config).state_dict())
+    check_fits_task(read_checkpoint_header(path), fits)
+    (other,) = {"i2v-14B", "i2v-A14B"} - {fits}
+    assert "is an image-to-video model, which is not supported; supported are" in refusal(path, other)
 
 
 def test_widths_of_no_task_and_unknown_tasks_are_refused(tmp_path, weights):
     path = write(tmp_path / "tiny.safetensors", weights, metadata=None)
     assert "no task has a model of this size" in refusal(path)
-    assert "i2v-14B is unknown; allowed are t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B" in refusal(path, "i2v-14B")
+    assert "i2v-13B is unknown; allowed are t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B" in refusal(path, "i2v-13B")
 
 
 # ---- refusals
@@ -267,9 +292,11 @@ def test_widths_of_no_task_and_unknown_tasks_are_refused(tmp_path, weights):
         ({"blocks.1.ffn.0.bias": None}, "1 missing (blocks.1.ffn.0.bias)"),
         ({"blocks.0.extra.weight": torch.zeros(2)}, "1 unexpected (blocks.0.extra.weight)"),
         ({"blocks.1.ffn.0.bias": torch.zeros(3)}, "1 of another shape (blocks.1.ffn.0.bias)"),
-        ({"img_emb.proj.0.bias": torch.zeros(2)}, "CLIP branch"),
-        ({"vace_blocks.0.ffn.0.bias": torch.zeros(2)}, "VACE"),
-        ({"patch_embedding.weight": torch.zeros(128, 13, 1, 2, 2)}, "13 input and 4 output channels"),
+        ({"img_emb.proj.0.bias": torch.zeros(2)}, "4 input and 4 output channels and a CLIP branch"),
+        ({"vace_blocks.0.ffn.0.bias": torch.zeros(2)}, "is a VACE model"),
+        ({"face_adapter.fuser_blocks.0.k_norm.weight": torch.zeros(2)}, "is an Animate model"),
+        ({"casual_audio_encoder.weights": torch.zeros(2)}, "is a speech-to-video model"),
+        ({"patch_embedding.weight": torch.zeros(128, 13, 1, 2, 2)}, "13 input and 4 output channels (a control"),
         ({"patch_embedding.weight": None}, "patch_embedding.weight is missing"),
         ({"head.modulation": torch.zeros(2, 128)}, "head.modulation is [2, 128]"),
         ({"model.head.modulation": torch.zeros(1, 2, 128)}, "2 transformers"),
@@ -277,6 +304,22 @@ def test_widths_of_no_task_and_unknown_tasks_are_refused(tmp_path, weights):
     ],
 )
 def test_files_that_are_not_exactly_one_transformer_are_refused(tmp_path, weights, change, told):
+    changed = {name: tensor for name, tensor in (weights | change).items() if tensor is not None}
+    assert told in refusal(write(tmp_path / "wan.safetensors", changed))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"img_emb.emb_pos": torch.zeros(1, 257, 10)}, "1 of another shape (img_emb.emb_pos)"),
+        ({"img_emb.proj.0.weight": None}, "img_emb.proj.0.weight is missing"),
+        ({"img_emb.proj.1.weight": None}, "1 missing (img_emb.proj.1.weight)"),
+        ({"blocks.1.cross_attn.k_img.bias": None}, "1 missing (blocks.1.cross_attn.k_img.bias)"),
+        ({"patch_embedding.weight": torch.zeros(128, 4, 1, 2, 2)}, "4 input and 4 output channels and a CLIP branch"),
+    ],
+)
+def test_image_to_video_models_are_read_strictly(tmp_path, change, told):
+    weights = WanModel(replace(CLIP, model_type="flf2v")).state_dict()
     changed = {name: tensor for name, tensor in (weights | change).items() if tensor is not None}
     assert told in refusal(write(tmp_path / "wan.safetensors", changed))
 

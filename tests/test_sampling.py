@@ -156,6 +156,19 @@ def test_what_a_prompt_leaves_out_comes_from_the_task():
     assert (sample.flow_shift, sample.guidance_scale, sample.seed, sample.negative_prompt) == (3.0, 0.0, 0, "")
 
 
+def test_tasks_that_get_pictures_have_their_own_shift_prompt_and_latents():
+    large, small = SamplePrompt("a fox", width=1280, height=720), SamplePrompt("a fox", width=480, height=832)
+    shifts = {name: [resolve_sample(p, TASKS[name], seed=1).flow_shift for p in (large, small)] for name in TASKS}
+    assert (shifts["i2v-14B"], shifts["i2v-A14B"], shifts["flf2v-14B"]) == ([5, 3], [5, 5], [16, 16])
+    prompts = {name: resolve_sample(large, TASKS[name], seed=1).negative_prompt for name in TASKS}
+    assert (
+        prompts["i2v-14B"] == "镜头晃动，" + DEFAULT_NEGATIVE_PROMPT == prompts["flf2v-14B"].removeprefix("镜头切换，")
+    )
+    assert prompts["i2v-A14B"] == prompts["ti2v-5B"] == DEFAULT_NEGATIVE_PROMPT
+    full = SamplePrompt("a fox", width=1280, height=704, frames=TASKS["ti2v-5B"].video_length)
+    assert resolve_sample(full, TASKS["ti2v-5B"], seed=1).latent_shape == (48, 31, 44, 80)
+
+
 def test_each_text_is_encoded_once():
     seen = []
 

@@ -6,9 +6,9 @@ from datetime import timedelta
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_chain import LEFT
-from tiny_run import ITEMS, flags, run, write_dataset, write_dit, write_inputs, write_sample_models
+from tiny_run import ITEMS, ORACLE, flags, run, write_dataset, write_dit, write_inputs, write_sample_models
 from torch.nn import functional as F
 
 from utils import training
@@ -270,6 +270,15 @@ def test_a_sample_shows_the_weights_that_are_saved(folder, sample_flags):
     base = ["--dit", str(folder / "trained.safetensors"), "--ffid", "3"]
     run(folder, *BF16, *sample_flags, *base, "--sample_at_first")
     assert next((folder / "out" / "sample").glob("*.png")).read_bytes() == after
+
+
+def test_the_vae_of_wan_2_2_is_refused_for_samples_before_the_first_step(folder, sample_flags):
+    wan22 = load_file(ORACLE / "vae_wan22.safetensors")
+    weights = {name.removeprefix("weight."): wan22[name] for name in wan22 if name.startswith("weight.")}
+    save_file(weights, folder / "wan22.safetensors")
+    with pytest.raises(InputError, match=r"is the Wan 2\.2 VAE .*use the Wan 2\.1 VAE"):
+        run(folder, *sample_flags, "--sample_at_first", "--vae", str(folder / "wan22.safetensors"))
+    assert list((folder / "out").rglob("*.safetensors")) == []
 
 
 def test_samples_and_scalars_are_logged(folder, sample_flags):

@@ -32,6 +32,7 @@ from utils.data.sizes import SizedSource, clip_windows, frames_needed, sized_sou
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
 from utils.devices import cpu_line
 from utils.files import sole_writer, writable_folder
+from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.text_encoder import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae
@@ -92,7 +93,7 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
     if line := cpu_line(config.device):
         say(line)
     with _locked_folders(config.dataset, "latents"):
-        vae = load_vae(config.vae, dtype=config.vae_dtype, device=config.device)
+        vae = load_vae(config.vae, config.vae_dtype, config.device, WAN_2_1_VAE.channels)
         for number, (dataset, sized) in enumerate(plans, 1):
             remove_unfinished(dataset.cache_directory, "_wan")
             wanted = _cache_dataset_latents(dataset, sized, vae, config, number, say)

@@ -156,7 +156,9 @@ def _read_expert(
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
     """The VAE on the CPU: loaded first, because it is small and a wrong file should not cost a sampling run."""
-    return None if config.output_type == "latent" else load_vae(config.vae, config.vae_dtype, "cpu")
+    if config.output_type == "latent":
+        return None
+    return load_vae(config.vae, config.vae_dtype, "cpu", TASKS[config.task].latents.channels)
 
 
 def _sample_typed(
@@ -297,7 +299,7 @@ def _save_decoded(config: GenerateConfig, vae: WanVAE, latent_CFHW: Tensor, stem
 
 def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
     loaded = [writers.load_latent(path) for path in config.latent_paths]
-    vae = load_vae(config.vae, config.vae_dtype, config.device)
+    vae = load_vae(config.vae, config.vae_dtype, config.device, TASKS[config.task].latents.channels)
     writers.remove_unfinished(config.save_path)
     stems = _free_stems(config.save_path, [file_name(metadata.get("seeds", "0")) for _, metadata in loaded])
     paths = []

@@ -1,6 +1,6 @@
 """The shapes of the Wan models, and the sampling defaults of each task."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 DEFAULT_NEGATIVE_PROMPT = (
@@ -8,13 +8,18 @@ DEFAULT_NEGATIVE_PROMPT = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
+_PICTURE_PREFIX = "镜头晃动，"
+_TWO_PICTURES_PREFIX = "镜头切换，" + _PICTURE_PREFIX
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """The widths of one transformer; the names are those of the original config.json."""
+    """The widths of one transformer; the names are those of the original config.json.
 
-    model_type: Literal["t2v", "i2v", "ti2v"]
+    `image_dim`, which is not in it, is the width of the CLIP tokens that Wan 2.1's image-to-video models read.
+    """
+
+    model_type: Literal["t2v", "i2v", "flf2v", "ti2v"]
     dim: int
     ffn_dim: int
     num_heads: int
@@ -26,6 +31,7 @@ class WanConfig:
     text_len: int = 512
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    image_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,41 +63,74 @@ class LatentLayout:
 WAN_2_1_VAE = LatentLayout(16, 4, 8)
 WAN_2_2_VAE = LatentLayout(48, 4, 16)  # of ti2v-5B
 
+_720P = ((1280, 720), (720, 1280))
+_480P = ((832, 480), (480, 832))
+
 
 @dataclass(frozen=True)
 class WanTask:
-    """A value of `--task`: an architecture, its sampling defaults, the layout of its latents.
+    """A value of `--task`: an architecture, the layout of its latents, its sampling defaults.
 
-    Above `boundary` (a share of the 1000 timesteps) the high-noise expert samples, with `guidance_scale_high`.
+    Above `boundary` (a share of the 1000 timesteps) the high-noise expert samples, with `guidance_scale_high`. `sizes`
+    are those that Wan recommends, as (width, height), the default first; `flow_shift_480p` is for those of 480p.
     """
 
     name: str
     config: WanConfig
-    boundary: float | None
-    flow_shift: float
-    infer_steps: int
-    guidance_scale: float
-    guidance_scale_high: float | None
-    fps: int
-    video_length: int
-    latents: LatentLayout
+    latents: LatentLayout = WAN_2_1_VAE
+    boundary: float | None = None
+    flow_shift: float = 5.0
+    flow_shift_480p: float | None = None
+    infer_steps: int = 50
+    guidance_scale: float = 5.0
+    guidance_scale_high: float | None = None
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    fps: int = 16
+    video_length: int = 81
+    sizes: tuple[tuple[int, int], ...] = _720P + _480P
+
+    def shift_at(self, width: int, height: int) -> float:
+        """The default flow shift of a video of this size."""
+        is_480p = self.flow_shift_480p is not None and (width, height) in _480P
+        return self.flow_shift_480p if is_480p else self.flow_shift
 
 
 _T2V_1_3B = WanConfig("t2v", dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16)
 _T2V_14B = WanConfig("t2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
-_I2V_A14B = WanConfig("i2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, out_dim=16)
+_I2V_A14B = replace(_T2V_14B, model_type="i2v", in_dim=36)
+_I2V_14B = replace(_I2V_A14B, image_dim=1280)
+_FLF2V_14B = replace(_I2V_14B, model_type="flf2v")
 _TI2V_5B = WanConfig("ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
 
 TASKS: dict[str, WanTask] = {
     task.name: task
     for task in (
-        WanTask("t2v-1.3B", _T2V_1_3B, None, 5.0, 50, 5.0, None, 16, 81, WAN_2_1_VAE),
-        WanTask("t2v-14B", _T2V_14B, None, 5.0, 50, 5.0, None, 16, 81, WAN_2_1_VAE),
-        WanTask("t2i-14B", _T2V_14B, None, 5.0, 50, 5.0, None, 16, 1, WAN_2_1_VAE),
-        WanTask("t2v-A14B", _T2V_14B, 0.875, 12.0, 40, 3.0, 4.0, 16, 81, WAN_2_1_VAE),
-        WanTask("i2v-A14B", _I2V_A14B, 0.900, 5.0, 40, 3.5, 3.5, 16, 81, WAN_2_1_VAE),
-        WanTask("ti2v-5B", _TI2V_5B, None, 5.0, 50, 5.0, None, 24, 121, WAN_2_2_VAE),
+        WanTask("t2v-1.3B", _T2V_1_3B, sizes=_480P),
+        WanTask("t2v-14B", _T2V_14B),
+        WanTask("t2i-14B", _T2V_14B, video_length=1, sizes=(*_720P, *_480P, (1024, 1024))),
+        WanTask(
+            "t2v-A14B",
+            _T2V_14B,
+            boundary=0.875,
+            flow_shift=12.0,
+            infer_steps=40,
+            guidance_scale=3.0,
+            guidance_scale_high=4.0,
+        ),
+        WanTask(
+            "i2v-14B",
+            _I2V_14B,
+            flow_shift_480p=3.0,
+            infer_steps=40,
+            negative_prompt=_PICTURE_PREFIX + DEFAULT_NEGATIVE_PROMPT,
+        ),
+        WanTask("i2v-A14B", _I2V_A14B, boundary=0.900, infer_steps=40, guidance_scale=3.5, guidance_scale_high=3.5),
+        WanTask(
+            "flf2v-14B", _FLF2V_14B, flow_shift=16.0, negative_prompt=_TWO_PICTURES_PREFIX + DEFAULT_NEGATIVE_PROMPT
+        ),
+        WanTask("ti2v-5B", _TI2V_5B, WAN_2_2_VAE, fps=24, video_length=121, sizes=((1280, 704), (704, 1280))),
     )
 }
-# The others' files are recognised, and refused.
-SUPPORTED_TASKS = tuple(name for name, task in TASKS.items() if task.config.model_type == "t2v")
+
+# Caching, training and generation refuse the others, which only load.
+SUPPORTED_TASKS = tuple(task.name for task in TASKS.values() if task.config.model_type == "t2v")

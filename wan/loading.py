@@ -30,12 +30,18 @@ _OTHER_FILES = {
     "shared.weight": "is a text encoder; use the file of the transformer",
 }
 _OTHER_MODELS = {
-    "img_emb.": "is a Wan 2.1 image-to-video model with a CLIP branch",
-    "vace_": "is a VACE model",
-    "control_adapter.": "is a camera control model",
-    "ref_conv.": "is a Fun control model",
+    "vace_": "a VACE model",
+    "control_adapter.": "a camera control model",
+    "ref_conv.": "a Fun-Control model",
+    "casual_audio_encoder.": "a speech-to-video model",
+    "face_adapter.": "an Animate model",
+    "audio_proj.": "a model driven by audio",
 }
-_MODEL_TYPES = {"i2v": "an image-to-video model", "ti2v": "a text-and-image-to-video model"}
+_MODEL_TYPES = {
+    "i2v": "an image-to-video model",
+    "flf2v": "a first-and-last-frame model",
+    "ti2v": "a text-and-image-to-video model",
+}
 _SUPPORTED = f"which is not supported; supported are the models of --task {', '.join(SUPPORTED_TASKS)}"
 
 
@@ -87,12 +93,13 @@ def config_from_header(header: CheckpointHeader) -> WanConfig:
     source, tensors = header.files[0], header.tensors
     for part, what in _OTHER_MODELS.items():
         if any(part in name for name in tensors):
-            raise InputError(f"{source} {what}, {_SUPPORTED}")
+            raise InputError(f"{source} is {what}, {_SUPPORTED}")
     dim = _length(header, "head.modulation", 3, 2)
     in_dim = _length(header, "patch_embedding.weight", 5, 1)
     out_dim = _length(header, "head.head.weight", 2, 0) // 4
+    has_clip = any(name.startswith("img_emb.") for name in tensors)
     config = WanConfig(
-        model_type=_model_type(source, in_dim, out_dim),
+        model_type=_model_type(header, in_dim, out_dim, has_clip),
         dim=dim,
         ffn_dim=_length(header, "blocks.0.ffn.0.weight", 2, 0),
         num_heads=_num_heads(header, dim),
@@ -102,6 +109,7 @@ def config_from_header(header: CheckpointHeader) -> WanConfig:
         text_dim=_length(header, "text_embedding.0.weight", 2, 1),
         freq_dim=_length(header, "time_embedding.0.weight", 2, 1),
         text_len=_metadata_number(header, "text_len", 512),
+        image_dim=_length(header, "img_emb.proj.0.weight", 1, 0) if has_clip else None,
     )
     _check_tensors(header, config)
     return config
@@ -115,17 +123,22 @@ def check_fits_task(header: CheckpointHeader, task_name: str) -> None:
     if task_name not in TASKS:
         raise InputError(f"--task {task_name} is unknown; allowed are {', '.join(SUPPORTED_TASKS)}")
     config = config_from_header(header)
-    kinds = {name: task.config for name, task in TASKS.items() if task.config.model_type == config.model_type}
+    kinds = {name: task.config for name, task in TASKS.items() if _kind(task.config) == _kind(config)}
     fits = [name for name, known in kinds.items() if replace(config, text_len=known.text_len) == known]
     if "num_heads" in header.metadata:
         fits = list(kinds)
     if task_name in fits:
         return
-    if config.model_type in _MODEL_TYPES:
+    if not any(name in SUPPORTED_TASKS for name in kinds):
         raise InputError(f"{header.files[0]} is {_MODEL_TYPES[config.model_type]}, {_SUPPORTED}")
     widths = f"width {config.dim}, {config.num_layers} blocks, {config.in_dim} input channels"
     advice = f"use --task {' or '.join(fits)}" if fits else "no task has a model of this size"
     raise InputError(f"{header.files[0]} ({widths}) does not fit --task {task_name}: {advice}")
+
+
+def _kind(config: WanConfig) -> tuple[str, bool]:
+    """What a model is given to make a video."""
+    return config.model_type, config.image_dim is not None
 
 
 def is_shard(path: Path) -> bool:
@@ -242,13 +255,15 @@ def _length(header: CheckpointHeader, name: str, dimensions: int, axis: int) -> 
     return entry.shape[axis]
 
 
-def _model_type(source: Path, in_dim: int, out_dim: int) -> str:
-    if in_dim == out_dim:
+def _model_type(header: CheckpointHeader, in_dim: int, out_dim: int, has_clip: bool) -> str:
+    if in_dim == out_dim and not has_clip:
         return "ti2v" if out_dim == 48 else "t2v"
-    if in_dim == 2 * out_dim + 4:  # the latents, 4 channels of mask, the latents of the given frames
-        return "i2v"
+    if in_dim == 2 * out_dim + 4:  # the latents, 4 channels of mask, the latents of the given pictures
+        return "flf2v" if "img_emb.emb_pos" in header.tensors else "i2v"
+    with_clip = " and a CLIP branch" if has_clip else ""
     raise InputError(
-        f"{source} has {in_dim} input and {out_dim} output channels (a control or inpainting model?), {_SUPPORTED}"
+        f"{header.files[0]} has {in_dim} input and {out_dim} output channels{with_clip} (a control or inpainting "
+        f"model?), {_SUPPORTED}"
     )
 
 

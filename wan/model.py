@@ -1,7 +1,8 @@
 """The Wan 2.1 and 2.2 video transformer, with the parameter names of the original checkpoints.
 
 Shapes: B batch, C latent channels, F H W latent frames/height/width, f h w the same in patches, L video tokens (f*h*w),
-S text tokens, D width, N heads, K head width. T is L where timesteps differ per token, else 1.
+S text tokens, P picture tokens, D width, I width of the CLIP tokens, N heads, K head width. T is L where timesteps
+differ per token, else 1. With timesteps per token, U of them differ, and the time path is computed for those alone.
 No autocast: the dtype of the weights is the compute dtype; where float32 is needed, the cast is written out. In bf16
 the residual stream is bf16, while norm statistics, modulation, gates, RoPE, the time path and the head are float32.
 """
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from wan.configs import WanConfig
 from wan.errors import InputError
+
+PICTURE_TOKENS = 257  # of CLIP: 16 x 16 patches and one for the whole picture
 
 
 def rope_frequencies(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -74,6 +77,11 @@ def attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK).transpose(1, 2).flatten(2)
 
 
+def at_tokens(rows: Tensor, times_BL: Tensor | None) -> Tensor:
+    """[B, T, D] of rows that are [B, 1, D], or [1, U, D] and numbered by `times_BL`."""
+    return rows if times_BL is None else rows[0, times_BL]
+
+
 class Attention(nn.Module):
     """The projections of both kinds of attention; queries and keys are normalised over the whole width."""
 
@@ -97,15 +105,28 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    def forward(self, x_BLD: Tensor, context_BSD: Tensor) -> Tensor:
+    """Attention to the text and, in models that read CLIP tokens, to the picture, each with a softmax of its own."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__(config)
+        if config.image_dim is not None:
+            self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
+            self.norm_k_img = nn.RMSNorm(config.dim, eps=config.eps)
+
+    def forward(self, x_BLD: Tensor, context_BSD: Tensor, picture_BPD: Tensor | None = None) -> Tensor:
         q_BLNK = self.split_heads(self.norm_q(self.q(x_BLD)))
         k_BSNK = self.split_heads(self.norm_k(self.k(context_BSD)))
         v_BSNK = self.split_heads(self.v(context_BSD))
-        return self.o(attention(q_BLNK, k_BSNK, v_BSNK))
+        y_BLD = attention(q_BLNK, k_BSNK, v_BSNK)
+        if picture_BPD is not None:
+            k_BPNK = self.split_heads(self.norm_k_img(self.k_img(picture_BPD)))
+            v_BPNK = self.split_heads(self.v_img(picture_BPD))
+            y_BLD = y_BLD + attention(q_BLNK, k_BPNK, v_BPNK)
+        return self.o(y_BLD)
 
 
 class WanBlock(nn.Module):
-    """One transformer block: modulated self-attention, cross-attention to the text, modulated feed-forward."""
+    """One transformer block: modulated self-attention, cross-attention to text and picture, modulated feed-forward."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -118,21 +139,28 @@ class WanBlock(nn.Module):
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
 
-    def forward(self, x_BLD: Tensor, e0: Tensor, freqs: Tensor, context_BSD: Tensor) -> Tensor:
-        """`e0` is float32 [B, T, 6, D]: shift, scale, gate of the self-attention, then those of the feed-forward."""
-        # Two or one of the six at a time: per token, each is as large as x_BLD in float32.
-        shift, scale = self.modulation_rows(e0, 0, 1)
-        y_BLD = modulated_norm(x_BLD, shift, scale, self.eps).to(x_BLD.dtype)
-        (gate,) = self.modulation_rows(e0, 2)
-        x_BLD = gated_residual(x_BLD, self.self_attn(y_BLD, freqs), gate)
-        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), context_BSD)
-        shift, scale = self.modulation_rows(e0, 3, 4)
-        y_BLD = modulated_norm(x_BLD, shift, scale, self.eps).to(x_BLD.dtype)
-        (gate,) = self.modulation_rows(e0, 5)
-        return gated_residual(x_BLD, self.ffn(y_BLD), gate)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        e0: Tensor,
+        freqs: Tensor,
+        context_BSD: Tensor,
+        picture_BPD: Tensor | None = None,
+        times_BL: Tensor | None = None,
+    ) -> Tensor:
+        """`e0` is float32 [B, 1, 6, D]: shift, scale, gate of the self-attention, then those of the feed-forward.
 
-    def modulation_rows(self, e0: Tensor, *rows: int) -> list[Tensor]:
-        return [self.modulation.float()[:, row] + e0[:, :, row] for row in rows]
+        With `times_BL`, it is [1, U, 6, D], and each token takes the row that its number in `times_BL` names.
+        """
+
+        def row(number: int) -> Tensor:  # one at a time: per token, each is as large as x_BLD in float32
+            return at_tokens(self.modulation.float()[:, number] + e0[:, :, number], times_BL)
+
+        y_BLD = modulated_norm(x_BLD, row(0), row(1), self.eps).to(x_BLD.dtype)
+        x_BLD = gated_residual(x_BLD, self.self_attn(y_BLD, freqs), row(2))
+        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), context_BSD, picture_BPD)
+        y_BLD = modulated_norm(x_BLD, row(3), row(4), self.eps).to(x_BLD.dtype)
+        return gated_residual(x_BLD, self.ffn(y_BLD), row(5))
 
 
 class Head(nn.Module):
@@ -145,9 +173,28 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self.head = LinearFloat32(config.dim, frames * rows * columns * config.out_dim)
 
-    def forward(self, x_BLD: Tensor, e: Tensor) -> Tensor:
-        shift, scale = (self.modulation.float()[:, row] + e for row in range(2))
+    def forward(self, x_BLD: Tensor, e: Tensor, times_BL: Tensor | None = None) -> Tensor:
+        shift, scale = (at_tokens(self.modulation.float()[:, row] + e, times_BL) for row in range(2))
         return self.head(modulated_norm(x_BLD, shift, scale, self.eps))
+
+
+class PictureEmbedding(nn.Module):
+    """The CLIP tokens of the given pictures, brought to the transformer's width."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        wide, dim = config.image_dim, config.dim
+        self.proj = nn.Sequential(
+            nn.LayerNorm(wide), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, dim), nn.LayerNorm(dim)
+        )
+        is_pair = config.model_type == "flf2v"
+        self.emb_pos = nn.Parameter(torch.zeros(1, 2 * PICTURE_TOKENS, wide)) if is_pair else None
+
+    def forward(self, image_BPI: Tensor) -> Tensor:
+        if self.emb_pos is not None:
+            assert image_BPI.shape[1] == self.emb_pos.shape[1], (image_BPI.shape, self.emb_pos.shape)
+            image_BPI = image_BPI + self.emb_pos
+        return self.proj(image_BPI.to(self.proj[1].weight.dtype))
 
 
 class WanModel(nn.Module):
@@ -166,29 +213,41 @@ class WanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), LinearFloat32(dim, 6 * dim, pieces=6))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        self.img_emb = None if config.image_dim is None else PictureEmbedding(config)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, which is the one that the blocks compute in."""
         return self.patch_embedding.weight.dtype
 
-    def forward(self, x: Tensor, t: Tensor, context: list[Tensor], y: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: list[Tensor],
+        y: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:
         """The flow, float32 [B, out_dim, F, H, W].
 
-        x: latents [B, C, F, H, W], to which image-to-video models join y [B, C', F, H, W] on the channels.
+        x: latents [B, C, F, H, W], to which image-to-video models join y [B, C', F, H, W] on the channels: 4 of mask,
+        then the latents of a clip that holds the given pictures.
         t: timesteps from 0 to 1000, [B], or [B, L] where they differ per token.
         context: a text embedding [n, text_dim] per sample, padded here with zeros to text_len.
+        image_embeds: the CLIP tokens [B, P, image_dim] of the given picture, or of the first and then the last one.
         """
         latents_BCFHW = x if y is None else torch.cat([x, y], dim=1)
         assert latents_BCFHW.shape[1] == self.config.in_dim, (latents_BCFHW.shape, self.config.in_dim)
+        assert (image_embeds is None) == (self.img_emb is None), "CLIP tokens go to models with img_emb, and only there"
         grid = tuple(n // p for n, p in zip(x.shape[2:], self.config.patch_size, strict=True))
         freqs = rope_frequencies(self.config.dim // self.config.num_heads, grid, x.device)
-        e, e0 = self.embed_time(t)
+        e, e0, times_BL = self.embed_time(t)
         context_BSD = self.embed_text(context)
+        picture_BPD = None if image_embeds is None else self.img_emb(image_embeds)
         x_BLD = self.embed_patches(latents_BCFHW)
         for block in self.blocks:
-            x_BLD = block(x_BLD, e0, freqs, context_BSD)
-        return self.unpatchify(self.head(x_BLD, e), grid)
+            x_BLD = block(x_BLD, e0, freqs, context_BSD, picture_BPD, times_BL)
+        return self.unpatchify(self.head(x_BLD, e, times_BL), grid)
 
     def embed_patches(self, latents_BCFHW: Tensor) -> Tensor:
         p, q, r = self.config.patch_size
@@ -197,13 +256,17 @@ class WanModel(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)
         return F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 
-    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [B, T, D] for the head and [B, T, 6, D] for the blocks."""
-        # Timesteps per token hold few different values, and the projection is 6*D wide.
-        values, index = t.unique(return_inverse=True) if t.dim() == 2 else (t, None)
+    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """float32 [B, 1, D] for the head and [B, 1, 6, D] for the blocks.
+
+        Of timesteps per token, [1, U, D], [1, U, 6, D] and the number [B, L] of each token's own: there are few
+        different ones, and rows for every token would take six times the memory of x_BLD in float32.
+        """
+        values, times_BL = t.unique(return_inverse=True) if t.dim() == 2 else (t, None)
         e = self.time_embedding(sinusoidal_embedding(values, self.config.freq_dim))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
-        return (e.unsqueeze(1), e0.unsqueeze(1)) if index is None else (e[index], e0[index])
+        axis = 1 if times_BL is None else 0
+        return e.unsqueeze(axis), e0.unsqueeze(axis), times_BL
 
     def embed_text(self, context: list[Tensor]) -> Tensor:
         """[B, S, D]; the zeros that pad S are embedded too, since the model attends to them."""

@@ -62,7 +62,7 @@ def prepare_samples(
     A prompt without a seed gets the run's.
     """
     samples = tuple(resolve_sample(prompt, task, seed) for prompt in config.prompts)
-    vae = load_vae(config.vae, config.vae_dtype, "cpu")
+    vae = load_vae(config.vae, config.vae_dtype, "cpu", task.latents.channels)
     text_encoder = load_text_encoder(
         config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.sampling.prompts import SamplePrompt
-from wan.configs import DEFAULT_NEGATIVE_PROMPT, WanTask
+from wan.configs import WanTask
 from wan.errors import InputError
 from wan.model import WanModel
 from wan.vae import WanVAE
@@ -42,14 +42,14 @@ def resolve_sample(prompt: SamplePrompt, task: WanTask, seed: int, solver: str =
     """`prompt` with the task's values and `seed` where it has none of its own."""
     return Sample(
         prompt=prompt.prompt,
-        negative_prompt=_given(prompt.negative_prompt, DEFAULT_NEGATIVE_PROMPT),
+        negative_prompt=_given(prompt.negative_prompt, task.negative_prompt),
         width=prompt.width,
         height=prompt.height,
         frames=prompt.frames,
         seed=_given(prompt.seed, seed),
         steps=prompt.steps,
         guidance_scale=_given(prompt.guidance_scale, task.guidance_scale),
-        flow_shift=_given(prompt.flow_shift, task.flow_shift),
+        flow_shift=_given(prompt.flow_shift, task.shift_at(prompt.width, prompt.height)),
         solver=solver,
         latent_shape=task.latents.shape(prompt.frames, prompt.height, prompt.width),
     )
