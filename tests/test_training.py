@@ -393,7 +393,10 @@ def test_processes_wait_a_day_for_what_the_main_one_does_alone(folder, monkeypat
 
 def test_a_second_run_of_the_same_name_is_refused_while_one_writes(folder):
     (folder / "out").mkdir()
-    with sole_writer(folder / "out", "one", "a run", ""), pytest.raises(InputError, match=r"--output_name one in .*out"):
+    with (
+        sole_writer(folder / "out", "one", "a run", ""),
+        pytest.raises(InputError, match=r"--output_name one in .*out"),
+    ):
         run(folder)
     run(folder, "--max_train_steps", "1")
     assert not list((folder / "out").glob("*.lock"))
