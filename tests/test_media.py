@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.media import count_frames, image_size, read_image, read_video, resize_and_crop, video_size
+from utils.data.pictures import image_size, read_image
+from utils.data.resizing import resize_and_crop
+from utils.data.videos import count_frames, read_video, video_size
 from wan.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -48,7 +50,7 @@ def test_a_picture_of_the_exact_size_is_untouched(tmp_path):
     pixels = _noise(32, 16)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert image_size(tmp_path / "a.png") == (32, 16)
-    assert np.array_equal(read_image(tmp_path / "a.png", (32, 16)), pixels)
+    assert np.array_equal(read_image(tmp_path / "a.png", (32, 16)).values, pixels)
 
 
 @pytest.mark.parametrize("size", [(48, 30), (20, 20), (33, 19)])
@@ -78,15 +80,15 @@ def test_enlarging_is_pillows_lanczos_with_the_middle_cut_out():
 def test_grey_palette_and_transparent_pictures_become_rgb(tmp_path):
     for mode in ("L", "P", "RGBA", "LA", "1"):
         Image.fromarray(_noise(32, 16)).convert(mode).save(tmp_path / f"{mode}.png")
-        assert read_image(tmp_path / f"{mode}.png", (16, 16)).shape == (16, 16, 3)
+        assert read_image(tmp_path / f"{mode}.png", (16, 16)).values.shape == (16, 16, 3)
 
 
 def test_a_video_is_read_frame_by_frame(tmp_path):
     frames = np.stack([_noise(32, 16) for _ in range(6)])
     _write_video(tmp_path / "a.mkv", frames)
     assert video_size(tmp_path / "a.mkv") == (32, 16)
-    assert np.array_equal(read_video(tmp_path / "a.mkv", (32, 16)), frames)
-    assert np.array_equal(read_video(tmp_path / "a.mkv", (32, 16), limit=2), frames[:2])
+    assert np.array_equal(read_video(tmp_path / "a.mkv", (32, 16)).values, frames)
+    assert np.array_equal(read_video(tmp_path / "a.mkv", (32, 16), limit=2).values, frames[:2])
     assert count_frames(tmp_path / "a.mkv") == 6
 
 
@@ -95,7 +97,7 @@ def test_frames_of_a_faster_source_are_dropped_to_16_a_second(tmp_path):
     _write_video(tmp_path / "a.mkv", frames)
     # floor(i * 16 / 30) moves on at these frames.
     expected = frames[[0, 2, 4, 6, 8, 10]]
-    assert np.array_equal(read_video(tmp_path / "a.mkv", (16, 16), source_fps=30.0), expected)
+    assert np.array_equal(read_video(tmp_path / "a.mkv", (16, 16), source_fps=30.0).values, expected)
     assert count_frames(tmp_path / "a.mkv", 30.0) == 6
     assert count_frames(tmp_path / "a.mkv", 12.0) == 11
 
@@ -105,7 +107,7 @@ def test_a_folder_of_pictures_is_a_video(tmp_path):
     for number, pixels in enumerate(frames):
         Image.fromarray(pixels).save(tmp_path / f"{number:03d}.png")
     assert video_size(tmp_path) == (32, 16)
-    assert np.array_equal(read_video(tmp_path, (32, 16)), frames)
+    assert np.array_equal(read_video(tmp_path, (32, 16)).values, frames)
 
 
 @pytest.mark.parametrize("error", [ValueError("bad\nvalue"), MemoryError(), struct.error("x"), KeyError(7)])

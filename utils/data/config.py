@@ -1,13 +1,14 @@
 """The dataset file (toml or json) as frozen dataclasses; every mistake in it is named."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
 
 from utils.data.sizes import STEP, nearest_multiples
-from utils.data.sources import FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
+from utils.data.sources import FILE_RATE, FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
 from utils.files import file_name, names_text, read_json, read_toml, readable, shown
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
@@ -61,6 +62,8 @@ def _dataset(table: dict, general: dict, where: str) -> AnyDataset:
         raise InputError(f'{where}: {kind}_directory needs caption_extension, for example ".txt"')
     if lines is not None and values.get("cache_directory") is None:
         raise InputError(f"{where}: {kind}_jsonl_file needs cache_directory, the folder for its cache files")
+    if lines is not None and "recursive" in table:
+        raise InputError(f"{where}: recursive is for {kind}_directory; leave it out")
     values["cache_directory"] = values.get("cache_directory", folder)
     dataset = (VideoDataset if is_video else ImageDataset)(**values)
     _check_resolution(dataset, where)
@@ -113,6 +116,19 @@ def _refuse_shared_caches(datasets: list[AnyDataset], path: Path) -> None:
             raise InputError(
                 f"{path}: datasets {first} and {number} share the cache folder {folder}; each needs its own: set "
                 "cache_directory"
+            )
+    for number, dataset in enumerate(datasets, 1):
+        _refuse_caches_within(number, dataset, numbers, path)
+
+
+def _refuse_caches_within(number: int, dataset: AnyDataset, numbers: Mapping[str, int], path: Path) -> None:
+    """Caches of a recursive dataset lie in subfolders too, where those of another one would be taken for its own."""
+    own = Path(os.path.normcase(os.path.realpath(dataset.cache_directory)))
+    for folder, other in numbers.items():
+        if dataset.recursive and other != number and own in Path(folder).parents:
+            raise InputError(
+                f"{path}: the cache folder of dataset {other} is in that of dataset {number}, which is recursive: set "
+                "another cache_directory"
             )
 
 
@@ -182,6 +198,24 @@ def _fps(value, where: str) -> float:
     return float(value)
 
 
+def _rate(value, where: str) -> float | str:
+    return FILE_RATE if value == FILE_RATE else _fps(value, where)
+
+
+def _colour(value, where: str) -> tuple[int, int, int]:
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+        return tuple(bytes.fromhex(value[1:]))
+    if value in ("white", "black"):
+        return (255, 255, 255) if value == "white" else (0, 0, 0)
+    is_triple = isinstance(value, list) and len(value) == 3
+    if is_triple and all(isinstance(part, int) and not isinstance(part, bool) and 0 <= part <= 255 for part in value):
+        return tuple(value)
+    raise InputError(
+        f'{where} must be "white", "black", "#rrggbb" or [red, green, blue] with numbers from 0 to 255, '
+        f"not {shown(value)}"
+    )
+
+
 _GENERAL = {
     "resolution": _resolution,
     "caption_extension": _extension,
@@ -189,6 +223,8 @@ _GENERAL = {
     "num_repeats": _count,
     "enable_bucket": _flag,
     "bucket_no_upscale": _flag,
+    "background": _colour,
+    "recursive": _flag,
 }
 _IMAGE = {**_GENERAL, "image_directory": _path, "image_jsonl_file": _path, "cache_directory": _path}
 _VIDEO = {
@@ -201,7 +237,7 @@ _VIDEO = {
     "frame_stride": _count,
     "frame_sample": _count,
     "max_frames": _count,
-    "source_fps": _fps,
+    "source_fps": _rate,
 }
 _CONTROL = "control pictures and videos are for image-to-video and control models; this trains text-to-video"
 _FRAME_PACK = "it is for FramePack's one-frame training; this trains Wan"
