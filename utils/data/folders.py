@@ -93,7 +93,11 @@ def _subfolder_line(entries: Sequence[Path], suffixes: Sequence[str]) -> str:
     with_files = {path: count for path in folders if (count := _count_below(path, suffixes))}
     if not with_files:
         return ""
-    return f"files in subfolders are not read: {sum(with_files.values())} in {count_and_names(with_files)}; to read them, set recursive = true"
+    total, names = sum(with_files.values()), [f"{path.name}/" for path in with_files]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"files in subfolders are not read: {total} in {', '.join(names[:3])}{more}; set recursive = true to read them"
+    )
 
 
 def _count_below(folder: Path, suffixes: Sequence[str]) -> int:

@@ -33,12 +33,13 @@ def own_rate(path: Path) -> Rate | None:
             for packet in packets
             if packet.pts is not None and not packet.is_discard
         )
-        if len(times) < 2 or times[0] == times[-1]:
-            return Rate(float(stream.average_rate), False) if stream.average_rate else None
+        said = float(stream.average_rate) if stream.average_rate else None
+    if len(times) < 2 or times[0] == times[-1]:
+        return Rate(said, False) if said else None
     step = (times[-1] - times[0]) / (len(times) - 1)
-    # By half a frame: rounded times, as Matroska's, do not matter.
+    # By half a frame: times that are rounded, as Matroska's, do not matter.
     varies = any(abs(time - times[0] - number * step) > step / 2 for number, time in enumerate(times))
-    return Rate(1 / step, varies)
+    return Rate(said if said and not varies and is_close(said, 1 / step) else 1 / step, varies)
 
 
 def is_close(fps: float, other: float) -> bool:
