@@ -65,8 +65,8 @@ def test_pixels_become_square(tmp_path, aspect, size):
     width, height = size
     assert video_size(tmp_path / "a.mov") == size
     read = read_video(tmp_path / "a.mov", size).values[0]
-    assert (read[: height // 2 - 4, width // 2 + 4 :] == 200).all()
-    assert (read[height // 2 + 4 :] == 0).all() and (read[:, : width // 2 - 4] == 0).all()
+    assert np.abs(read[: height // 2 - 4, width // 2 + 4 :] - 200.0).max() <= 2  # Lanczos swings a little
+    assert read[height // 2 + 4 :].max() <= 2 and read[:, : width // 2 - 4].max() <= 2
 
 
 def test_a_turned_video_of_wide_pixels_is_high(tmp_path):
