@@ -46,7 +46,7 @@ class CacheLatentsConfig:
 
     dataset: DatasetConfig
     vae: Path
-    device: str
+    device: torch.device
     vae_dtype: torch.dtype = torch.bfloat16
     batch_size: int | None = None
     workers: int = 1
@@ -62,7 +62,7 @@ class CacheTextConfig:
     dataset: DatasetConfig
     t5: Path
     tokenizer: Path | None
-    device: str
+    device: torch.device
     batch_size: int | None = None
     workers: int = 1
     skip_existing: bool = False
@@ -117,6 +117,8 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     folders, or a token is not finite.
     """
     plans = [(dataset, _captioned(dataset, config.workers, say)) for dataset in config.dataset.datasets]
+    if line := cpu_line(config.device):
+        say(line)
     with _locked_folders(config.dataset, "text"):
         encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
         for number, (dataset, sources) in enumerate(plans, 1):
