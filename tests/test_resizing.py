@@ -124,7 +124,7 @@ def test_whatever_a_decoder_raises_is_one_line_with_the_file(tmp_path, monkeypat
 def test_pipes_are_not_waited_for(tmp_path):
     Image.fromarray(_noise(16, 16)).save(tmp_path / "1.png")
     os.mkfifo(tmp_path / "0.png")
-    assert read_video(tmp_path, (16, 16)).shape == (1, 16, 16, 3)
+    assert read_video(tmp_path, (16, 16)).values.shape == (1, 16, 16, 3)
     for read in (image_size, video_size, lambda path: read_image(path, (8, 8)), count_frames):
         with pytest.raises(InputError, match=r"0\.png is not a regular file"):
             read(tmp_path / "0.png")

@@ -194,7 +194,9 @@ def _extraction(value, where: str) -> str:
 
 def _fps(value, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST:
-        raise InputError(f"{where} must be a number above 0 (up to {_MOST}), for example 30, not {shown(value)}")
+        raise InputError(
+            f'{where} must be a number above 0 (up to {_MOST}), for example 30, or "{FILE_RATE}", not {shown(value)}'
+        )
     return float(value)
 
 

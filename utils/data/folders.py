@@ -95,9 +95,7 @@ def _subfolder_line(entries: Sequence[Path], suffixes: Sequence[str]) -> str:
         return ""
     total, names = sum(with_files.values()), [f"{path.name}/" for path in with_files]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (
-        f"files in subfolders are not read: {total} in {', '.join(names[:3])}{more}; set recursive = true to read them"
-    )
+    return f"not read in subfolders: {total} in {', '.join(names[:3])}{more}; to read them, set recursive = true"
 
 
 def _count_below(folder: Path, suffixes: Sequence[str]) -> int:
