@@ -11,6 +11,7 @@ from PIL import Image
 
 from utils.data.pictures import image_size, read_image
 from utils.data.resizing import resize_and_crop
+from utils.data.turning import exif_turn
 from utils.data.videos import count_frames, read_video, video_size
 from wan.errors import InputError
 
@@ -135,3 +136,11 @@ def test_a_damaged_file_is_named(tmp_path, read):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing else")
     with pytest.raises(InputError, match=r"broken\.png cannot be read"):
         read(tmp_path / "broken.png")
+
+
+@pytest.mark.parametrize("size", [(31, 20), (45, 64), (128, 127)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turning_while_resizing_is_turning_before(size, orientation):
+    pixels, turn = _noise(63, 45), exif_turn(orientation)
+    before = resize_and_crop(np.ascontiguousarray(turn.apply(pixels)), size)
+    assert np.abs(resize_and_crop(pixels, size, turn) - before.astype(int)).max() <= 1  # means may be rounded apart

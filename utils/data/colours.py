@@ -79,7 +79,7 @@ def to_srgb(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, set[st
             return _by_profile(image, encoding.profile), remarks
         except (ImageCms.PyCMSError, OSError, ValueError):  # read as if there were none, as viewers do
             remarks.add(BROKEN_PROFILE)
-    return _by_gamma(image.convert("RGB"), encoding.gamma), remarks
+    return _by_gamma(image if image.mode == "RGB" else image.convert("RGB"), encoding.gamma), remarks
 
 
 def _eight_bits(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, bool]:

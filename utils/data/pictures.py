@@ -53,7 +53,7 @@ def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, in
         if alpha is not None:
             rgb = on_background(rgb, alpha, background)
             found.add(TRANSPARENT)
-        pixels = resize_and_crop(turn.apply(np.asarray(rgb)), size)
+        pixels = resize_and_crop(np.asarray(rgb), size, turn)
     return Pixels(pixels, frozenset(remarks | found))
 
 
@@ -116,7 +116,7 @@ def _without_alpha(image: Image.Image, encoding: Encoding) -> tuple[Image.Image,
     if image.mode in ("1", "L", "RGB") or image.mode.startswith("I;16"):
         colours, alpha = image, _alpha_of_one_colour(image, encoding)
     else:
-        whole = image.convert("RGBA")
+        whole = image if image.mode == "RGBA" else image.convert("RGBA")
         is_grey = image.mode in ("LA", "La")
         colours, alpha = whole.getchannel("R") if is_grey else whole.convert("RGB"), whole.getchannel("A")
     return colours, alpha if alpha.getextrema()[0] < 255 else None

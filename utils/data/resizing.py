@@ -1,47 +1,78 @@
-"""Resizing pixels to a bucket, with the middle cut out."""
+"""Resizing pixels to a bucket: upright, with the middle cut out.
 
-from itertools import pairwise
+H W height and width, C colours.
+"""
+
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 from PIL import Image
 
+from utils.data.turning import UPRIGHT, Turn
 
-def resize_and_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width, channels] scaled to cover `size` (width, height), the middle of it cut out.
+# New rows, and new columns, that are computed at once: what they are made of fits in the processor's cache.
+_ROWS, _COLUMNS = 32, 8
+
+
+def resize_and_crop(pixels_HWC: np.ndarray, size: tuple[int, int], turn: Turn = UPRIGHT) -> np.ndarray:
+    """uint8 pixels, turned upright and scaled to cover `size` (width, height), the middle of them cut out.
 
     Lanczos (Pillow) upwards; downwards the mean of the covered area, weighted by coverage as OpenCV's INTER_AREA.
     """
     width, height = size
-    old_height, old_width = pixels.shape[:2]
+    old_width, old_height = turn.size(pixels_HWC.shape[1], pixels_HWC.shape[0])
     if (old_width, old_height) == size:
-        return np.ascontiguousarray(pixels)
+        return np.ascontiguousarray(turn.apply(pixels_HWC))
     scale = max(width / old_width, height / old_height)
-    new_width, new_height = int(old_width * scale + 0.5), int(old_height * scale + 0.5)
+    new_size = int(old_width * scale + 0.5), int(old_height * scale + 0.5)
     if scale > 1:
-        resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.LANCZOS))
-    else:
-        resized = _area_mean(pixels, new_width, new_height)
-    left, top = (new_width - width) // 2, (new_height - height) // 2
-    return np.ascontiguousarray(resized[top : top + height, left : left + width])
+        upright = Image.fromarray(np.ascontiguousarray(turn.apply(pixels_HWC)))
+        scaled = np.asarray(upright.resize(new_size, Image.Resampling.LANCZOS))
+    else:  # turned last, because there are fewer pixels then
+        scaled = turn.apply(_area_mean(pixels_HWC, *turn.size(*new_size)))
+    left, top = (new_size[0] - width) // 2, (new_size[1] - height) // 2
+    return np.ascontiguousarray(scaled[top : top + height, left : left + width])
 
 
-def _area_mean(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    rows = _mean_of_rows(pixels, height)
-    columns = _mean_of_rows(rows.swapaxes(0, 1), width)
-    return np.rint(columns.swapaxes(0, 1)).clip(0, 255).astype(np.uint8)
+def _area_mean(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
+    old_height, old_width, channels = pixels_HWC.shape
+    lines = np.ascontiguousarray(pixels_HWC).reshape(old_height, -1)
+    columns = [_for_each_channel(band, channels) for band in _bands(old_width, width, _COLUMNS)]
+    means = np.empty((height, width * channels), np.uint8)
+    for rows in _bands(old_height, height, _ROWS):
+        wide = rows.weights @ lines[rows.old].astype(np.float32)
+        narrow = np.empty((len(wide), width * channels), np.float32)
+        for band in columns:
+            np.matmul(wide[:, band.old], band.weights.T, out=narrow[:, band.new])
+        means[rows.new] = np.rint(narrow, out=narrow)
+    return means.reshape(height, width, channels)
 
 
-def _mean_of_rows(pixels: np.ndarray, length: int) -> np.ndarray:
-    """[length, ...] in float32: each new row is the mean of the old ones, weighted by how much of them it covers."""
-    old_length, *rest = pixels.shape
-    lines = np.ascontiguousarray(pixels).reshape(old_length, -1)
-    means = np.empty((length, lines.shape[1]), np.float32)
-    edges = np.arange(length + 1) * old_length / length
-    # Row by row, because the few old rows that one new row covers fit in the processor's cache.
-    for number, (low, high) in enumerate(pairwise(edges)):
-        first, end = int(low), min(ceil(high), old_length)
-        cells = np.arange(first, end)
-        covered = np.minimum(cells + 1, high) - np.maximum(cells, low)
-        means[number] = (covered / (high - low)).astype(np.float32) @ lines[first:end].astype(np.float32)
-    return means.reshape(length, *rest)
+@dataclass(frozen=True)
+class _Band:
+    """Some neighbouring new cells, the old ones that they cover, and how much of each: [new, old], sums of 1."""
+
+    new: slice
+    old: slice
+    weights: np.ndarray
+
+
+def _bands(old: int, new: int, cells: int) -> list[_Band]:
+    edges = np.arange(new + 1) * old / new
+    return [_band(edges[first : first + cells + 1], first, old) for first in range(0, new, cells)]
+
+
+def _band(edges: np.ndarray, first: int, old: int) -> _Band:
+    low, high = edges[:-1, None], edges[1:, None]
+    covered = np.arange(int(edges[0]), min(ceil(edges[-1]), old))
+    shares = (np.minimum(covered + 1, high) - np.maximum(covered, low)).clip(0) / (high - low)
+    old_cells = slice(int(edges[0]), int(edges[0]) + len(covered))
+    return _Band(slice(first, first + len(low)), old_cells, shares.astype(np.float32))
+
+
+def _for_each_channel(band: _Band, channels: int) -> _Band:
+    """The band for lines in which the channels of a cell lie side by side."""
+    weights = np.kron(band.weights, np.eye(channels, dtype=np.float32))
+    new = slice(band.new.start * channels, band.new.stop * channels)
+    return _Band(new, slice(band.old.start * channels, band.old.stop * channels), weights)

@@ -114,7 +114,7 @@ def _upright(frame: "VideoFrame", aspect: Fraction, size: tuple[int, int], backg
     square = _square_size(width, height, aspect)
     if square != (width, height):
         pixels = np.asarray(Image.fromarray(pixels).resize(square, Image.Resampling.LANCZOS))
-    return Pixels(resize_and_crop(_turn(frame).apply(pixels), size), frozenset(remarks))
+    return Pixels(resize_and_crop(pixels, size, _turn(frame)), frozenset(remarks))
 
 
 def _rgb(frame: "VideoFrame", size: tuple[int, int], background: tuple[int, int, int]) -> tuple[np.ndarray, set[str]]:
