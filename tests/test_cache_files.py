@@ -29,9 +29,9 @@ def test_names_are_musubi_tuners():
 @pytest.mark.parametrize("stem", ["cat", "a_0001x0002", "b_00001-005", "ünï code", "x.y"])
 def test_names_are_parsed_back(stem):
     image = cache_files.image_latents_path(Path(), stem, (12345, 16))
-    assert cache_files.parse_image_name(image) == (stem, (12345, 16))
+    assert cache_files.parse_image_name(image, Path()) == (stem, (12345, 16))
     clip = cache_files.clip_latents_path(Path(), stem, 7, 25, (832, 480))
-    assert cache_files.parse_clip_name(clip) == (stem, CachedClip(clip, 7, 25, (832, 480)))
+    assert cache_files.parse_clip_name(clip, Path()) == (stem, CachedClip(clip, 7, 25, (832, 480)))
 
 
 def test_a_pictures_latents_have_musubi_tuners_key_and_metadata(tmp_path):

@@ -15,7 +15,7 @@ import utils.caching as caching
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from utils.cli.cache import parse_cache_latents, parse_cache_text
-from utils.data.media import read_image
+from utils.data.pictures import read_image
 from wan.errors import InputError
 from wan.vae import load_vae
 
@@ -102,7 +102,7 @@ def test_latents_are_the_vaes_of_the_resized_picture(pictures, tmp_path, vae_fil
     sizes = {"a": "0032x0032", "b": "0040x0032", "c": "0070x0020"}
     assert _names(tmp_path) == [f"{name}_{size}_wan.safetensors" for name, size in sizes.items()]
     for name, size in sizes.items():
-        pixels = torch.from_numpy(read_image(tmp_path / "pics" / f"{name}.png", (32, 32)).copy()).permute(2, 0, 1)
+        pixels = torch.from_numpy(read_image(tmp_path / "pics" / f"{name}.png", (32, 32)).values).permute(2, 0, 1)
         expected = vae.encode((pixels / 127.5 - 1)[None, :, None])[0]
         found = load_file(tmp_path / "cache" / f"{name}_{size}_wan.safetensors")["latents_1x4x4_float32"]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -120,7 +120,7 @@ def test_clips_of_a_video_have_their_frames_latents(tmp_path, vae_file):
     _cache_latents(config, vae_file, "--vae_dtype", "fp32")
     windows = [(0, 1), (2, 1), (4, 1), (6, 1), (0, 5), (2, 5)]
     assert _names(tmp_path) == sorted(f"v_{s:05d}-{n:03d}_0032x0032_wan.safetensors" for s, n in windows)
-    frames = np.stack([read_image(tmp_path / "v" / f"{number:03d}.png", (32, 32)) for number in range(2, 7)])
+    frames = np.stack([read_image(tmp_path / "v" / f"{number:03d}.png", (32, 32)).values for number in range(2, 7)])
     expected = load_vae(vae_file).encode(torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1)[0]
     path = tmp_path / "cache" / "v_00002-005_0032x0032_wan.safetensors"
     torch.testing.assert_close(load_file(path)["latents_2x4x4_float32"], expected, rtol=1e-5, atol=1e-5)
@@ -138,7 +138,7 @@ def test_a_video_that_is_too_short_is_told_and_left_out(tmp_path, vae_file):
 def test_skip_existing_makes_only_what_is_not_current(pictures, tmp_path, vae_file, monkeypatch):
     _cache_latents(pictures, vae_file)
     encoded = []
-    monkeypatch.setattr(caching, "read_image", lambda path, size: encoded.append(path.name) or read_image(path, size))
+    monkeypatch.setattr(caching, "read_image", lambda path, *how: encoded.append(path.name) or read_image(path, *how))
     _cache_latents(pictures, vae_file, "--skip_existing")
     assert encoded == []
     Image.new("RGB", (32, 32)).save(tmp_path / "pics" / "a.png")
@@ -208,7 +208,7 @@ def test_text_of_other_sources_is_deleted_unless_kept(pictures, tmp_path, fake_e
 
 def test_pictures_without_a_caption_are_told_and_left_out(pictures, tmp_path, vae_file):
     (tmp_path / "pics" / "b.txt").unlink()
-    assert _cache_latents(pictures, vae_file) == ["pictures without a caption, left out: 1, such as b.png"]
+    assert _cache_latents(pictures, vae_file) == ["pictures without a caption, left out: 1, b.png"]
     assert len(_names(tmp_path)) == 2
 
 

@@ -70,7 +70,7 @@ def test_example_file_is_valid_also_with_its_commented_lines(tmp_path):
     [
         ("", "no [[datasets]]"),
         ("[other]\n" + IMAGES, "unknown other"),
-        (IMAGES + "batchsize = 2", "unknown key batchsize (did you mean batch_size?); allowed here: batch_size"),
+        (IMAGES + "batchsize = 2", "unknown key batchsize (did you mean batch_size?); allowed here: background"),
         (IMAGES + "target_frames = [1]", "target_frames belongs in video datasets"),
         ('[general]\ncache_directory = "x"\n' + IMAGES, "cache_directory belongs in [[datasets]] tables"),
         (IMAGES + 'control_directory = "x"', "control_directory is not supported"),

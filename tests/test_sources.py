@@ -66,10 +66,7 @@ def test_files_that_would_share_a_cache_are_refused(tmp_path, names):
         ("", "is empty"),
         ("{", "line 1 is not valid JSON"),
         ('{"image_path": "a.png"}', 'must be {"image_path": ..., "caption": ...}; it has image_path'),
-        (
-            '{"image_path": "a.png", "caption": "a", "control_path": "b.png"}',
-            "it has image_path, caption, control_path",
-        ),
+        ('{"image_path": "a.png", "tags": "a"}', "it has image_path, tags"),
         ('{"image_path": "a.png", "caption": 3}', "image_path and caption must be text"),
         ('{"image_path": "nowhere.png", "caption": "a"}', "nowhere.png does not exist"),
         ('{"image_path": "nowhere.png", "caption": ' + "9" * 5000 + "}", "line 1 is not valid JSON: a number has too"),

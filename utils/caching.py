@@ -27,9 +27,12 @@ from utils.data.cache_files import (
     write_latents,
     write_text,
 )
-from utils.data.media import read_image, read_video
+from utils.data.pictures import read_image
+from utils.data.rates import own_rate, rate_lines
+from utils.data.remarks import count_and_names, remark_lines
 from utils.data.sizes import SizedSource, clip_windows, frames_needed, sized_sources
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
+from utils.data.videos import read_video
 from utils.devices import cpu_line
 from utils.files import sole_writer, writable_folder
 from wan.configs import WAN_2_1_VAE
@@ -69,12 +72,17 @@ class CacheTextConfig:
 
 @dataclass(frozen=True)
 class _Clip:
-    """One picture or clip; no pixels: its cache is current. `named_size` is the one in its cache's name."""
+    """One picture or clip; no pixels: its cache is current. `named_size` is the one in its cache's name.
 
+    `remarks` are what there is to say about the file at `source`, if it was read.
+    """
+
+    source: Path
     path: Path
     pixels_THWC: np.ndarray | None
     named_size: tuple[int, int]
     frame_count: int | None = None
+    remarks: frozenset[str] = frozenset()
 
 
 def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> None:
@@ -88,6 +96,8 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
         (dataset, sized_sources(dataset, _captioned(dataset, config.workers, say), config.workers))
         for dataset in config.dataset.datasets
     ]
+    for dataset, sized in plans:
+        _say_rates(dataset, sized, config.workers, say)
     if config.disable_cudnn:
         torch.backends.cudnn.enabled = False
     if line := cpu_line(config.device):
@@ -95,10 +105,10 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
     with _locked_folders(config.dataset, "latents"):
         vae = load_vae(config.vae, config.vae_dtype, config.device, WAN_2_1_VAE.channels)
         for number, (dataset, sized) in enumerate(plans, 1):
-            remove_unfinished(dataset.cache_directory, "_wan")
+            remove_unfinished(dataset.cache_directory, "_wan", dataset.recursive)
             wanted = _cache_dataset_latents(dataset, sized, vae, config, number, say)
             if not config.keep_cache:
-                _delete_others(latents_files(dataset.cache_directory), wanted, say)
+                _delete_others(latents_files(dataset.cache_directory, dataset.recursive), wanted, say)
 
 
 def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
@@ -113,11 +123,11 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     with _locked_folders(config.dataset, "text"):
         encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
         for number, (dataset, sources) in enumerate(plans, 1):
-            remove_unfinished(dataset.cache_directory, "_wan_te")
+            remove_unfinished(dataset.cache_directory, "_wan_te", dataset.recursive)
             _cache_dataset_text(dataset, sources, encoder, config, number)
             if not config.keep_cache:
                 wanted = {text_path(dataset.cache_directory, source.stem) for source in sources}
-                _delete_others(text_files(dataset.cache_directory), wanted, say)
+                _delete_others(text_files(dataset.cache_directory, dataset.recursive), wanted, say)
 
 
 @contextmanager
@@ -133,9 +143,20 @@ def _locked_folders(config: DatasetConfig, kind: str) -> Iterator[None]:
 def _captioned(dataset: AnyDataset, workers: int, say: Callable[[str], None]) -> Sequence[Source]:
     sources = list_sources(dataset, workers)
     if sources.left_out:
-        names = ", ".join(path.name for path in sources.left_out[:3])
-        say(f"pictures without a caption, left out: {len(sources.left_out)}, such as {names}")
+        say(f"pictures without a caption, left out: {count_and_names(sources.left_out)}")
+    for note in sources.notes:
+        say(note)
     return sources.found
+
+
+def _say_rates(dataset: AnyDataset, sized: Sequence[SizedSource], workers: int, say: Callable[[str], None]) -> None:
+    if isinstance(dataset, VideoDataset):
+        paths = [entry.source.path for entry in sized]
+        with ThreadPoolExecutor(workers) as pool:
+            rates = zip(paths, pool.map(own_rate, paths), strict=True)
+            lines = rate_lines(dataset, {path: rate for path, rate in rates if rate is not None})
+        for line in lines:
+            say(line)
 
 
 def _cache_dataset_latents(
@@ -150,13 +171,19 @@ def _cache_dataset_latents(
     batch_size = config.batch_size or dataset.batch_size
     units = _units(dataset, sized, batch_size)
     wanted: set[Path] = set()
+    remarked: dict[str, list[Path]] = defaultdict(list)
     with tqdm(total=len(sized), desc=f"latents of dataset {number}", unit="file") as bar:
         for unit, clips in zip(units, _read_ahead(dataset, units, config), strict=True):
             if not clips:
                 say(f"{unit[0].source.path} is shorter than the smallest of its target_frames and is left out")
             wanted |= {clip.path for clip in clips}
+            for source, remark in sorted({(clip.source, remark) for clip in clips for remark in clip.remarks}):
+                remarked[remark].append(source)
             _encode_clips([clip for clip in clips if clip.pixels_THWC is not None], vae, batch_size, config.vae_dtype)
             bar.update(len(unit))
+    what = "pictures" if isinstance(dataset, ImageDataset) else "videos"
+    for line in remark_lines(remarked, what, dataset.background):
+        say(line)
     return wanted
 
 
@@ -195,22 +222,26 @@ def _read_ahead(
 def _read_image_unit(dataset: ImageDataset, unit: Sequence[SizedSource], skip_existing: bool) -> list[_Clip]:
     clips = []
     for entry in unit:
+        source = entry.source.path
         path = image_latents_path(dataset.cache_directory, entry.source.stem, entry.size)
-        skipped = skip_existing and latents_problem(path, entry.source.path, 1, entry.bucket) is None
-        pixels = None if skipped else read_image(entry.source.path, entry.bucket)[None]
-        clips.append(_Clip(path, pixels, entry.size))
+        if skip_existing and latents_problem(path, source, 1, entry.bucket) is None:
+            clips.append(_Clip(source, path, None, entry.size))
+        else:
+            picture = read_image(source, entry.bucket, dataset.background)
+            clips.append(_Clip(source, path, picture.values[None], entry.size, remarks=picture.remarks))
     return clips
 
 
 def _read_video_unit(dataset: VideoDataset, unit: Sequence[SizedSource], skip_existing: bool) -> list[_Clip]:
     [entry] = unit
     source, bucket = entry.source, entry.bucket
-    video_THWC = read_video(source.path, bucket, dataset.source_fps, limit=frames_needed(dataset))
+    video = read_video(source.path, bucket, dataset.source_fps, frames_needed(dataset), dataset.background)
     clips = []
-    for start, frames in clip_windows(dataset, len(video_THWC)):
+    for start, frames in clip_windows(dataset, len(video.values)):
         path = clip_latents_path(dataset.cache_directory, source.stem, start, frames, bucket)
         skipped = skip_existing and latents_problem(path, source.path, frames, bucket) is None
-        clips.append(_Clip(path, None if skipped else video_THWC[start : start + frames], bucket, frames))
+        pixels = None if skipped else video.values[start : start + frames]
+        clips.append(_Clip(source.path, path, pixels, bucket, frames, video.remarks))
     return clips
 
 

@@ -4,6 +4,7 @@ The names, keys and metadata are those that musubi-tuner writes for Wan, so that
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,30 +53,30 @@ def text_path(folder: Path, stem: str) -> Path:
     return folder / f"{stem}_wan_te.safetensors"
 
 
-def latents_files(folder: Path) -> list[Path]:
-    """All latent caches of a folder, sorted."""
-    return [path for path in _files(folder, "*_wan.safetensors") if _LATENTS_NAME.fullmatch(path.name)]
+def latents_files(folder: Path, recursive: bool = False) -> list[Path]:
+    """All latent caches of a folder, and of its subfolders if asked for, sorted."""
+    return [path for path in _files(folder, "*_wan.safetensors", recursive) if _LATENTS_NAME.fullmatch(path.name)]
 
 
-def text_files(folder: Path) -> list[Path]:
-    """All text caches of a folder, sorted."""
-    return _files(folder, "*_wan_te.safetensors")
+def text_files(folder: Path, recursive: bool = False) -> list[Path]:
+    """All text caches of a folder, and of its subfolders if asked for, sorted."""
+    return _files(folder, "*_wan_te.safetensors", recursive)
 
 
-def remove_unfinished(folder: Path, ending: str) -> None:
+def remove_unfinished(folder: Path, ending: str, recursive: bool = False) -> None:
     """Deletes the unfinished caches of jobs that were killed; `ending` is _wan or _wan_te."""
-    files.remove_unfinished(folder.glob(f"*{ending}.safetensors*{UNFINISHED}"))
+    files.remove_unfinished(_found(folder, f"*{ending}.safetensors*{UNFINISHED}", recursive))
 
 
-def parse_image_name(path: Path) -> tuple[str, tuple[int, int]]:
-    """The stem and the (width, height) in the name of one of latents_files."""
+def parse_image_name(path: Path, folder: Path) -> tuple[str, tuple[int, int]]:
+    """The source's stem, from `folder` on, and the (width, height) in the name of one of latents_files."""
     stem, width, height = _LATENTS_NAME.fullmatch(path.name).groups()
-    return stem, (int(width), int(height))
+    return (path.parent.relative_to(folder) / stem).as_posix(), (int(width), int(height))
 
 
-def parse_clip_name(path: Path) -> tuple[str, CachedClip] | None:
-    """The video's stem and the clip in the name of one of latents_files; None if it is a picture's."""
-    stem, size = parse_image_name(path)
+def parse_clip_name(path: Path, folder: Path) -> tuple[str, CachedClip] | None:
+    """The video's stem, from `folder` on, and the clip in the name of one of latents_files; None if a picture's."""
+    stem, size = parse_image_name(path, folder)
     clip = _CLIP_STEM.fullmatch(stem)
     return (clip[1], CachedClip(path, int(clip[2]), int(clip[3]), size)) if clip else None
 
@@ -148,8 +149,12 @@ def text_problem(cache: Path, caption: str) -> str | None:
     return None if cached_caption in (None, caption) else "has another caption than its text cache"
 
 
-def _files(folder: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in folder.glob(pattern) if file_problem(path) is None)
+def _files(folder: Path, pattern: str, recursive: bool) -> list[Path]:
+    return sorted(path for path in _found(folder, pattern, recursive) if file_problem(path) is None)
+
+
+def _found(folder: Path, pattern: str, recursive: bool) -> Iterable[Path]:
+    return folder.rglob(pattern) if recursive else folder.glob(pattern)
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -166,6 +171,7 @@ def _other_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # the cache folder of a recursive dataset has its subfolders
     with whole_file(path) as file:
         file.write(save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata))
 

@@ -1,13 +1,14 @@
 """The dataset file (toml or json) as frozen dataclasses; every mistake in it is named."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
 
 from utils.data.sizes import STEP, nearest_multiples
-from utils.data.sources import FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
+from utils.data.sources import FILE_RATE, FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
 from utils.files import file_name, names_text, quoted, read_json, read_toml, readable
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
@@ -62,6 +63,8 @@ def _dataset(table: dict, general: dict, where: str) -> AnyDataset:
         raise InputError(f'{where}: {kind}_directory needs caption_extension, for example ".txt"')
     if lines is not None and values.get("cache_directory") is None:
         raise InputError(f"{where}: {kind}_jsonl_file needs cache_directory, the folder for its cache files")
+    if lines is not None and "recursive" in table:
+        raise InputError(f"{where}: recursive is for {kind}_directory; leave it out")
     values["cache_directory"] = values.get("cache_directory", folder)
     dataset = (VideoDataset if is_video else ImageDataset)(**values)
     _check_resolution(dataset, where)
@@ -114,6 +117,19 @@ def _refuse_shared_caches(datasets: list[AnyDataset], path: Path) -> None:
             raise InputError(
                 f"{path}: datasets {first} and {number} share the cache folder {folder}; each needs its own: set "
                 "cache_directory"
+            )
+    for number, dataset in enumerate(datasets, 1):
+        _refuse_caches_within(number, dataset, numbers, path)
+
+
+def _refuse_caches_within(number: int, dataset: AnyDataset, numbers: Mapping[str, int], path: Path) -> None:
+    """Caches of a recursive dataset lie in subfolders too, where those of another one would be taken for its own."""
+    own = Path(os.path.normcase(os.path.realpath(dataset.cache_directory)))
+    for folder, other in numbers.items():
+        if dataset.recursive and other != number and own in Path(folder).parents:
+            raise InputError(
+                f"{path}: the cache folder of dataset {other} is in that of dataset {number}, which is recursive: set "
+                "another cache_directory"
             )
 
 
@@ -179,13 +195,33 @@ def _extraction(value, where: str) -> str:
 
 def _fps(value, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST:
-        raise InputError(f"{where} must be a number above 0 (up to {_MOST}), for example 30, not {quoted(value)}")
+        raise InputError(
+            f'{where} must be a number above 0 (up to {_MOST}), for example 30, or "{FILE_RATE}", not {quoted(value)}'
+        )
     return float(value)
+
+
+def _rate(value, where: str) -> float | str:
+    return FILE_RATE if value == FILE_RATE else _fps(value, where)
+
+
+def _colour(value, where: str) -> tuple[int, int, int]:
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+        return tuple(bytes.fromhex(value[1:]))
+    if value in ("white", "black"):
+        return (255, 255, 255) if value == "white" else (0, 0, 0)
+    is_triple = isinstance(value, list) and len(value) == 3
+    if is_triple and all(isinstance(part, int) and not isinstance(part, bool) and 0 <= part <= 255 for part in value):
+        return tuple(value)
+    raise InputError(
+        f'{where} must be "white", "black", "#rrggbb" or [red, green, blue] with numbers from 0 to 255, '
+        f"not {quoted(value)}"
+    )
 
 
 def _share(value, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InputError(f"{where} must be a number from 0 up to, but not including, 1, not {value!r}")
+        raise InputError(f"{where} must be a number from 0 up to, but not including, 1, not {quoted(value)}")
     return float(value)
 
 
@@ -196,6 +232,8 @@ _SHARED = {
     "num_repeats": _count,
     "enable_bucket": _flag,
     "bucket_no_upscale": _flag,
+    "background": _colour,
+    "recursive": _flag,
 }
 _GENERAL = {**_SHARED, "validation_split": _share}
 _IMAGE = {**_SHARED, "image_directory": _path, "image_jsonl_file": _path, "cache_directory": _path}
@@ -209,7 +247,7 @@ _VIDEO = {
     "frame_stride": _count,
     "frame_sample": _count,
     "max_frames": _count,
-    "source_fps": _fps,
+    "source_fps": _rate,
 }
 _CONTROL = "control pictures and videos are for image-to-video and control models; this trains text-to-video"
 _FRAME_PACK = "it is for FramePack's one-frame training; this trains Wan"

@@ -302,4 +302,4 @@ def _describe(number: int, dataset: AnyDataset, cached: CachedItems) -> list[str
         why = "without a caption" if isinstance(dataset, ImageDataset) else "shorter than their target_frames"
         names = ", ".join(path.name for path in cached.left_out[:_NAMED_PROBLEMS])
         lines.append(f"dataset {number}: {len(cached.left_out)} files {why} are left out: {names}")
-    return lines
+    return lines + [f"dataset {number}: {note}" for note in cached.notes]

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.data.cache_files import (
@@ -17,14 +17,22 @@ from utils.data.cache_files import (
     text_path,
     text_problem,
 )
-from utils.data.media import count_frames
-from utils.data.sizes import SizedSource, clip_windows, frames_needed, longest_full_clip, sized_sources
-from utils.data.sources import AnyDataset, ImageDataset, Source, VideoDataset, list_sources
+from utils.data.pictures import stored_size
+from utils.data.remarks import count_and_names
+from utils.data.sizes import SizedSource, choose_bucket, clip_windows, frames_needed, longest_full_clip, sized_sources
+from utils.data.sources import AnyDataset, ImageDataset, Source, SourcesGone, VideoDataset, list_sources
+from utils.data.videos import count_frames, stored_video_size
 from utils.files import folder_entries
 from wan.configs import WAN_2_1_VAE
 
 # Opening files waits for the disk, so threads help on one core too.
 _READERS = 8
+_UNTURNED = (
+    "pictures that were cached as they are stored, lying on their sides (cache them again to turn them): {files}"
+)
+_OTHER_SIZE = (
+    "videos that were cached at another size than this dataset file asks for, as musubi-tuner does it: {files}"
+)
 
 
 @dataclass(frozen=True)
@@ -55,42 +63,96 @@ class Problem:
 
 @dataclass(frozen=True)
 class CachedItems:
-    """What a dataset trains on, in order of the names; those in `left_out` have no caption or are too short."""
+    """What a dataset trains on, in order of the names; those in `left_out` have no caption or are too short.
+
+    `notes` are lines about caches that are taken although they are not as caching would make them now.
+    """
 
     items: tuple[Item, ...]
     problems: tuple[Problem, ...]
     left_out: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def cached_items(dataset: AnyDataset) -> CachedItems:
     """Looks up the caches of every source; InputError if a source or the cache folder cannot be read."""
     if os.path.exists(dataset.cache_directory):  # Path.exists raises where a folder above it cannot be read
         folder_entries(dataset.cache_directory, "cache_directory")
-    sources = list_sources(dataset, _READERS)
+    caches = latents_files(dataset.cache_directory, dataset.recursive)
+    try:
+        sources = list_sources(dataset, _READERS)
+    except SourcesGone as error:
+        alone = items_of_caches(dataset, caches, str(error))
+        if not alone.items:
+            raise
+        return alone
     sized = sized_sources(dataset, sources.found, _READERS)
+    find = _image_items if isinstance(dataset, ImageDataset) else _video_items
+    found = find(dataset, sized, caches)
+    return replace(found, left_out=(*sources.left_out, *found.left_out), notes=(*sources.notes, *found.notes))
+
+
+def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) -> CachedItems:
+    """What can be trained on where only the caches are left; `reason` begins the note that says so."""
+    items, problems, captionless = [], [], []
+    for path in caches:
+        stem, bucket, frames = _from_name(dataset, path)
+        text = text_path(dataset.cache_directory, stem)
+        if bucket is None:
+            continue
+        if not text.is_file():
+            captionless.append(path)
+            continue
+        source = Source(Path(stem), text_header(text)[1] or "")
+        entry = SizedSource(replace(source, path=Path(source.path.name), subfolder=source.path.parent), bucket, bucket)
+        _sort_out(dataset, entry, [(path, frames, latents_problem(path, path, frames, bucket))], items, problems)
+    notes = [f"{reason}; trained on what its cache folder holds"]
+    notes += [f"latent caches without a text cache, left out: {count_and_names(captionless)}"] if captionless else []
+    return CachedItems(tuple(items), tuple(problems), (), tuple(notes))
+
+
+def _from_name(dataset: AnyDataset, cache: Path) -> tuple[str, tuple[int, int] | None, int]:
+    """The stem, the bucket and the frames of a latent cache; no bucket if the dataset asks for no such clip."""
     if isinstance(dataset, ImageDataset):
-        return _image_items(dataset, sized, sources.left_out)
-    return _video_items(dataset, sized)
+        stem, size = parse_image_name(cache, dataset.cache_directory)
+        return stem, choose_bucket(dataset, Source(cache, ""), size), 1
+    named = parse_clip_name(cache, dataset.cache_directory)
+    if named is None:
+        return cache.stem, None, 0
+    stem, clip = named
+    is_wanted = dataset.frame_extraction == "full" or clip.frames in dataset.target_frames
+    return stem, clip.size if is_wanted else None, clip.frames
 
 
-def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], left_out: tuple[Path, ...]) -> CachedItems:
-    other_sizes = dict(map(parse_image_name, latents_files(dataset.cache_directory)))
-    items, problems = [], []
+def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Sequence[Path]) -> CachedItems:
+    other_sizes = dict(parse_image_name(path, dataset.cache_directory) for path in caches)
+    items, problems, unturned = [], [], []
     for entry in sized:
         stem = entry.source.stem
         cache = image_latents_path(dataset.cache_directory, stem, entry.size)
+        if not cache.is_file() and _was_not_turned(entry, other_sizes.get(stem)):
+            unturned.append(entry.source.path)
+            size = other_sizes[stem]
+            entry = replace(entry, size=size, bucket=choose_bucket(dataset, entry.source, size))
+            cache = image_latents_path(dataset.cache_directory, stem, size)
         problem = latents_problem(cache, entry.source.path, 1, entry.bucket)
         if not cache.is_file() and stem in other_sizes:
             problem = f"is {_size(entry.size)}, but was {_size(other_sizes[stem])} when it was cached"
         _sort_out(dataset, entry, [(cache, 1, problem)], items, problems)
-    return CachedItems(tuple(items), tuple(problems), left_out)
+    notes = [_UNTURNED.format(files=count_and_names(unturned))] if unturned else []
+    return CachedItems(tuple(items), tuple(problems), (), tuple(notes))
 
 
-def _video_items(dataset: VideoDataset, sized: Sequence[SizedSource]) -> CachedItems:
+def _was_not_turned(entry: SizedSource, cached: tuple[int, int] | None) -> bool:
+    """Whether a cache of that size is of the picture as it is stored, lying on its side, as musubi-tuner reads it."""
+    return cached == entry.size[::-1] and stored_size(entry.source.path) == cached
+
+
+def _video_items(dataset: VideoDataset, sized: Sequence[SizedSource], caches: Sequence[Path]) -> CachedItems:
     clips_of = defaultdict(list)
-    for stem, clip in filter(None, map(parse_clip_name, latents_files(dataset.cache_directory))):
+    for stem, clip in filter(None, (parse_clip_name(path, dataset.cache_directory) for path in caches)):
         clips_of[stem].append(clip)
-    items, problems, left_out = [], [], []
+    items, problems, left_out, other_sizes = [], [], [], []
     for entry in sized:
         clips, problem = _wanted_clips(dataset, entry, clips_of[entry.source.stem])
         if problem:
@@ -98,9 +160,11 @@ def _video_items(dataset: VideoDataset, sized: Sequence[SizedSource]) -> CachedI
         elif not clips:
             left_out.append(entry.source.path)
         else:
+            other_sizes += [entry.source.path] if clips[0].size != entry.bucket else []
             found = [(clip.path, clip.frames, _clip_problem(clip, entry.source)) for clip in clips]
-            _sort_out(dataset, entry, found, items, problems)
-    return CachedItems(tuple(items), tuple(problems), tuple(left_out))
+            _sort_out(dataset, replace(entry, bucket=clips[0].size), found, items, problems)
+    notes = [_OTHER_SIZE.format(files=count_and_names(other_sizes))] if other_sizes else []
+    return CachedItems(tuple(items), tuple(problems), tuple(left_out), tuple(notes))
 
 
 def _clip_problem(clip: CachedClip, source: Source) -> str | None:
@@ -114,7 +178,10 @@ def _wanted_clips(
 
     Videos are decoded only where the names alone cannot tell: a number of frames that has no clip at all.
     """
-    fitting = {(clip.start, clip.frames): clip for clip in cached if clip.size == entry.bucket}
+    fitting = _of_size(cached, entry.bucket)
+    if cached and not fitting:
+        others = _other_buckets(dataset, entry)
+        fitting = next((found for bucket in others if (found := _of_size(cached, bucket))), {})
     windows = list(_expected_windows(dataset, entry.source, sorted(fitting)))
     if all(window in fitting for window in windows):
         return [fitting[window] for window in windows], None
@@ -123,6 +190,17 @@ def _wanted_clips(
     if not fitting:
         return [], f"was cached at {_size(cached[0].size)}, the dataset file now asks for {_size(entry.bucket)}"
     return [], "was cached with other target_frames or another frame_extraction than the dataset file asks for"
+
+
+def _of_size(clips: Sequence[CachedClip], size: tuple[int, int]) -> dict[tuple[int, int], CachedClip]:
+    return {(clip.start, clip.frames): clip for clip in clips if clip.size == size}
+
+
+def _other_buckets(dataset: VideoDataset, entry: SizedSource) -> list[tuple[int, int]]:
+    """The sizes that musubi-tuner brings the video to: not turned upright, and up to 2026-09 always bucketed."""
+    stored = stored_video_size(entry.source.path)
+    always_bucketed = replace(dataset, enable_bucket=True, bucket_no_upscale=False)
+    return [choose_bucket(dataset, entry.source, stored), choose_bucket(always_bucketed, entry.source, stored)]
 
 
 def _expected_windows(

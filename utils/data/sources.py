@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from utils.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from utils.files import file_problem, folder_entries, names_text, parse_json, path_text, read_text
+from utils.data.folders import FROM_HERE, media_files
+from utils.data.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from utils.files import file_problem, names_text, parse_json, path_text, read_text
 from wan.errors import InputError
 
 _LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
-_FROM_HERE = "(paths start at the current folder)"
+FILE_RATE = "file"  # the source_fps that takes each file's own rate
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 
 
@@ -29,6 +30,8 @@ class ImageDataset:
     num_repeats: int = 1
     enable_bucket: bool = False
     bucket_no_upscale: bool = False
+    background: tuple[int, int, int] = (255, 255, 255)
+    recursive: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class VideoDataset:
     frame_stride: int = 1
     frame_sample: int = 1
     max_frames: int = 129
-    source_fps: float | None = None
+    source_fps: float | str | None = None
+    background: tuple[int, int, int] = (255, 255, 255)
+    recursive: bool = False
 
 
 AnyDataset = ImageDataset | VideoDataset
@@ -66,22 +71,32 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """One captioned picture, or video; the names of its cache files start with `stem`."""
+    """One captioned picture, or video, in a subfolder of the dataset's folder or in that itself."""
 
     path: Path
     caption: str
+    subfolder: Path = Path()
 
     @property
     def stem(self) -> str:
-        return self.path.stem
+        """What the paths of its cache files start with, below the cache folder."""
+        return (self.subfolder / self.path.stem).as_posix()
 
 
 @dataclass(frozen=True)
 class Sources:
-    """A dataset's sources in order of their names, and the pictures left out because they have no caption."""
+    """A dataset's sources in order of their names, and the pictures left out because they have no caption.
+
+    `notes` are lines about what else is not read.
+    """
 
     found: tuple[Source, ...]
     left_out: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class SourcesGone(InputError):
+    """A dataset has no pictures or videos at all (any more)."""
 
 
 def list_sources(dataset: AnyDataset, workers: int = 1) -> Sources:
@@ -90,28 +105,35 @@ def list_sources(dataset: AnyDataset, workers: int = 1) -> Sources:
     InputError if there are none, one cannot be read, or their cache files could not be told apart.
     """
     if isinstance(dataset, ImageDataset):
-        folder, lines, field, suffixes = dataset.image_directory, dataset.image_jsonl_file, "image_path", IMAGE_SUFFIXES
+        folder, lines, field = dataset.image_directory, dataset.image_jsonl_file, "image_path"
     else:
-        folder, lines, field, suffixes = dataset.video_directory, dataset.video_jsonl_file, "video_path", VIDEO_SUFFIXES
-    if lines is not None:
-        sources = Sources(tuple(sorted(_read_jsonl(lines, field), key=lambda source: str(source.path))))
-    else:
-        sources = _read_folder(folder, suffixes, dataset, workers)
+        folder, lines, field = dataset.video_directory, dataset.video_jsonl_file, "video_path"
+    sources = _read_folder(folder, dataset, workers) if lines is None else _read_jsonl(lines, field)
     _check_stems(sources.found)
     return sources
 
 
-def _read_folder(folder: Path, suffixes: Sequence[str], dataset: AnyDataset, workers: int) -> Sources:
-    named = [path for path in folder_entries(folder, "folder", _FROM_HERE) if path.suffix.lower() in suffixes]
-    paths = [path for path in named if file_problem(path) is None]
+def _read_folder(folder: Path, dataset: AnyDataset, workers: int) -> Sources:
+    is_image = isinstance(dataset, ImageDataset)
+    suffixes = IMAGE_SUFFIXES if is_image else VIDEO_SUFFIXES
+    common = COMMON_IMAGE_SUFFIXES if is_image else COMMON_VIDEO_SUFFIXES
+    if file_problem(folder, or_folder=True) == "does not exist":
+        raise SourcesGone(f"folder {path_text(folder)} does not exist {FROM_HERE}")
+    files = media_files(folder, suffixes, common, dataset.caption_extension, dataset.recursive)
+    paths = files.paths
     if not paths:
-        raise InputError(f"{folder} holds no files to train on; looked for {' '.join(suffixes)}")
+        looked = f"{folder} holds no files to train on; looked for {' '.join(suffixes)}"
+        raise SourcesGone("; ".join([looked, *files.notes]))
     with ThreadPoolExecutor(workers) as pool:
         captions = list(pool.map(partial(_read_caption, extension=dataset.caption_extension), paths))
     missing = tuple(path for path, caption in zip(paths, captions, strict=True) if caption is None)
     _check_captions(folder, paths, missing, dataset)
-    found = (Source(path, caption) for path, caption in zip(paths, captions, strict=True) if caption is not None)
-    return Sources(tuple(found), missing)
+    found = [
+        Source(path, caption, path.parent.relative_to(folder))
+        for path, caption in zip(paths, captions, strict=True)
+        if caption is not None
+    ]
+    return Sources(tuple(found), missing, files.notes)
 
 
 def _read_caption(path: Path, extension: str) -> str | None:
@@ -128,26 +150,38 @@ def _check_captions(folder: Path, paths: list[Path], missing: Sequence[Path], da
     )
 
 
-def _read_jsonl(file: Path, field: str) -> list[Source]:
+def _read_jsonl(file: Path, field: str) -> Sources:
     if problem := file_problem(file):
-        raise InputError(f"{file} {problem} {_FROM_HERE}")
+        kind = SourcesGone if problem == "does not exist" else InputError
+        raise kind(f"{path_text(file)} {problem} {FROM_HERE}")
     # Not splitlines, which also splits at characters that captions may hold, such as U+2028.
     lines = [(number, line) for number, line in enumerate(read_text(file, "file").split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"{file} is empty: each line needs a {field} and a caption")
-    return [_read_line(line, field, f"{file} line {number}") for number, line in lines]
+    entries = [(f"{file} line {number}", _read_line(line, field, f"{file} line {number}")) for number, line in lines]
+    _check_listed([(where, Path(entry[field])) for where, entry in entries], or_folder=field == "video_path")
+    found = [Source(Path(entry[field]), entry["caption"].strip()) for _, entry in entries]
+    unused = sorted({key for _, entry in entries for key in entry} - {field, "caption"})
+    notes = (f"{file}: keys that are not used: {names_text(unused)}",) if unused else ()
+    return Sources(tuple(sorted(found, key=lambda source: str(source.path))), notes=notes)
 
 
-def _read_line(line: str, field: str, where: str) -> Source:
+def _read_line(line: str, field: str, where: str) -> dict:
     entry = parse_json(line, where)
-    if not isinstance(entry, dict) or sorted(entry) != sorted([field, "caption"]):
+    if not isinstance(entry, dict) or not {field, "caption"} <= entry.keys():
         raise InputError(f'{where} must be {{"{field}": ..., "caption": ...}}; it has {_keys(entry)}')
-    if not all(isinstance(value, str) for value in entry.values()):
+    if not all(isinstance(entry[key], str) for key in (field, "caption")):
         raise InputError(f"{where}: {field} and caption must be text")
-    path = Path(entry[field])
-    if problem := file_problem(path, or_folder=field == "video_path"):
-        raise InputError(f"{where}: {path_text(path)} {problem} {_FROM_HERE}")
-    return Source(path, entry["caption"].strip())
+    return entry
+
+
+def _check_listed(listed: Sequence[tuple[str, Path]], or_folder: bool) -> None:
+    problems = [(where, path, file_problem(path, or_folder)) for where, path in listed]
+    broken = [(where, path, problem) for where, path, problem in problems if problem]
+    if broken:
+        where, path, problem = broken[0]
+        are_gone = len(broken) == len(listed) and all(problem == "does not exist" for *_, problem in broken)
+        raise (SourcesGone if are_gone else InputError)(f"{where}: {path_text(path)} {problem} {FROM_HERE}")
 
 
 def _keys(entry: object) -> str:
@@ -161,5 +195,5 @@ def _check_stems(sources: Sequence[Source]) -> None:
         other = seen.setdefault(source.stem.casefold(), source.path)
         if other != source.path:
             raise InputError(f"{other} and {source.path} would share one cache file: rename one of them")
-        if len(os.fsencode(source.stem)) > _LONGEST_STEM:
+        if len(os.fsencode(source.path.stem)) > _LONGEST_STEM:
             raise InputError(f"{source.path}: the name of its cache file would be too long, rename it")

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.media import count_frames, image_size, read_image, read_video, resize_and_crop, video_size
+from utils.data.pictures import image_size, read_image
+from utils.data.resizing import resize_and_crop
+from utils.data.turning import exif_turn
+from utils.data.videos import count_frames, read_video, video_size
 from wan.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -48,7 +51,7 @@ def test_a_picture_of_the_exact_size_is_untouched(tmp_path):
     pixels = _noise(32, 16)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert image_size(tmp_path / "a.png") == (32, 16)
-    assert np.array_equal(read_image(tmp_path / "a.png", (32, 16)), pixels)
+    assert np.array_equal(read_image(tmp_path / "a.png", (32, 16)).values, pixels)
 
 
 @pytest.mark.parametrize("size", [(48, 30), (20, 20), (33, 19)])
@@ -78,15 +81,15 @@ def test_enlarging_is_pillows_lanczos_with_the_middle_cut_out():
 def test_grey_palette_and_transparent_pictures_become_rgb(tmp_path):
     for mode in ("L", "P", "RGBA", "LA", "1"):
         Image.fromarray(_noise(32, 16)).convert(mode).save(tmp_path / f"{mode}.png")
-        assert read_image(tmp_path / f"{mode}.png", (16, 16)).shape == (16, 16, 3)
+        assert read_image(tmp_path / f"{mode}.png", (16, 16)).values.shape == (16, 16, 3)
 
 
 def test_a_video_is_read_frame_by_frame(tmp_path):
     frames = np.stack([_noise(32, 16) for _ in range(6)])
     _write_video(tmp_path / "a.mkv", frames)
     assert video_size(tmp_path / "a.mkv") == (32, 16)
-    assert np.array_equal(read_video(tmp_path / "a.mkv", (32, 16)), frames)
-    assert np.array_equal(read_video(tmp_path / "a.mkv", (32, 16), limit=2), frames[:2])
+    assert np.array_equal(read_video(tmp_path / "a.mkv", (32, 16)).values, frames)
+    assert np.array_equal(read_video(tmp_path / "a.mkv", (32, 16), limit=2).values, frames[:2])
     assert count_frames(tmp_path / "a.mkv") == 6
 
 
@@ -95,7 +98,7 @@ def test_frames_of_a_faster_source_are_dropped_to_16_a_second(tmp_path):
     _write_video(tmp_path / "a.mkv", frames)
     # floor(i * 16 / 30) moves on at these frames.
     expected = frames[[0, 2, 4, 6, 8, 10]]
-    assert np.array_equal(read_video(tmp_path / "a.mkv", (16, 16), source_fps=30.0), expected)
+    assert np.array_equal(read_video(tmp_path / "a.mkv", (16, 16), source_fps=30.0).values, expected)
     assert count_frames(tmp_path / "a.mkv", 30.0) == 6
     assert count_frames(tmp_path / "a.mkv", 12.0) == 11
 
@@ -105,7 +108,7 @@ def test_a_folder_of_pictures_is_a_video(tmp_path):
     for number, pixels in enumerate(frames):
         Image.fromarray(pixels).save(tmp_path / f"{number:03d}.png")
     assert video_size(tmp_path) == (32, 16)
-    assert np.array_equal(read_video(tmp_path, (32, 16)), frames)
+    assert np.array_equal(read_video(tmp_path, (32, 16)).values, frames)
 
 
 @pytest.mark.parametrize("error", [ValueError("bad\nvalue"), MemoryError(), struct.error("x"), KeyError(7)])
@@ -122,7 +125,7 @@ def test_whatever_a_decoder_raises_is_one_line_with_the_file(tmp_path, monkeypat
 def test_pipes_are_not_waited_for(tmp_path):
     Image.fromarray(_noise(16, 16)).save(tmp_path / "1.png")
     os.mkfifo(tmp_path / "0.png")
-    assert read_video(tmp_path, (16, 16)).shape == (1, 16, 16, 3)
+    assert read_video(tmp_path, (16, 16)).values.shape == (1, 16, 16, 3)
     for read in (image_size, video_size, lambda path: read_image(path, (8, 8)), count_frames):
         with pytest.raises(InputError, match=r"0\.png is not a regular file"):
             read(tmp_path / "0.png")
@@ -133,3 +136,11 @@ def test_a_damaged_file_is_named(tmp_path, read):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing else")
     with pytest.raises(InputError, match=r"broken\.png cannot be read"):
         read(tmp_path / "broken.png")
+
+
+@pytest.mark.parametrize("size", [(31, 20), (45, 64), (128, 127)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turning_while_resizing_is_turning_before(size, orientation):
+    pixels, turn = _noise(63, 45), exif_turn(orientation)
+    before = resize_and_crop(np.ascontiguousarray(turn.apply(pixels)), size)
+    assert np.abs(resize_and_crop(pixels, size, turn) - before.astype(int)).max() <= 1  # means may be rounded apart
