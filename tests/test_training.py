@@ -49,13 +49,13 @@ def same_tensors(a, b):
 
 
 def logged(folder, *more):
-    """The scalars of a run, as {name: {step: value}}, without what is measured (memory)."""
+    """The scalars of a run, as {name: {step: value}}, without what is measured (memory, time)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shutil.rmtree(folder / "logs", ignore_errors=True)
     run(folder, "--logging_dir", str(folder / "logs"), *more)
     events = EventAccumulator(str(next((folder / "logs").glob("*/*")))).Reload()
-    names = [name for name in events.Tags()["scalars"] if not name.startswith("memory")]
+    names = [name for name in events.Tags()["scalars"] if not name.startswith(("memory", "time"))]
     return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
 
 

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from utils.data.dataset import make_loader
 from utils.devices import cpu_line
@@ -31,6 +30,7 @@ from utils.run.fingerprint import other_settings, start_hash
 from utils.run.finite import check_slice_is_finite, check_start_is_finite, check_step_is_finite
 from utils.run.opening_lines import opening_lines, timestep_lines
 from utils.run.plan import first_items
+from utils.run.progress import StepBar
 from utils.run.run import Place, Run, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
 from utils.run.save_schedule import SaveConfig, remove_overwritten, save_after_epoch, save_after_step, save_at_end
@@ -221,11 +221,12 @@ def _loop(run: Run, place: Place, stop: StopRequest) -> None:
         config.persistent_workers,
         run.say,
     )
-    with tqdm(total=plan.steps, initial=place.step, desc="steps", disable=not accelerator.is_main_process) as bar:
+    with StepBar(run.timer, plan.steps, place.step, accelerator.is_main_process) as bar:
         if config.samples and config.samples.at_first and place.step == 0:
             draw_turn(run, place, epoch_text(0))
         if place.step > 0:
             make_up(run, place)
+        run.timer.restart()
         for epoch in range(place.epoch + 1, plan.epochs + 1):
             stops = _train_epoch(run, place, loader, stop, bar)
             if stops and place.batch < plan.batches_per_epoch:
@@ -242,14 +243,15 @@ def _loop(run: Run, place: Place, stop: StopRequest) -> None:
         save_turn(run, place, save_at_end(config.save))
 
 
-def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, bar: tqdm) -> bool:
+def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, bar: StepBar) -> bool:
     """Trains from `place` to the end of its epoch, or of the run; whether a stop was asked for on the way."""
     plan, accelerator = run.plan, run.accelerator
     loader.sampler.set_epoch(place.epoch, place.batch)
     batches = run.dataset.epoch_batches(run.seed, place.epoch)
     starts = first_items(batches, accelerator.process_index, accelerator.num_processes)
     losses = torch.zeros(2, device=accelerator.device)
-    for number, batch in enumerate(loader if place.step < plan.steps else (), start=place.batch):
+    shown = run.timer.batches(loader if place.step < plan.steps else (), run.model.config.patch_size)
+    for number, batch in enumerate(shown, start=place.batch):
         first_item = place.epoch * plan.items_per_epoch + starts[number]
         preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
         losses += _backward(run, batch, place.epoch, first_item, plan.window(number), preserves)
@@ -263,8 +265,8 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         place.finish_step(number + 1)
         stops = asked and place.step < plan.steps
         place.losses.append(values["loss"])
-        shown = {"loss/preserve": values["preserve_loss"]} if preserves else {}
-        log_step(run, place, {**shown, **rates, "grad_norm": values["grad_norm"]}, bar)
+        preserved = {"loss/preserve": values["preserve_loss"]} if preserves else {}
+        log_step(run, place, {**preserved, **rates, "grad_norm": values["grad_norm"]}, bar)
         if turn := save_after_step(run.config.save, place.step):
             save_turn(run, place, turn)
         if draws_after_step(run, place):

@@ -16,6 +16,7 @@ from utils.data.dataset import TrainingDataset
 from utils.preserve.old_prompts import Preservation
 from utils.run.config import TrainConfig
 from utils.run.plan import TrainingPlan
+from utils.run.progress import StepTimer
 from utils.run.samples import PreparedSamples
 from utils.run.save_schedule import save_at_end
 from utils.run.state import State, check_settings, damaged_state, read_state
@@ -83,6 +84,7 @@ class Run:
     preserved: Preservation | None
     debug: TrainingDebug | None
     say: Callable[[str], None]
+    timer: StepTimer = field(default_factory=StepTimer)
 
 
 def resume(run: Run, folder: Path) -> Place:

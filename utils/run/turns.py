@@ -17,6 +17,7 @@ from tqdm import tqdm
 from utils.preserve.old_prompts import most_frequent
 from utils.run.fingerprint import checkpoint_metadata
 from utils.run.finite import check_state_is_finite
+from utils.run.progress import between_steps
 from utils.run.run import Place, Run, state_of, values_digest
 from utils.run.samples import draw_samples, due_after_epoch, due_after_step
 from utils.run.save_schedule import VALUES_KEY, Save, remove_expired, save_after_epoch, save_after_step, stop_state
@@ -36,13 +37,13 @@ def say_beside_bar(run: Run, *lines: str) -> None:
 
 
 def log_step(run: Run, place: Place, values: Mapping[str, float], bar: tqdm) -> None:
-    """Tells the trackers of the step that was done, the bar too."""
-    device = run.accelerator.device
+    """Logs the step that was done, and moves the bar."""
+    device, times = run.accelerator.device, run.timer.finish_step()
     losses = {"loss/current": place.losses[-1], "loss/average": place.average_loss()}
     memory = {"memory/host_gb": psutil.Process().memory_info().rss / 1e9}
     if device.type == "cuda":
         memory["memory/device_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    log(run, place, {**losses, **values, **memory})
+    log(run, place, {**losses, **values, **times, **memory})
     if run.debug:
         with _stops_without_room(run, place):
             lines = run.debug.after_step(place.step, run.accelerator.trackers)
@@ -57,6 +58,7 @@ def log(run: Run, place: Place, values: Mapping[str, float]) -> None:
         run.accelerator.log(dict(values), step=place.step)
 
 
+@between_steps
 def save_turn(run: Run, place: Place, turn: Save) -> None:
     """Writes the turn's state, then its files, then deletes what it ends.
 
@@ -116,6 +118,7 @@ def draws_after_step(run: Run, place: Place) -> bool:
     return due_after_step(samples, place.step) and not (ends_epoch and due_after_epoch(samples, place.epoch + 1))
 
 
+@between_steps
 def draw_turn(run: Run, place: Place, when: str) -> None:
     """Draws and saves all samples; `when`, as step_text or epoch_text has it, is in their names."""
     if run.accelerator.is_main_process:
