@@ -45,6 +45,7 @@ from utils.run.turns import (
     step_text,
     stop_with_state,
 )
+from utils.sampling.defaults import read_sample_defaults
 from utils.selective_finetune import TrainedSlice, attach_slice
 from utils.slices.overlay import load_with_slices, start_from_overlays
 from utils.swap.block_inputs import BlockInputs
@@ -123,8 +124,11 @@ def _encode_prompts(
     """Encodes the prompts of samples and of what is preserved, while the model does not take up memory yet."""
     samples, asking = None, plan.asking
     if config.samples and accelerator.is_main_process:
+        defaults = read_sample_defaults(inputs.header.metadata, config.dit)
+        for line in defaults.lines(config.dit):
+            say(line)
         samples = prepare_samples(
-            config.samples, TASKS[config.task], inputs.model_config, inputs.seed, accelerator.device
+            config.samples, TASKS[config.task], inputs.model_config, inputs.seed, accelerator.device, defaults
         )
     if asking:
         asking = encode_old_prompts(config.preserve, asking, accelerator, say)

@@ -15,8 +15,8 @@ _END = object()
 class StepTimer:
     """Measures the steps of this process, without the pauses between them in which it saves, samples or validates.
 
-    By the host's monotonic clock alone: every step brings its loss to the host, so the device cannot fall behind by more
-    than an optimizer update, and nothing has to wait for the sake of measuring.
+    By the monotonic clock of the host alone: every step brings its loss to the host, so the device cannot fall behind
+    by more than an optimizer update, and nothing has to wait for the sake of measuring.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):

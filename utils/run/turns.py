@@ -124,7 +124,9 @@ def draw_turn(run: Run, place: Place, when: str) -> None:
     if run.accelerator.is_main_process:
         folder, stem = run.config.save.folder / "sample", f"{run.config.save.name}_{when}"
         with tqdm(total=sum(sample.steps for sample in run.samples.samples), desc="sampling", leave=False) as bar:
-            drawn = draw_samples(run.samples, run.model, run.accelerator.device, folder, stem, bar.update)
+            drawn = draw_samples(
+                run.samples, run.model, run.accelerator.device, folder, stem, _weights(run, place), bar.update
+            )
         for number, sample in enumerate(drawn):
             frames = to_frames(sample.video_3THW)
             shown = frames[:: -(-len(frames) // _FRAMES_LOGGED)]
@@ -134,6 +136,15 @@ def draw_turn(run: Run, place: Place, when: str) -> None:
                     tracker.log_images({f"sample/{number:02d}": shown}, step=place.step, **layout)
             say_beside_bar(run, f"sampled {sample.path}")
     run.accelerator.wait_for_everyone()
+
+
+def _weights(run: Run, place: Place) -> dict[str, object] | None:
+    """What the samples of this place are drawn with, for their metadata; None with --no_metadata."""
+    if not run.config.metadata.settings:
+        return None
+    slices = [file.entry.label for file in run.below.files]
+    base = run.config.dit.stem
+    return {"model": run.config.save.name, "base_model": base, "slices": slices, "trained_steps": place.step}
 
 
 def make_up(run: Run, place: Place) -> None:
