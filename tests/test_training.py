@@ -210,7 +210,8 @@ def test_saves_and_samples_have_their_names(folder, sample_flags):
     found = {path.name for path in (folder / "out").iterdir()}
     steps = {"one-step00000004.safetensors", "one-step00000008.safetensors"}
     assert found == {"one-000001.safetensors", *steps, "one.safetensors", "one-state", "sample"}
-    pictures = sorted(path.name for path in (folder / "out" / "sample").iterdir())
+    assert (folder / "out" / "sample" / "one_contact_sheet.png").is_file()
+    pictures = sorted(path.name for path in (folder / "out" / "sample").iterdir() if "sheet" not in path.name)
     parts = [name.split("_") for name in pictures]
     assert [part[1] for part in parts] == ["000005"] * 2 + ["e000000"] * 2 + ["e000002"] * 2
     assert all(pictures[i].endswith("_7_000.png") and pictures[i + 1].endswith(".mp4") for i in (0, 2, 4))

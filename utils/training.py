@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -204,10 +205,15 @@ def prepare(
 
 
 def _start_trackers(run: Run) -> None:
-    log = run.config.log
-    if log.trackers:
-        settings = dict(run.metadata) if log.with_settings else None
-        run.accelerator.init_trackers(log.tracker_name, config=settings, init_kwargs=dict(log.tracker_settings))
+    log, folder = run.config.log, run.accelerator.project_dir
+    if not log.trackers:
+        return
+    arguments = {tracker: dict(own) for tracker, own in log.tracker_settings.items()}
+    if "wandb" in log.trackers and folder:  # else it writes to the folder that the run was started in
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        arguments["wandb"] = {"dir": str(folder)} | arguments.get("wandb", {})
+    settings = dict(run.metadata) if log.with_settings else None
+    run.accelerator.init_trackers(log.tracker_name, config=settings, init_kwargs=arguments)
 
 
 def _loop(run: Run, place: Place, stop: StopRequest) -> None:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from utils.preserve.old_prompts import most_frequent
+from utils.run.contact_sheet import CONTACT_SHEET, open_sheet
 from utils.run.fingerprint import checkpoint_metadata
 from utils.run.finite import check_state_is_finite
 from utils.run.progress import between_steps
@@ -22,11 +23,9 @@ from utils.run.run import Place, Run, state_of, values_digest
 from utils.run.samples import draw_samples, due_after_epoch, due_after_step
 from utils.run.save_schedule import VALUES_KEY, Save, remove_expired, save_after_epoch, save_after_step, stop_state
 from utils.run.state import save_state
+from utils.run.tracker_media import show_sample, show_sheet
 from utils.run.write import write_files
-from utils.sampling.writers import to_frames
 from wan.errors import InputError
-
-_FRAMES_LOGGED = 4  # of a clip, in TensorBoard
 
 
 def say_beside_bar(run: Run, *lines: str) -> None:
@@ -127,14 +126,15 @@ def draw_turn(run: Run, place: Place, when: str) -> None:
             drawn = draw_samples(
                 run.samples, run.model, run.accelerator.device, folder, stem, _weights(run, place), bar.update
             )
-        for number, sample in enumerate(drawn):
-            frames = to_frames(sample.video_3THW)
-            shown = frames[:: -(-len(frames) // _FRAMES_LOGGED)]
-            with _stops_without_room(run, place):
-                for tracker in run.accelerator.trackers:
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({f"sample/{number:02d}": shown}, step=place.step, **layout)
-            say_beside_bar(run, f"sampled {sample.path}")
+        sheet_path = folder / f"{run.config.save.name}{CONTACT_SHEET}"
+        sheet = open_sheet(sheet_path, run.settings, run.samples.samples).with_turn(place.step, drawn).save(sheet_path)
+        with _stops_without_room(run, place):
+            for tracker in run.accelerator.trackers:
+                for number, saved in enumerate(drawn):
+                    show_sample(tracker, f"sample/{number:02d}", saved, run.samples.fps, place.step)
+                show_sheet(tracker, "sample/contact_sheet", sheet, place.step)
+        for saved in drawn:
+            say_beside_bar(run, f"sampled {saved.path}")
     run.accelerator.wait_for_everyone()
 
 
