@@ -250,7 +250,7 @@ def _loop(run: Run, place: Place, stop: StopRequest) -> None:
                 draw_turn(run, place, epoch_text(epoch))
             if stops:
                 return stop_with_state(run, place)
-        save_turn(run, place, save_at_end(config.save))
+        save_turn(run, place, save_at_end(config.save, plan.steps))
 
 
 def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, bar: StepBar) -> bool:
@@ -277,7 +277,7 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         place.losses.append(values["loss"])
         preserved = {"loss/preserve": values["preserve_loss"]} if preserves else {}
         log_step(run, place, {**preserved, **rates, "grad_norm": values["grad_norm"]}, bar)
-        if turn := save_after_step(run.config.save, place.step):
+        if turn := save_after_step(run.config.save, place.step, plan.steps):
             save_turn(run, place, turn)
         if draws_after_step(run, place):
             draw_turn(run, place, step_text(place.step))

@@ -100,7 +100,8 @@ def resume(run: Run, folder: Path) -> Place:
     losses = deque(state.losses, run.plan.steps_per_epoch)
     place = Place(state.epoch, state.batch, state.step, losses, state.saved_at, folder, state.step, state.epoch)
     # As the main process sees it, before it writes: all have to take the same way.
-    ended = [place.step >= run.plan.steps and not save_at_end(run.config.save).missing(values_digest(run.trained))]
+    final = save_at_end(run.config.save, run.plan.steps)
+    ended = [place.step >= run.plan.steps and not final.missing(values_digest(run.trained))]
     broadcast_object_list(ended)
     if ended[0] or place.step > run.plan.steps:
         raise InputError(

@@ -149,12 +149,13 @@ def _weights(run: Run, place: Place) -> dict[str, object] | None:
 
 def make_up(run: Run, place: Place) -> None:
     """Writes what was due after the state that the run continues from, if a crash or a full disk prevented it."""
-    saves = run.config.save
+    saves, of_step = run.config.save, save_after_step(run.config.save, place.step, run.plan.steps)
     if place.batch == 0:
-        turn, when = save_after_epoch(saves, place.epoch, run.plan.epochs), epoch_text(place.epoch)
+        # The step's own, too: a run that was complete and gets more steps has not written it.
+        turn, when = save_after_epoch(saves, place.epoch, run.plan.epochs) or of_step, epoch_text(place.epoch)
         draws = due_after_epoch(run.config.samples, place.epoch)
     else:
-        turn, when = save_after_step(saves, place.step), step_text(place.step)
+        turn, when = of_step, step_text(place.step)
         draws = draws_after_step(run, place)
     # What the main process sees, before it writes: all have to take the same way.
     files = turn.missing(values_digest(run.trained)) if turn else {}
