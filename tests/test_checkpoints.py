@@ -36,7 +36,7 @@ def names(paths):
 
 
 def test_names_are_those_of_musubi_tuner():
-    saves = [save_after_epoch(EVERY, 4, 8), save_after_step(EVERY, 30), save_at_end(EVERY)]
+    saves = [save_after_epoch(EVERY, 4, 8), save_after_step(EVERY, 30, 99), save_at_end(EVERY, 99)]
     assert names(save.files["checkpoint"] for save in saves) == [
         "c1-000004.safetensors", "c1-step00000030.safetensors", "c1.safetensors",
     ]  # fmt: skip
@@ -44,19 +44,21 @@ def test_names_are_those_of_musubi_tuner():
 
 
 def test_a_dot_in_the_name_is_no_suffix():
-    save = save_at_end(replace(EVERY, name="v1.5"))
+    save = save_at_end(replace(EVERY, name="v1.5"), 99)
     assert (save.files["checkpoint"].name, save.state.name) == ("v1.5.safetensors", "v1.5-state")
 
 
-def test_the_last_epoch_and_other_turns_save_nothing():
-    assert save_after_epoch(EVERY, 3, 8) is save_after_epoch(EVERY, 8, 8) is save_after_step(EVERY, 15) is None
-    assert save_after_epoch(SaveConfig(Path(), "x"), 2, 8) is save_after_step(SaveConfig(Path(), "x"), 10) is None
+def test_the_last_epoch_the_last_step_and_other_turns_save_nothing():
+    assert save_after_epoch(EVERY, 3, 8) is save_after_step(EVERY, 15, 99) is None
+    assert save_after_epoch(EVERY, 8, 8) is save_after_step(EVERY, 30, 30) is None
+    assert save_after_epoch(SaveConfig(Path(), "x"), 2, 8) is save_after_step(SaveConfig(Path(), "x"), 10, 99) is None
 
 
 def test_states_are_saved_when_asked_for():
     quiet = replace(EVERY, save_state=False)
-    assert save_after_epoch(quiet, 4, 8).state is save_after_step(quiet, 10).state is save_at_end(quiet).state is None
-    assert save_at_end(replace(quiet, save_state_at_end=True)).state is not None
+    assert save_after_epoch(quiet, 4, 8).state is save_after_step(quiet, 10, 99).state is None
+    assert save_at_end(quiet, 99).state is None
+    assert save_at_end(replace(quiet, save_state_at_end=True), 99).state is not None
 
 
 def test_epochs_keep_the_last_n():
@@ -70,15 +72,21 @@ def test_epochs_keep_the_last_n():
 
 @pytest.mark.parametrize(("last", "expired"), [(9, 50), (10, 40), (15, 40), (25, 30), (100, None)])
 def test_steps_keep_checkpoints_of_the_last_n_steps(last, expired):
-    found = names(save_after_step(replace(EVERY, last_n_steps=last, save_state=False), 60).expired)
+    found = names(save_after_step(replace(EVERY, last_n_steps=last, save_state=False), 60, 99).expired)
     assert "c1-step00000060.safetensors" not in found
     assert found[:1] == ([f"c1-step{expired:08d}.safetensors"] if expired else [])
+
+
+def test_the_final_save_ends_what_a_save_after_the_last_step_would():
+    config = replace(EVERY, last_n_steps=15, last_n_steps_state=5)
+    assert save_at_end(config, 60).expired == save_after_step(config, 60, 99).expired != ()
+    assert save_at_end(config, 65).expired == ()
 
 
 def test_a_run_without_states_deletes_none():
     quiet = replace(EVERY, save_state=False, last_n_epochs=1, last_n_steps=1)
     assert names(save_after_epoch(quiet, 4, 8).expired) == ["c1-000002.safetensors"]
-    assert names(save_after_step(quiet, 20).expired) == ["c1-step00000010.safetensors"]
+    assert names(save_after_step(quiet, 20, 99).expired) == ["c1-step00000010.safetensors"]
 
 
 def test_an_old_file_that_is_open_elsewhere_stays_and_is_told(tmp_path, monkeypatch):
@@ -101,6 +109,9 @@ def test_a_plan_lists_every_save_in_order():
         "c1-step00000010.safetensors", "c1-000002.safetensors", "c1-step00000020.safetensors", "c1-000004.safetensors",
         "c1.safetensors",
     ]  # fmt: skip
+    steps = SaveConfig(Path("out"), "c1", every_n_steps=10)
+    plan = names(save.files["checkpoint"] for save in planned_saves(steps, 20, 5, 4))
+    assert plan == ["c1-step00000010.safetensors", "c1.safetensors"]
 
 
 def test_a_thousand_epochs_of_the_14b_model_are_told_in_terabytes():

@@ -192,6 +192,31 @@ def test_weights_that_do_not_fit_when_they_are_cast_are_refused_before_anything_
         generation.generate(parse_generate(flags(files, tmp_path, "--prompt", "a fox", "--dit_dtype", "bf16")), print)
 
 
+def test_a_picture_tells_prompt_and_settings_unless_metadata_is_left_out(files, tmp_path):
+    made(files, tmp_path / "a", "--guidance_scale", "2")
+    (path,) = (tmp_path / "a").glob("*.png")
+    text = Image.open(path).text
+    assert text["parameters"].startswith("a fox\nNegative prompt: 色调艳丽")
+    assert text["parameters"].endswith("CFG scale: 2, Seed: 3, Size: 48x32, Frames: 1, Flow shift: 5, Model: dit")
+    assert json.loads(text["wan_sample"])["solver"] == "unipc"
+    made(files, tmp_path / "b", "--no_metadata")
+    (path,) = (tmp_path / "b").glob("*.png")
+    assert Image.open(path).text == {}
+
+
+@pytest.mark.parametrize(("more", "scale"), [((), 6), (("--guidance_scale_high_noise", "7"), 7)])
+def test_each_expert_may_suggest_a_guidance_of_its_own(files, tmp_path, more, scale):
+    for name, guidance in (("dit", "2"), ("high", "6")):
+        weights = load_file(files / f"{name}.safetensors")
+        metadata = {"num_heads": "4", "text_len": "16", "sample_guidance_scale": guidance}
+        save_file(weights, tmp_path / f"{name}.safetensors", metadata)
+    experts = ["--task", "t2v-A14B", "--dit_high_noise", f"{tmp_path}/high.safetensors"]
+    made(files, tmp_path, "--dit", f"{tmp_path}/dit.safetensors", *experts, *more)
+    (path,) = tmp_path.glob("*.png")
+    settings = json.loads(Image.open(path).text["wan_sample"])
+    assert (settings["guidance_scale"], settings["guidance_scale_high_noise"]) == (2, scale)
+
+
 def test_a_clip_is_saved_as_mp4_at_the_tasks_rate(files, tmp_path):
     main(flags(files, tmp_path, "--prompt", "a fox", "--video_length", "5"))
     (path,) = tmp_path.iterdir()

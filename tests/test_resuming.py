@@ -105,7 +105,7 @@ def outputs(folder):
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "state.pt")
     return {
         re.sub(r"_\d{14}", "", path.relative_to(folder).as_posix()): path.read_bytes()
-        if path.suffix in (".png", ".mp4")
+        if path.suffix in (".png", ".mp4") and "sheet" not in path.name  # which shows what this folder has seen
         else b""
         for path in paths
     }
@@ -123,7 +123,20 @@ def test_a_resumed_run_writes_the_same_pictures_and_file_numbers(folder):
     resumed = outputs(folder / "out")
     shutil.rmtree(state)
     assert sum("step00000002" in name or "_000002" in name for name in whole) == 4  # which are made up
-    assert resumed == whole and sum(name.endswith(".png") for name in resumed) == 6
+    assert resumed == whole and sum(name.endswith("_7_000.png") for name in resumed) == 6
+
+
+def test_the_last_step_writes_its_file_once_and_a_longer_run_writes_the_numbered_one(folder):
+    saves = (*BF16, "--save_every_n_steps", "5", "--save_state")
+    lines = run(folder, *saves, "--max_train_epochs", "2")
+    checkpoints = {path.name for path in (folder / "out").glob("*.safetensors")}
+    assert checkpoints == {"one-step00000005.safetensors", "one.safetensors"}
+    assert any(line.startswith("will write 2 checkpoints") for line in lines)
+    final = load_file(folder / "out" / "one.safetensors")
+    run(folder, *saves, "--max_train_epochs", "3", "--resume", "latest")
+    numbered = load_file(folder / "out" / "one-step00000010.safetensors")
+    assert all(torch.equal(values, numbered[name]) for name, values in final.items())
+    assert not (folder / "out" / "one-step00000015.safetensors").exists()
 
 
 def without_room(*_):

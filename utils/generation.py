@@ -7,7 +7,7 @@ import glob
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from utils.devices import cpu_line
 from utils.files import file_name
 from utils.sampling import writers
+from utils.sampling.defaults import SampleDefaults, read_sample_defaults
 from utils.sampling.denoising import (
     TIMESTEPS,
     Denoising,
@@ -28,6 +29,7 @@ from utils.sampling.denoising import (
     resolve_sample,
 )
 from utils.sampling.prompts import SamplePrompt, parse_prompt_line
+from utils.sampling.sample_metadata import sample_settings, settings_of_latent
 from utils.slice_saving import base_identity
 from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
@@ -66,7 +68,7 @@ class GenerateConfig:
     tokenizer: Path | None
     solver: str
     boundary: float | None  # share of the timesteps above which dit_high_noise works
-    guidance_scale_high: float | None
+    guidance_scale_high: float | None  # None: what dit_high_noise suggests, else the task's
     swap: SwapConfig
     device: torch.device
     dit_dtype: torch.dtype | None  # None: the file's
@@ -82,6 +84,7 @@ class _Expert:
     dtype: torch.dtype
     mapped: bool  # its weights on the CPU are the file's own bytes
     widths: WanConfig
+    defaults: SampleDefaults  # in its metadata
     guidance_scale: float | None  # None: the sample's
     t_end: float
 
@@ -106,11 +109,12 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
 
 def _read_experts(config: GenerateConfig, say: Callable[[str], None]) -> list[_Expert]:
     slices = _slices_by_dit(config)
-    experts = [_read_expert(config, config.dit, slices, None, 0.0, say)]
+    experts = [_read_expert(config, config.dit, slices, say)]
     if config.dit_high_noise is not None:
-        t_end = config.boundary * TIMESTEPS
-        high = _read_expert(config, config.dit_high_noise, slices, config.guidance_scale_high, t_end, say)
-        experts.insert(0, high)
+        high = _read_expert(config, config.dit_high_noise, slices, say)
+        scales = (config.guidance_scale_high, high.defaults.guidance_scale, TASKS[config.task].guidance_scale_high)
+        guidance_scale = next((scale for scale in scales if scale is not None), None)
+        experts.insert(0, replace(high, guidance_scale=guidance_scale, t_end=config.boundary * TIMESTEPS))
     elif TASKS[config.task].boundary is not None:
         say(f"{config.task} has two experts; without --dit_high_noise, {config.dit.name} takes every step")
     return experts
@@ -134,8 +138,6 @@ def _read_expert(
     config: GenerateConfig,
     path: Path,
     slices: Mapping[Path, Sequence[tuple[SliceFile, float]]],
-    guidance_scale: float | None,
-    t_end: float,
     say: Callable[[str], None],
 ) -> _Expert:
     header = read_checkpoint_header(path)
@@ -149,9 +151,10 @@ def _read_expert(
     own = slices_on_base(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     with_slices = "".join(f", with {entry.label}" for entry in own.entries)
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{with_slices}")
-    for line in own.notes:
+    defaults = read_sample_defaults(header.metadata, path)
+    for line in [*own.notes, *defaults.lines(path)]:
         say(line)
-    return _Expert(path, own, dtype, mapped, widths, guidance_scale, t_end)
+    return _Expert(path, own, dtype, mapped, widths, defaults, guidance_scale=None, t_end=0.0)
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -185,7 +188,7 @@ def _sample_all(
     vae: WanVAE | None,
     say: Callable[[str], None],
 ) -> list[Path]:
-    samples = [_resolve(prompt, config) for prompt in prompts]
+    samples = [_resolve(prompt, config, experts[-1].defaults) for prompt in prompts]
     for sample in samples:
         say(_describe(sample))
     texts = _encode(config, experts, samples)
@@ -194,11 +197,12 @@ def _sample_all(
     with tqdm(total=sum(sample.steps for sample in samples), desc="steps", unit="step") as bar:
         for expert in experts:
             _run_expert(config, expert, denoisings, texts, bar.update, say)
-    return _save_all(config, denoisings, vae, say)
+    return _save_all(config, denoisings, experts, vae, say)
 
 
-def _resolve(prompt: SamplePrompt, config: GenerateConfig) -> Sample:
-    return resolve_sample(prompt, TASKS[config.task], seed=random.SystemRandom().randrange(2**32), solver=config.solver)
+def _resolve(prompt: SamplePrompt, config: GenerateConfig, defaults: SampleDefaults) -> Sample:
+    seed = random.SystemRandom().randrange(2**32)
+    return resolve_sample(prompt, TASKS[config.task], seed, config.solver, defaults)
 
 
 def _describe(sample: Sample) -> str:
@@ -239,7 +243,11 @@ def _run_expert(
 
 
 def _save_all(
-    config: GenerateConfig, denoisings: Sequence[Denoising], vae: WanVAE | None, say: Callable[[str], None]
+    config: GenerateConfig,
+    denoisings: Sequence[Denoising],
+    experts: Sequence[_Expert],
+    vae: WanVAE | None,
+    say: Callable[[str], None],
 ) -> list[Path]:
     stems = _free_stems(config.save_path, [denoising.sample.seed for denoising in denoisings])
     paths = []
@@ -252,7 +260,7 @@ def _save_all(
     if vae is not None:
         vae.to(config.device)
         paths += [
-            _save_decoded(config, vae, denoising.latent_CFHW, stem)
+            _save_decoded(config, vae, denoising.latent_CFHW, stem, _settings(denoising.sample, experts))
             for stem, denoising in zip(stems, denoisings, strict=True)
         ]
     for path in paths:
@@ -290,11 +298,26 @@ def _latent_metadata(sample: Sample) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-def _save_decoded(config: GenerateConfig, vae: WanVAE, latent_CFHW: Tensor, stem: str) -> Path:
+def _settings(sample: Sample, experts: Sequence[_Expert]) -> dict[str, object]:
+    *high, low = experts
+    return sample_settings(
+        sample,
+        guidance_scale_high_noise=high[0].guidance_scale if high else None,
+        model=low.path.stem,
+        model_high_noise=high[0].path.stem if high else None,
+        slices=[entry.label for expert in experts for entry in expert.slices.entries],
+    )
+
+
+def _save_decoded(
+    config: GenerateConfig, vae: WanVAE, latent_CFHW: Tensor, stem: str, settings: Mapping[str, object]
+) -> Path:
     video_3THW = decode_latent(vae, latent_CFHW)
+    if not config.write_metadata:
+        settings = writers.NO_SETTINGS
     if config.output_type in _FRAME_OUTPUTS:
-        return writers.save_frames(config.save_path, stem, video_3THW)
-    return writers.save_sample(config.save_path, stem, video_3THW, config.fps)
+        return writers.save_frames(config.save_path, stem, video_3THW, settings)
+    return writers.save_sample(config.save_path, stem, video_3THW, config.fps, settings)
 
 
 def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
@@ -303,7 +326,8 @@ def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> 
     writers.remove_unfinished(config.save_path)
     stems = _free_stems(config.save_path, [file_name(metadata.get("seeds", "0")) for _, metadata in loaded])
     paths = []
-    for source, stem, (latent_CFHW, _) in zip(config.latent_paths, stems, loaded, strict=True):
-        paths.append(_save_decoded(config, vae, latent_CFHW, file_name(f"{stem}_{source.stem}")))
+    for source, stem, (latent_CFHW, metadata) in zip(config.latent_paths, stems, loaded, strict=True):
+        settings = settings_of_latent(metadata)
+        paths.append(_save_decoded(config, vae, latent_CFHW, file_name(f"{stem}_{source.stem}"), settings))
         say(f"saved {paths[-1]}")
     return paths

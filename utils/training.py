@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from utils.data.dataset import make_loader
 from utils.devices import cpu_line
@@ -26,6 +26,7 @@ from utils.run.finite import check_start_is_finite
 from utils.run.forgetting import Probe, ProbedOn, encode_probe, start_probe
 from utils.run.opening_lines import opening_lines, timestep_lines
 from utils.run.plan import first_items
+from utils.run.progress import StepBar
 from utils.run.run import Place, Run, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
 from utils.run.save_schedule import SaveConfig, remove_overwritten, save_after_epoch, save_after_step, save_at_end
@@ -44,6 +45,7 @@ from utils.run.turns import (
     validate_turn,
 )
 from utils.run.validation import WITHOUT_GRADIENT, Validation, ValidationConfig
+from utils.sampling.defaults import read_sample_defaults
 from utils.selective_finetune import TrainedSlice, attach_slice
 from utils.slices.overlay import load_with_slices, start_from_overlays
 from utils.swap.block_inputs import BlockInputs
@@ -125,8 +127,11 @@ def _encode_prompts(
     """
     samples, asking = None, plan.asking
     if config.samples and accelerator.is_main_process:
+        defaults = read_sample_defaults(inputs.header.metadata, config.dit)
+        for line in defaults.lines(config.dit):
+            say(line)
         samples = prepare_samples(
-            config.samples, TASKS[config.task], inputs.model_config, inputs.seed, accelerator.device
+            config.samples, TASKS[config.task], inputs.model_config, inputs.seed, accelerator.device, defaults
         )
     if asking:
         asking = encode_old_prompts(config.preserve, asking, accelerator, say)
@@ -241,10 +246,15 @@ def _validation(
 
 
 def _start_trackers(run: Run) -> None:
-    log = run.config.log
-    if log.trackers:
-        settings = dict(run.metadata) if log.with_settings else None
-        run.accelerator.init_trackers(log.tracker_name, config=settings, init_kwargs=dict(log.tracker_settings))
+    log, folder = run.config.log, run.accelerator.project_dir
+    if not log.trackers:
+        return
+    arguments = {tracker: dict(own) for tracker, own in log.tracker_settings.items()}
+    if "wandb" in log.trackers and folder:  # else it writes to the folder that the run was started in
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        arguments["wandb"] = {"dir": str(folder)} | arguments.get("wandb", {})
+    settings = dict(run.metadata) if log.with_settings else None
+    run.accelerator.init_trackers(log.tracker_name, config=settings, init_kwargs=arguments)
 
 
 def _loop(run: Run, place: Place, stop: StopRequest) -> None:
@@ -262,13 +272,14 @@ def _loop(run: Run, place: Place, stop: StopRequest) -> None:
         config.persistent_workers,
         run.say,
     )
-    with tqdm(total=plan.steps, initial=place.step, desc="steps", disable=not accelerator.is_main_process) as bar:
+    with StepBar(run.timer, plan.steps, place.step, accelerator.is_main_process) as bar:
         if config.samples and config.samples.at_first and place.step == 0:
             draw_turn(run, place, epoch_text(0))
         if place.step == 0:
             validate_turn(run, place)
         if place.step > 0:
             make_up(run, place)
+        run.timer.restart()
         for epoch in range(place.epoch + 1, plan.epochs + 1):
             stops = _train_epoch(run, place, loader, stop, bar)
             if stops and place.batch < plan.batches_per_epoch:
@@ -285,17 +296,18 @@ def _loop(run: Run, place: Place, stop: StopRequest) -> None:
             if stops:
                 return stop_with_state(run, place)
         validate_turn(run, place)
-        save_turn(run, place, save_at_end(config.save))
+        save_turn(run, place, save_at_end(config.save, plan.steps))
 
 
-def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, bar: tqdm) -> bool:
+def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, bar: StepBar) -> bool:
     """Trains from `place` to the end of its epoch, or of the run; whether a stop was asked for on the way."""
     plan, accelerator = run.plan, run.accelerator
     loader.sampler.set_epoch(place.epoch, place.batch)
     batches = run.dataset.epoch_batches(run.seed, place.epoch)
     starts = first_items(batches, accelerator.process_index, accelerator.num_processes)
     losses = torch.zeros(2, device=accelerator.device)
-    for number, batch in enumerate(loader if place.step < plan.steps else (), start=place.batch):
+    shown = run.timer.batches(loader if place.step < plan.steps else (), run.model.config.patch_size)
+    for number, batch in enumerate(shown, start=place.batch):
         first_item = place.epoch * plan.items_per_epoch + starts[number]
         preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
         losses += backward(run, batch, place.epoch, first_item, plan.window(number), preserves)
@@ -309,11 +321,11 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         place.finish_step(number + 1)
         stops = asked and place.step < plan.steps
         place.losses.append(values["loss"])
-        shown = {"loss/preserve": values["preserve_loss"]} if preserves else {}
-        log_step(run, place, {**shown, **rates, "grad_norm": values["grad_norm"]}, bar)
+        preserved = {"loss/preserve": values["preserve_loss"]} if preserves else {}
+        log_step(run, place, {**preserved, **rates, "grad_norm": values["grad_norm"]}, bar)
         if run.validation and run.validation.config.is_due_after_step(place.step):
             validate_turn(run, place)
-        if turn := save_after_step(run.config.save, place.step):
+        if turn := save_after_step(run.config.save, place.step, plan.steps):
             save_turn(run, place, turn)
         if draws_after_step(run, place):
             draw_turn(run, place, step_text(place.step))

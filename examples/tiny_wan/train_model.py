@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from emoji_pictures import MOTIONS, Emoji, moving, on_white
 from original_names import original_text_names
 from safetensors.torch import load_file, save_file
+from suggest_settings import TINY_WAN
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -192,6 +193,7 @@ def _flow_loss(model: WanModel, context: list[Tensor], latents_NCFHW: Tensor, dr
 
 def _save(model: WanModel, text_encoder: UMT5EncoderModel, folder: Path) -> None:
     metadata = {name: str(asdict(CONFIG)[name]) for name in ("num_heads", "text_len")}
+    metadata |= TINY_WAN  # how to sample
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "tiny_wan_t2v.safetensors", metadata=metadata)
     text = {name: tensor.to(torch.bfloat16) for name, tensor in text_encoder.state_dict().items()}

@@ -60,7 +60,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         tokenizer=flags.tokenizer,
         solver=flags.sample_solver,
         boundary=_boundary(flags, task),
-        guidance_scale_high=_guidance_scale_high(flags, task),
+        guidance_scale_high=flags.guidance_scale_high_noise,
         swap=read_swap(flags),
         device=flags.device or default_device(),
         dit_dtype=flags.dit_dtype,
@@ -140,7 +140,11 @@ def _add_files(parser: Parser) -> None:
 
 def _add_sampling(parser: Parser) -> None:
     add = parser.add_argument_group("sampling").add_argument
-    add("--negative_prompt", metavar="TEXT", help="what to steer away from (default: Wan's own, in Chinese)")
+    add(
+        "--negative_prompt",
+        metavar="TEXT",
+        help="what to steer away from (default: the checkpoint's or Wan's own, in Chinese)",
+    )
     add(
         "--video_size",
         type=number(_PIXELS),
@@ -155,24 +159,30 @@ def _add_sampling(parser: Parser) -> None:
         metavar="N",
         help="frames: 1 for a picture, else 4k+1 (default: the task's, 81 or 1)",
     )
-    add("--infer_steps", type=number(SAMPLE_STEPS), metavar="N", help="sampling steps (default: the task's, 40 or 50)")
+    add(
+        "--infer_steps",
+        type=number(SAMPLE_STEPS),
+        metavar="N",
+        help="sampling steps (default: the checkpoint's or task's, 40 or 50)",
+    )
     add(
         "--flow_shift",
         type=number(SHIFT),
         metavar="SHIFT",
-        help="above 1 spends more steps on noisy latents (default: the task's, 5 or 12)",
+        help="above 1 spends more steps on noisy latents (default: the checkpoint's or task's, 5 or 12)",
     )
     add(
         "--guidance_scale",
         type=number(GUIDANCE),
         metavar="SCALE",
-        help="strength of the prompt; 1 is without guidance and takes half the time (default: the task's, 3 or 5)",
+        help="strength of the prompt; 1 is without guidance and takes half the time (default: the checkpoint's or "
+        "task's, 3 or 5)",
     )
     add(
         "--guidance_scale_high_noise",
         type=number(GUIDANCE),
         metavar="SCALE",
-        help="the same for --dit_high_noise (default: the task's, 4)",
+        help="the same for --dit_high_noise (default: the checkpoint's or task's, 4)",
     )
     add(
         "--timestep_boundary",
@@ -203,7 +213,7 @@ def _add_output(parser: Parser) -> None:
     add(
         "--no_metadata",
         action="store_true",
-        help="leave prompt and settings out of latent files (default: off)",
+        help="leave prompt and settings out of pictures, videos and latent files (default: off)",
     )
 
 
@@ -263,7 +273,7 @@ def _prompt_defaults(flags: argparse.Namespace, task: WanTask) -> SamplePrompt:
         height=height,
         frames=frames,
         seed=flags.seed,
-        steps=task.infer_steps if flags.infer_steps is None else flags.infer_steps,
+        steps=flags.infer_steps,
         guidance_scale=flags.guidance_scale,
         flow_shift=flags.flow_shift,
     )
@@ -296,11 +306,6 @@ def _check_models(flags: argparse.Namespace) -> None:
 def _boundary(flags: argparse.Namespace, task: WanTask) -> float | None:
     given = flags.timestep_boundary
     return task.boundary if given is None else given / 1000 if given > 1 else given
-
-
-def _guidance_scale_high(flags: argparse.Namespace, task: WanTask) -> float | None:
-    given = flags.guidance_scale_high_noise
-    return task.guidance_scale_high if given is None else given
 
 
 def _prompts(flags: argparse.Namespace, defaults: SamplePrompt) -> tuple[SamplePrompt, ...]:

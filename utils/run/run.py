@@ -17,6 +17,7 @@ from utils.learning.lr_schedules import fast_forward
 from utils.preserve.old_prompts import Preservation
 from utils.run.config import TrainConfig
 from utils.run.plan import TrainingPlan
+from utils.run.progress import StepTimer
 from utils.run.samples import PreparedSamples
 from utils.run.save_schedule import save_at_end
 from utils.run.state import State, check_settings, damaged_state, read_state
@@ -86,6 +87,7 @@ class Run:
     validation: Validation | None
     debug: TrainingDebug | None
     say: Callable[[str], None]
+    timer: StepTimer = field(default_factory=StepTimer)
 
 
 def resume(run: Run, folder: Path) -> Place:
@@ -102,7 +104,8 @@ def resume(run: Run, folder: Path) -> Place:
     losses = deque(state.losses, run.plan.steps_per_epoch)
     place = Place(state.epoch, state.batch, state.step, losses, state.saved_at, folder, state.step, state.epoch)
     # As the main process sees it, before it writes: all have to take the same way.
-    ended = [place.step >= run.plan.steps and not save_at_end(run.config.save).missing(values_digest(run.trained))]
+    final = save_at_end(run.config.save, run.plan.steps)
+    ended = [place.step >= run.plan.steps and not final.missing(values_digest(run.trained))]
     broadcast_object_list(ended)
     if ended[0] or place.step > run.plan.steps:
         raise InputError(

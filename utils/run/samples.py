@@ -5,20 +5,24 @@ Shapes: T frames, H W height and width in pixels, S text tokens, D text width.
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from utils.sampling.defaults import SampleDefaults
 from utils.sampling.denoising import Sample, decode_latent, encode_samples, resolve_sample, sample_prompt
 from utils.sampling.prompts import SamplePrompt
-from utils.sampling.writers import save_sample
+from utils.sampling.sample_metadata import sample_settings
+from utils.sampling.writers import NO_SETTINGS, save_sample
 from wan.configs import WanConfig, WanTask
 from wan.model import WanModel
 from wan.text_encoder import load_text_encoder
 from wan.vae import WanVAE, load_vae
+
+_STEPS = 20  # enough to judge by, and fewer than a task's own
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,27 @@ class PreparedSamples:
 
 @dataclass(frozen=True)
 class SavedSample:
-    """A sample's file, and its video [3, T, H, W] in [-1, 1]."""
+    """A sample, its file, and its video [3, T, H, W] in [-1, 1]."""
 
+    sample: Sample
     path: Path
     video_3THW: Tensor
 
 
 def prepare_samples(
-    config: SampleConfig, task: WanTask, model: WanConfig, seed: int, device: torch.device
+    config: SampleConfig,
+    task: WanTask,
+    model: WanConfig,
+    seed: int,
+    device: torch.device,
+    defaults: SampleDefaults,
 ) -> PreparedSamples:
     """Encodes the prompts for the model on `device` and frees the text encoder.
 
-    A prompt without a seed gets the run's.
+    What a prompt leaves open comes from `defaults`, else from the task; its seed is the run's.
     """
-    samples = tuple(resolve_sample(prompt, task, seed) for prompt in config.prompts)
+    defaults = replace(defaults, steps=_STEPS if defaults.steps is None else defaults.steps)
+    samples = tuple(resolve_sample(prompt, task, seed, defaults=defaults) for prompt in config.prompts)
     vae = load_vae(config.vae, config.vae_dtype, "cpu", task.latents.channels)
     text_encoder = load_text_encoder(
         config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
@@ -89,9 +100,13 @@ def draw_samples(
     device: torch.device,
     folder: Path,
     stem: str,
+    weights: Mapping[str, object] | None,
     on_step: Callable[[], object] | None = None,
 ) -> list[SavedSample]:
-    """Saves every sample as {stem}_{number}_{time}[_{seed, if the prompt gave it}]_000.png or .mp4."""
+    """Saves every sample as {stem}_{number}_{time}[_{seed, if the prompt gave it}]_000.png or .mp4.
+
+    `weights` tells what it was sampled with, for the files' metadata; None leaves all metadata out.
+    """
     source = "the model in training"
     latents = [sample_prompt(model, sample, prepared.texts, device, on_step, source) for sample in prepared.samples]
     prepared.vae.to(device)
@@ -100,7 +115,8 @@ def draw_samples(
     for number, (sample, latent_CFHW) in enumerate(zip(prepared.samples, latents, strict=True)):
         video_3THW = decode_latent(prepared.vae, latent_CFHW)
         suffix = f"_{sample.seed}" if prepared.seed_given[number] else ""
-        path = save_sample(folder, f"{stem}_{number:02d}_{time}{suffix}", video_3THW, prepared.fps)
-        saved.append(SavedSample(path, video_3THW))
+        settings = NO_SETTINGS if weights is None else sample_settings(sample, **weights)
+        path = save_sample(folder, f"{stem}_{number:02d}_{time}{suffix}", video_3THW, prepared.fps, settings)
+        saved.append(SavedSample(sample, path, video_3THW))
     prepared.vae.to("cpu")
     return saved

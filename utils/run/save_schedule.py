@@ -67,14 +67,9 @@ class DiskUse:
     kept: int  # bytes, what is left at the end
 
 
-def save_after_step(config: SaveConfig, step: int) -> Save | None:
-    """The save that is due after optimizer step number `step`, if any."""
-    every = config.every_n_steps
-    if not every or step % every:
-        return None
-    expired = _expired_step(step, every, config.last_n_steps)
-    expired_state = _expired_step(step, every, config.last_n_steps_state or config.last_n_steps)
-    return _save(config, _step_stem, step, (expired, expired_state))
+def save_after_step(config: SaveConfig, step: int, steps: int) -> Save | None:
+    """The save that is due after optimizer step number `step`, if any; the last step's is the run's final one."""
+    return _step_save(config, step) if step < steps else None
 
 
 def save_after_epoch(config: SaveConfig, epoch: int, epochs: int) -> Save | None:
@@ -87,10 +82,11 @@ def save_after_epoch(config: SaveConfig, epoch: int, epochs: int) -> Save | None
     return _save(config, _epoch_stem, epoch, (expired, expired_state))
 
 
-def save_at_end(config: SaveConfig) -> Save:
-    """The run's final save."""
+def save_at_end(config: SaveConfig, steps: int) -> Save:
+    """The run's final save, which also ends the older ones that a save after its last step would end."""
     state = config.folder / f"{config.name}{STATE}" if config.save_state or config.save_state_at_end else None
-    return Save(_files(config, config.name), state)
+    numbered = _step_save(config, steps)
+    return Save(_files(config, config.name), state, numbered.expired if numbered else ())
 
 
 def best_file(config: SaveConfig) -> Path:
@@ -107,11 +103,11 @@ def planned_saves(config: SaveConfig, steps: int, steps_per_epoch: int, epochs: 
     """Every save of a run, in order."""
     marks = {min(epoch * steps_per_epoch, steps): epoch for epoch in range(1, epochs + 1)}
     for step in range(1, steps + 1):
-        if save := save_after_step(config, step):
+        if save := save_after_step(config, step, steps):
             yield save
         if (epoch := marks.get(step)) and (save := save_after_epoch(config, epoch, epochs)):
             yield save
-    yield save_at_end(config)
+    yield save_at_end(config, steps)
 
 
 def disk_use(saves: Sequence[Save], sizes: Mapping[str, int], state_bytes: int) -> DiskUse:
@@ -181,7 +177,8 @@ def remove_unfinished(config: SaveConfig) -> None:
     """Deletes the unfinished files that a run of this name left when it was killed; a living writer's stay."""
     saved = re.compile(f"{re.escape(config.name)}{_TURN}?({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})")
     # As run/samples names them; another run's name may begin with this one's and an underscore.
-    sample = re.compile(re.escape(config.name) + r"_e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4)")
+    named = r"_(contact_sheet\.png|e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4))"
+    sample = re.compile(re.escape(config.name) + named)
     for own, folder in ((saved, config.folder), (sample, config.folder / "sample")):
         files.remove_unfinished(path for path in folder.glob(f"*{UNFINISHED}") if own.fullmatch(finished_name(path)))
     for folder in config.folder.glob(f"*{STATE}"):
@@ -237,6 +234,15 @@ def _holds(path: Path, digest: str) -> bool:
     with suppress(InputError):  # of a file that is damaged, or of another program
         return path.is_file() and read_file_header(path)[1].get(VALUES_KEY) == digest
     return False
+
+
+def _step_save(config: SaveConfig, step: int) -> Save | None:
+    every = config.every_n_steps
+    if not every or step % every:
+        return None
+    expired = _expired_step(step, every, config.last_n_steps)
+    expired_state = _expired_step(step, every, config.last_n_steps_state or config.last_n_steps)
+    return _save(config, _step_stem, step, (expired, expired_state))
 
 
 def _save(config: SaveConfig, stem, number: int, expired: tuple[int | None, int | None]) -> Save:

@@ -16,8 +16,10 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from utils.preserve.old_prompts import most_frequent
+from utils.run.contact_sheet import CONTACT_SHEET, open_sheet
 from utils.run.fingerprint import checkpoint_metadata
 from utils.run.finite import check_state_is_finite
+from utils.run.progress import between_steps
 from utils.run.run import Place, Run, state_of, values_digest
 from utils.run.samples import draw_samples, due_after_epoch, due_after_step
 from utils.run.save_schedule import (
@@ -30,12 +32,10 @@ from utils.run.save_schedule import (
     stop_state,
 )
 from utils.run.state import save_state
+from utils.run.tracker_media import show_sample, show_sheet
 from utils.run.validation import validation_line
 from utils.run.write import write_files
-from utils.sampling.writers import to_frames
 from wan.errors import InputError
-
-_FRAMES_LOGGED = 4  # of a clip, in TensorBoard
 
 
 def say_beside_bar(run: Run, *lines: str) -> None:
@@ -46,13 +46,13 @@ def say_beside_bar(run: Run, *lines: str) -> None:
 
 
 def log_step(run: Run, place: Place, values: Mapping[str, float], bar: tqdm) -> None:
-    """Tells the trackers of the step that was done, the bar too."""
-    device = run.accelerator.device
+    """Logs the step that was done, and moves the bar."""
+    device, times = run.accelerator.device, run.timer.finish_step()
     losses = {"loss/current": place.losses[-1], "loss/average": place.average_loss()}
     memory = {"memory/host_gb": psutil.Process().memory_info().rss / 1e9}
     if device.type == "cuda":
         memory["memory/device_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    log(run, place, {**losses, **values, **memory})
+    log(run, place, {**losses, **values, **times, **memory})
     if run.debug:
         with _stops_without_room(run, place):
             lines = run.debug.after_step(place.step, run.accelerator.trackers)
@@ -67,6 +67,7 @@ def log(run: Run, place: Place, values: Mapping[str, float]) -> None:
         run.accelerator.log(dict(values), step=place.step)
 
 
+@between_steps
 def save_turn(run: Run, place: Place, turn: Save) -> None:
     """Writes the turn's state, then its files, then deletes what it ends.
 
@@ -95,6 +96,7 @@ def _write(run: Run, place: Place, files: Mapping[str, Path]) -> list[str]:
     return write_files(files, run.trained, run.header, run.below, metadata, concept)
 
 
+@between_steps
 def validate_turn(run: Run, place: Place) -> None:
     """Validates, once a step, and saves the slice if it is the best so far and --save_best asks for it."""
     validation = run.validation
@@ -150,31 +152,45 @@ def draws_after_step(run: Run, place: Place) -> bool:
     return due_after_step(samples, place.step) and not (ends_epoch and due_after_epoch(samples, place.epoch + 1))
 
 
+@between_steps
 def draw_turn(run: Run, place: Place, when: str) -> None:
     """Draws and saves all samples; `when`, as step_text or epoch_text has it, is in their names."""
     if run.accelerator.is_main_process:
         folder, stem = run.config.save.folder / "sample", f"{run.config.save.name}_{when}"
         with tqdm(total=sum(sample.steps for sample in run.samples.samples), desc="sampling", leave=False) as bar:
-            drawn = draw_samples(run.samples, run.model, run.accelerator.device, folder, stem, bar.update)
-        for number, sample in enumerate(drawn):
-            frames = to_frames(sample.video_3THW)
-            shown = frames[:: -(-len(frames) // _FRAMES_LOGGED)]
-            with _stops_without_room(run, place):
-                for tracker in run.accelerator.trackers:
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({f"sample/{number:02d}": shown}, step=place.step, **layout)
-            say_beside_bar(run, f"sampled {sample.path}")
+            drawn = draw_samples(
+                run.samples, run.model, run.accelerator.device, folder, stem, _weights(run, place), bar.update
+            )
+        sheet_path = folder / f"{run.config.save.name}{CONTACT_SHEET}"
+        sheet = open_sheet(sheet_path, run.settings, run.samples.samples).with_turn(place.step, drawn).save(sheet_path)
+        with _stops_without_room(run, place):
+            for tracker in run.accelerator.trackers:
+                for number, saved in enumerate(drawn):
+                    show_sample(tracker, f"sample/{number:02d}", saved, run.samples.fps, place.step)
+                show_sheet(tracker, "sample/contact_sheet", sheet, place.step)
+        for saved in drawn:
+            say_beside_bar(run, f"sampled {saved.path}")
     run.accelerator.wait_for_everyone()
+
+
+def _weights(run: Run, place: Place) -> dict[str, object] | None:
+    """What the samples of this place are drawn with, for their metadata; None with --no_metadata."""
+    if not run.config.metadata.settings:
+        return None
+    slices = [file.entry.label for file in run.below.files]
+    base = run.config.dit.stem
+    return {"model": run.config.save.name, "base_model": base, "slices": slices, "trained_steps": place.step}
 
 
 def make_up(run: Run, place: Place) -> None:
     """Writes what was due after the state that the run continues from, if a crash or a full disk prevented it."""
-    saves = run.config.save
+    saves, of_step = run.config.save, save_after_step(run.config.save, place.step, run.plan.steps)
     if place.batch == 0:
-        turn, when = save_after_epoch(saves, place.epoch, run.plan.epochs), epoch_text(place.epoch)
+        # The step's own, too: a run that was complete and gets more steps has not written it.
+        turn, when = save_after_epoch(saves, place.epoch, run.plan.epochs) or of_step, epoch_text(place.epoch)
         draws = due_after_epoch(run.config.samples, place.epoch)
     else:
-        turn, when = save_after_step(saves, place.step), step_text(place.step)
+        turn, when = of_step, step_text(place.step)
         draws = draws_after_step(run, place)
     # What the main process sees, before it writes: all have to take the same way.
     files = turn.missing(values_digest(run.trained)) if turn else {}

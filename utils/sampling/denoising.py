@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.sampling.defaults import NO_DEFAULTS, SampleDefaults
 from utils.sampling.prompts import SamplePrompt
 from wan.configs import WanTask
 from wan.errors import InputError
@@ -38,8 +39,15 @@ class Sample:
     latent_shape: tuple[int, int, int, int]  # C, F, H, W
 
 
-def resolve_sample(prompt: SamplePrompt, task: WanTask, seed: int, solver: str = "unipc") -> Sample:
-    """`prompt` with the task's values and `seed` where it has none of its own."""
+def resolve_sample(
+    prompt: SamplePrompt,
+    task: WanTask,
+    seed: int,
+    solver: str = "unipc",
+    defaults: SampleDefaults = NO_DEFAULTS,
+) -> Sample:
+    """`prompt` with the values of `defaults`, else the task's, and with `seed` where it has none of its own."""
+    prompt = defaults.fill(prompt)
     return Sample(
         prompt=prompt.prompt,
         negative_prompt=_given(prompt.negative_prompt, task.negative_prompt),
@@ -47,7 +55,7 @@ def resolve_sample(prompt: SamplePrompt, task: WanTask, seed: int, solver: str =
         height=prompt.height,
         frames=prompt.frames,
         seed=_given(prompt.seed, seed),
-        steps=prompt.steps,
+        steps=_given(prompt.steps, task.infer_steps),
         guidance_scale=_given(prompt.guidance_scale, task.guidance_scale),
         flow_shift=_given(prompt.flow_shift, task.shift_at(prompt.width, prompt.height)),
         solver=solver,

@@ -19,7 +19,7 @@ _RANGES = {"frames": FRAMES, "steps": SAMPLE_STEPS, "seed": SEED, "flow_shift": 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """One sample to generate; None leaves a value to the task, and the seed to the run."""
+    """One sample to generate; None leaves a value to the checkpoint or the task, and the seed to the run."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -27,7 +27,7 @@ class SamplePrompt:
     height: int = 256
     frames: int = 1
     seed: int | None = None
-    steps: int = 20
+    steps: int | None = None
     guidance_scale: float | None = None
     flow_shift: float | None = None
 

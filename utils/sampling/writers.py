@@ -7,23 +7,26 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 from torch import Tensor
 
 from utils import files
 from utils.files import UNFINISHED, finished_name
 from utils.sampling.denoising import check_finite
+from utils.sampling.sample_metadata import PARAMETERS, SETTINGS, text_chunks
 from utils.slice_saving import whole_file
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.state_dict_files import read_state_dict
 
 LATENT_KEY = "latent"
+NO_SETTINGS: Mapping[str, object] = MappingProxyType({})
 _LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _THREADS = 1  # with more, x264 now and then gives other bytes for the same frames while the CPU is busy
 _NAME = re.compile(r"\d{8}-\d{6}-\d{3}_.*\.(png|mp4|safetensors)")  # the names of generation
@@ -35,36 +38,44 @@ def to_frames(video_3THW: Tensor) -> np.ndarray:
     return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
-def save_sample(folder: Path, stem: str, video_3THW: Tensor, fps: int) -> Path:
+def save_sample(
+    folder: Path, stem: str, video_3THW: Tensor, fps: int, settings: Mapping[str, object] = NO_SETTINGS
+) -> Path:
     """Saves {stem}_000.png for one frame, else {stem}.mp4; returns the path."""
     if video_3THW.shape[1] == 1:
-        return save_image(folder / f"{stem}_000.png", video_3THW[:, 0])
-    return save_video(folder / f"{stem}.mp4", video_3THW, fps)
+        return save_image(folder / f"{stem}_000.png", video_3THW[:, 0], settings)
+    return save_video(folder / f"{stem}.mp4", video_3THW, fps, settings)
 
 
-def save_frames(folder: Path, stem: str, video_3THW: Tensor) -> Path:
+def save_frames(folder: Path, stem: str, video_3THW: Tensor, settings: Mapping[str, object] = NO_SETTINGS) -> Path:
     """Saves every frame: {stem}_000.png if there is one, else {stem}/{stem}_000.png, {stem}/{stem}_001.png, ..."""
     if video_3THW.shape[1] == 1:
-        return save_image(folder / f"{stem}_000.png", video_3THW[:, 0])
+        return save_image(folder / f"{stem}_000.png", video_3THW[:, 0], settings)
     for number, frame_3HW in enumerate(video_3THW.unbind(1)):
-        save_image(folder / stem / f"{stem}_{number:03d}.png", frame_3HW)
+        save_image(folder / stem / f"{stem}_{number:03d}.png", frame_3HW, settings)
     return folder / stem
 
 
-def save_image(path: Path, frame_3HW: Tensor) -> Path:
-    """Saves one frame [3, H, W] in [-1, 1] as PNG."""
+def save_image(path: Path, frame_3HW: Tensor, settings: Mapping[str, object] = NO_SETTINGS) -> Path:
+    """Saves one frame [3, H, W] in [-1, 1] as PNG, with its sample's settings in text chunks."""
     picture = Image.fromarray(to_frames(frame_3HW[:, None])[0])
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in text_chunks(settings).items():
+        chunks.add_text(name, text)
     with _completed(path) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=chunks)
     return path
 
 
-def save_video(path: Path, video_3THW: Tensor, fps: int) -> Path:
+def save_video(path: Path, video_3THW: Tensor, fps: int, settings: Mapping[str, object] = NO_SETTINGS) -> Path:
     """Saves a video [3, T, H, W] in [-1, 1] as H.264 mp4, the same bytes for the same frames; H and W are even."""
     import av  # here, because only videos need it
 
     frames = to_frames(video_3THW)
     with _completed(path) as file, av.open(file, "w", format="mp4") as container:
+        chunks = text_chunks(settings)
+        # Two of the few names that an mp4 has room for.
+        container.metadata.update({"comment": chunks[PARAMETERS], "description": chunks[SETTINGS]} if chunks else {})
         # crf 10 is what Wan's own `quality=8` becomes for libx264.
         stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
         stream.height, stream.width = frames.shape[1:3]

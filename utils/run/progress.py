@@ -1,0 +1,95 @@
+"""How fast a run trains: seconds per step, latent tokens per second, the share of time that waits for data."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+
+from tqdm import tqdm
+
+_RECENT = 50  # steps, of which the bar's time left is an estimate
+_END = object()
+
+
+class StepTimer:
+    """Measures the steps of this process, without the pauses between them in which it saves, samples or validates.
+
+    By the monotonic clock of the host alone: every step brings its loss to the host, so the device cannot fall behind
+    by more than an optimizer update, and nothing has to wait for the sake of measuring.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._paused = 0  # depth
+        self.restart()
+
+    def restart(self) -> None:
+        """The next step begins now."""
+        self._began, self._waited, self._tokens = self._clock(), 0.0, 0
+
+    @property
+    def rate(self) -> float | None:
+        """Steps per second, lately; None before the first step."""
+        total = sum(self._recent)
+        return len(self._recent) / total if total > 0 else None
+
+    def batches(self, loader: Iterable[Mapping], patch_size: tuple[int, int, int]) -> Iterator[Mapping]:
+        """The loader's batches, whose tokens and waiting time are counted."""
+        began, source = self._clock(), iter(loader)
+        while (batch := next(source, _END)) is not _END:
+            self._waited += self._clock() - began
+            self._tokens += _tokens(tuple(batch["latents"].shape), patch_size)
+            yield batch
+            began = self._clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside belongs to no step."""
+        began = self._clock()
+        self._paused += 1
+        yield
+        self._paused -= 1
+        if not self._paused:  # else the outer pause counts this one, too
+            self._began += self._clock() - began
+
+    def finish_step(self) -> dict[str, float]:
+        """What to log of the step that ends now; the next one begins."""
+        seconds = self._clock() - self._began
+        values = {"time/step_seconds": seconds}
+        if seconds > 0:
+            values["time/tokens_per_second"] = self._tokens / seconds
+            values["time/data_wait_share"] = min(self._waited / seconds, 1.0)
+        self._recent.append(seconds)
+        self.restart()
+        return values
+
+
+def between_steps(turn: Callable) -> Callable:
+    """For a function of a run that saves, samples or validates: its time belongs to no step."""
+
+    @wraps(turn)
+    def untimed(run, *args, **kwargs):
+        with run.timer.paused():
+            return turn(run, *args, **kwargs)
+
+    return untimed
+
+
+class StepBar(tqdm):
+    """A progress bar of steps whose time left follows from the steps alone."""
+
+    def __init__(self, timer: StepTimer, total: int, done: int, shown: bool):
+        self._timer = timer
+        super().__init__(total=total, initial=done, desc="steps", disable=not shown)
+
+    @property
+    def format_dict(self) -> dict:
+        return super().format_dict | {"rate": self._timer.rate}
+
+
+def _tokens(shape_BCFHW: tuple[int, ...], patch_size: tuple[int, int, int]) -> int:
+    batch, _, *latent = shape_BCFHW
+    frames, rows, columns = (size // patch for size, patch in zip(latent, patch_size, strict=True))
+    return batch * frames * rows * columns
