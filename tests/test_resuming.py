@@ -88,6 +88,19 @@ def test_ctrl_c_saves_a_state_and_the_latest_goes_on_to_the_same_end(folder, mon
         assert same_tensors(folder / "whole" / name, folder / "out" / name)
 
 
+@pytest.mark.parametrize(("at", "state"), [(2, "one-step00000002"), (3, "one-000001")])
+def test_ctrl_c_in_a_step_that_saves_its_state_saves_no_second_one(folder, monkeypatch, at, state):
+    """A second, newer one would have --resume write the checkpoint and draw the samples of that step again."""
+    saves = (*COMMON, "--save_every_n_epochs", "1", "--save_every_n_steps", "2", "--save_state")
+    with interrupted(monkeypatch, at):
+        lines = run(folder, *saves)
+    assert len(list((folder / "out").glob("*-state"))) == at - 1 and f"{state}-state" in lines[-1]
+    before = (folder / "out" / f"{state}.safetensors").stat().st_mtime_ns
+    lines = run(folder, *saves, "--resume", "latest")
+    assert any(f"continues from {folder / 'out' / state}-state" in line for line in lines)
+    assert (folder / "out" / f"{state}.safetensors").stat().st_mtime_ns == before
+
+
 def test_ctrl_c_twice_stops_at_once(folder, monkeypatch):
     with interrupted(monkeypatch, 2, times=2), pytest.raises(KeyboardInterrupt):
         run(folder, *COMMON)
