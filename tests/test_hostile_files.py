@@ -158,7 +158,7 @@ def test_code_in_a_state_or_a_pth_file_is_not_run(tmp_path, capsys):
     torch.save({"a": Harmful()}, tmp_path / "vae.pth")
     with pytest.raises(InputError, match="cannot be used"):
         read_state(tmp_path / "a-state")
-    with pytest.raises(InputError, match="holds code"):
+    with pytest.raises(InputError, match="contains code"):
         read_state_dict(tmp_path / "vae.pth", "VAE")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(InputError, match="not in torch"):

@@ -258,7 +258,7 @@ def test_a_strength_that_no_reader_takes_is_refused(slices, tmp_path):
     slices("scale {out}/b.safetensors 1000 --base {base} -o {out}/a.safetensors")
     for command in ("scale {out}/a.safetensors 2 --base {base}", "apply {base} {out}/a.safetensors --strength -1.1"):
         with pytest.raises(InputError, match="the largest strength is 1,000,000"):
-            slices(f"{command} -o {{out}}/b.safetensors")
+            slices(f"{command} -o {{out}}/c.safetensors")
     slices("list {out}/a.safetensors")
 
 
