@@ -411,7 +411,7 @@ def test_a_slice_that_does_not_tell_its_base_is_used_with_a_note(files, tmp_path
     untold = [{**entry, "base": None, "start": None} for entry in json.loads(told["wan_slices"])]
     save_file(load_file(concept), tmp_path / "old.safetensors", {**told, "wan_slices": json.dumps(untold)})
     made(files, tmp_path / "out", "--slices", f"{tmp_path}/old.safetensors")
-    assert f"note: {tmp_path}/old.safetensors does not tell its base" in capsys.readouterr().out
+    assert f"note: {tmp_path}/old.safetensors does not record its base" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("device", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])

@@ -41,6 +41,8 @@ def entry(dtype="BF16", shape=(2,), offsets=(0, 4)):
 
 
 HOSTILE = {
+    "half a character for a dtype": {"a": entry("\ud800")},
+    "a dtype that fills the screen": {"a": entry("X" * 100_000)},
     "a name with a separator": {"../a": entry()},
     "a name with a backslash": {"a\\b": entry()},
     "a name with a line break": {"a\nb": entry()},
@@ -76,7 +78,7 @@ def test_many_names_of_which_the_last_stands_twice_are_read_in_linear_time(tmp_p
     names = [f'"{number}":{{}}' for number in range(200_000)]
     path = write_raw(tmp_path / "a.safetensors", ("{" + ",".join([*names, names[-1]]) + "}").encode())
     began = process_time()
-    with pytest.raises(InputError, match="stands there twice"):
+    with pytest.raises(InputError, match="appears twice"):
         read_file_header(path)
     assert process_time() - began < 5
 
@@ -156,7 +158,7 @@ def test_code_in_a_state_or_a_pth_file_is_not_run(tmp_path, capsys):
     torch.save({"a": Harmful()}, tmp_path / "vae.pth")
     with pytest.raises(InputError, match="cannot be used"):
         read_state(tmp_path / "a-state")
-    with pytest.raises(InputError, match="holds code"):
+    with pytest.raises(InputError, match="contains code"):
         read_state_dict(tmp_path / "vae.pth", "VAE")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(InputError, match="not in torch"):

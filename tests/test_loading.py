@@ -408,7 +408,7 @@ def write_header(path: Path, text: str, data_bytes: int) -> Path:
 
 def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
     entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
-    with pytest.raises(InputError, match="'a' stands there twice"):
+    with pytest.raises(InputError, match="'a' appears twice"):
         read_file_header(write_header(tmp_path / "twice.safetensors", f"{{{entry},{entry}}}", 4))
 
 

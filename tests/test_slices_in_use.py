@@ -102,7 +102,10 @@ def test_an_overlap_is_refused_before_the_model_loads_and_says_what_is_free(fold
 
 def test_an_overlap_that_is_meant_trains_over_and_says_so(folder):
     told = run(folder, *BF16, *dit(folder), "--ff", "0.3", "--ffid", "1", "--allow_overlap")
-    assert any("WARNING: one (ff 0.1 ffid 2) is in the same values" in line for line in told)
+    assert any(
+        "WARNING: the run trains over values of this checkpoint that belong to one (ff 0.1 ffid 2)" in line
+        for line in told
+    )
     with pytest.raises(InputError, match=r"shares values with two .*cannot be told apart"):
         slices(["remove", f"{folder}/out/two.safetensors", "one", "--base", f"{folder}/base.safetensors", "-o",
                 f"{folder}/out/less.safetensors"])  # fmt: skip
@@ -166,7 +169,7 @@ def test_a_slice_that_does_not_tell_its_base_is_trained_on_with_a_note(folder, t
     save_file(load_file(folder / "first" / "one.slice.safetensors"), tmp_path / "old.safetensors",
               {**told, "wan_slices": json.dumps(untold)})  # fmt: skip
     lines = run(folder, *BF16, "--slices", f"{tmp_path}/old.safetensors", "--ffid", "3")
-    assert any(line.startswith(f"note: {tmp_path}/old.safetensors does not tell its base") for line in lines)
+    assert any(line.startswith(f"note: {tmp_path}/old.safetensors does not record its base") for line in lines)
 
 
 def test_a_slice_of_another_base_is_refused_before_the_model_loads(folder, monkeypatch):

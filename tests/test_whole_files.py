@@ -1,6 +1,7 @@
 """Files are written whole or not at all: killed at every step of the writer, on a full disk, by hostile names."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -171,6 +172,17 @@ def test_samples_of_a_run_whose_name_begins_alike_stay(tmp_path):
         (tmp_path / "sample" / name).touch()
     remove_unfinished(SaveConfig(tmp_path, "a"))
     assert names_of(tmp_path / "sample") == set(others)
+
+
+def test_what_a_run_left_that_was_killed_an_hour_ago_is_room_for_the_next_save(tmp_path, monkeypatch):
+    left = tmp_path / f"a{LEFT}"
+    left.write_bytes(OLD)
+    os.utime(left, (0, 0))
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=len(NEW) - left.exists()))
+    with whole_file(tmp_path / "a", len(NEW)) as file:
+        file.write(NEW)
+    assert (tmp_path / "a").read_bytes() == NEW and names_of(tmp_path) == {"a"}
 
 
 @posix

@@ -8,12 +8,14 @@ This file needs torch, numpy and selective_finetune.py, beside which it can be c
 Shapes: L rows of a unit, M units of a slice in one row group.
 """
 
+import glob
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -248,6 +250,10 @@ def whole_file(path: Path, size: int = 0) -> Iterator:
     unfinished = path.with_name(f"{path.name}.{this_process()}{UNFINISHED}")  # no other writer's
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*wan.tmp"):  # by a killed process
+            with suppress(OSError):  # gone meanwhile, or open (Windows)
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
         if (free := shutil.disk_usage(path.parent).free) < size:
             raise OSError(f"it needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
         with unfinished.open("xb") as file:

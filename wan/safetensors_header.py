@@ -21,6 +21,7 @@ _LONGEST_HEADER = 100_000_000  # the format's own limit
 _MOST_AXES = 16
 _MOST_BYTES = 1 << 63
 _LONGEST_REASON = 200
+_DTYPE = re.compile(r"[A-Za-z0-9_]{1,20}")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
@@ -43,7 +44,7 @@ class TensorEntry:
 def read_file_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The entries of one file by stored name, in the order of their bytes, and the file's metadata.
 
-    InputError, in one line with the path, if the file is missing, truncated, damaged or no safetensors file.
+    InputError, in one line with the path, if the file is missing, truncated, damaged or not a safetensors file.
     """
     try:
         text, size = _header_text(path)
@@ -54,12 +55,12 @@ def read_file_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         reason = str(error)[:_LONGEST_REASON]
-        raise InputError(f"{path} is damaged or no safetensors file: its header cannot be read ({reason})") from None
+        raise InputError(f"{path} is damaged or not a safetensors file: its header cannot be read ({reason})") from None
     if not isinstance(header, dict):
-        raise InputError(f"{path} is no safetensors file: its header is no table of tensors")
+        raise InputError(f"{path} is not a safetensors file: its header is not a table of tensors")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
-        raise InputError(f"{path} is damaged: its metadata are not texts")
+        raise InputError(f"{path} is damaged: its metadata is not text")
     data_start = 8 + len(text)
     entries = [_entry(path, key, fields, data_start) for key, fields in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -81,9 +82,13 @@ def _header_text(path: Path) -> tuple[bytes, int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _LONGEST_HEADER or file.read(1) != b"{":
-            raise InputError(f"{path} is no safetensors file ({size} bytes): get it again, or give another file")
+            raise InputError(
+                f"{path} is not a safetensors file ({size} bytes): download it again, or give another file"
+            )
         if 8 + length > size:
-            raise InputError(f"{path} is truncated: its header has {length} bytes, the whole file {size}; get it again")
+            raise InputError(
+                f"{path} is truncated: its header has {length} bytes, the whole file {size}; download it again"
+            )
         file.seek(8)
         return file.read(length), size
 
@@ -92,7 +97,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     table = {}
     for name, value in pairs:
         if name in table:
-            raise ValueError(f"{name[:80]!a} stands there twice")
+            raise ValueError(f"{name[:80]!a} appears twice")
         table[name] = value
     return table
 
@@ -104,17 +109,25 @@ def _is_text(value: object) -> bool:
 
 def _entry(path: Path, key: str, fields: object, data_start: int) -> TensorEntry:
     if not key.isprintable() or set(key) & set("/\\"):
-        raise InputError(f"{path} is damaged: {key[:80]!a} is no tensor's name")
-    match fields:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop]} if len(
-            shape
-        ) <= _MOST_AXES and all(type(n) is int and 0 <= n < _MOST_BYTES for n in [*shape, start, stop]):
-            entry = TensorEntry(path, key, dtype, tuple(shape), data_start + start, data_start + stop)
-        case _:
-            raise InputError(f"{path} is damaged: the header's entry of {key[:80]} cannot be read")
+        raise InputError(f"{path} is damaged: {key[:80]!a} is not a tensor's name")
+    if not _is_entry(fields):
+        raise InputError(f"{path} is damaged: the header's entry of {key[:80]} cannot be read")
+    dtype, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    entry = TensorEntry(path, key, dtype, tuple(shape), data_start + start, data_start + stop)
     if dtype in ITEM_BYTES and stop - start != entry.numel * ITEM_BYTES[dtype]:
         raise InputError(f"{path} is damaged: {key[:80]} is {dtype} {shape} but has {stop - start} bytes")
     return entry
+
+
+def _is_entry(fields: object) -> bool:
+    if not isinstance(fields, dict):
+        return False
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and _DTYPE.fullmatch(dtype)):
+        return False
+    if not (isinstance(shape, list) and len(shape) <= _MOST_AXES and isinstance(offsets, list) and len(offsets) == 2):
+        return False
+    return all(type(number) is int and 0 <= number < _MOST_BYTES for number in [*shape, *offsets])
 
 
 def _check_extent(path: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
@@ -125,6 +138,6 @@ def _check_extent(path: Path, entries: list[TensorEntry], data_start: int, size:
             raise InputError(f"{path} is damaged: the bytes of {name} do not follow those of the tensor before it")
         position = entry.stop
     if size < position:
-        raise InputError(f"{path} is truncated: it has {size} of {position} bytes; get it again")
+        raise InputError(f"{path} is truncated: it has {size} of {position} bytes; download it again")
     if size > position:
         raise InputError(f"{path} is damaged: {size - position} bytes follow its last tensor")

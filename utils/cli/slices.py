@@ -147,7 +147,7 @@ def _scale(flags: Namespace) -> None:
 def _to_lora(flags: Namespace) -> None:
     from utils.slices.commands import to_lora
 
-    to_lora(flags.slice, flags.base, flags.output, flags.names, flags.dtype, print, flags.overwrite)
+    to_lora(flags.slice, flags.base, flags.output, flags.names, flags.dtype, flags.overwrite, print)
 
 
 def _verify(flags: Namespace) -> None:

@@ -30,10 +30,8 @@ def opening_lines(run: Run, placement: Placement, input_bytes: int, saving_lines
     """All of them; `input_bytes` of each block's input wait on the host, `saving_lines` say what will be written."""
     config, below, trained = run.config, run.below, run.trained
     own = own_entry(config.ff, config.ffid, config.save.name)
-    lines = [
-        *lines_below(config.dit, below, own, config.continue_slice),
-        *slice_lines(trained, run.model, below.entries),
-    ]
+    lines = lines_below(config.dit, below, own, config.continue_slice)
+    lines += slice_lines(trained, run.model, below.entries)
     lines += preserve_lines(run.preserved, below.entries, own)
     lines.append(f"{memory_line(placement, run.accelerator.device)}; {slice_memory(trained, run.model)}")
     if input_bytes:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from utils import files
 from utils.files import UNFINISHED, finished_name, readable, writable_folder
 from utils.preserve.answers_file import ENDING
+from utils.slices.ledger import VALUES_KEY
 from wan.errors import InputError
 from wan.loading import is_shard
 from wan.safetensors_header import read_file_header
@@ -19,7 +20,6 @@ from wan.safetensors_header import read_file_header
 # What --save_as accepts, and how the names of its files end.
 KINDS = {"checkpoint": ".safetensors", "slice": ".slice.safetensors", "lora": ".lora.safetensors"}
 STATE = "-state"
-VALUES_KEY = "wan_difference_sha256"  # in a file's metadata: the digest of what was trained into it
 _TURN = r"(-\d{6,}|-step\d{8,})"  # in the names of an epoch's and a step's files
 
 

@@ -23,7 +23,6 @@ from utils.run.progress import between_steps
 from utils.run.run import Place, Run, state_of, values_digest
 from utils.run.samples import draw_samples, due_after_epoch, due_after_step
 from utils.run.save_schedule import (
-    VALUES_KEY,
     Save,
     best_file,
     remove_expired,
@@ -35,6 +34,7 @@ from utils.run.state import save_state
 from utils.run.tracker_media import show_sample, show_sheet
 from utils.run.validation import validation_line
 from utils.run.write import write_files
+from utils.slices.ledger import VALUES_KEY
 from wan.errors import InputError
 
 

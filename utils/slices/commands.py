@@ -30,6 +30,7 @@ from utils.slice_saving import (
 )
 from utils.slices.ledger import (
     KEY,
+    VALUES_KEY,
     Entry,
     at_strength,
     description,
@@ -131,7 +132,8 @@ def scale(
     file, _, start = _read_slice_and_start(slice_path, base, out, overwrite, say)
     entry = at_strength(file.entry, strength)
     values = {name: scaled(start[name], file.values(name), strength) for name in file.tensors}
-    _write_slice(out, values, file.metadata, entry)
+    metadata = {key: text for key, text in file.metadata.items() if key != VALUES_KEY or strength == 1}
+    _write_slice(out, values, metadata, entry)
     return entry
 
 

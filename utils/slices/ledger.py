@@ -16,7 +16,8 @@ from wan.errors import InputError
 
 KEY = "wan_slices"
 ANSWERS_KEY = "wan_answers"  # of files that hold reference predictions, and no slice
-_DESCRIPTIONS = ("ss_", "modelspec.")  # what the names of metadata begin with that say how a file was made
+VALUES_KEY = "wan_difference_sha256"  # the digest of what a run trained into the file
+_DESCRIPTIONS = ("ss_", "modelspec.", VALUES_KEY)  # how names of metadata begin that say how a file was made
 CONTRACT = 1
 _STRONGEST = 1e6
 _HASH = re.compile(r"[0-9a-f]{64}")

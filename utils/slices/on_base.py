@@ -179,7 +179,7 @@ def lines_below(dit: Path, below: SlicesOnBase, own: Entry, continue_slice: bool
     over = [entry for entry in below.entries if entry.overlaps(own) and not (continue_slice and entry.is_slice_of(own))]
     if over:
         held = list_of([entry.label for entry in over])
-        lines.append(f"WARNING: the run trains over values of this checkpoint that hold {held}")
+        lines.append(f"WARNING: the run trains over values of this checkpoint that belong to {held}")
     return lines
 
 
