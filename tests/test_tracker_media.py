@@ -31,14 +31,15 @@ def test_tensorboard_shows_prompts_beside_samples_clips_as_videos_and_the_sheet(
     folder, flags = inputs
     run(folder, *flags)
     events = logged(folder)
-    assert set(events.Tags()["images"]) == {"sample/00", "sample/01", "sample/contact_sheet"}
-    picture, clip, sheet = (
-        Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)) for tag in sorted(events.Tags()["images"])
-    )
+    tags = ["sample/00", "sample/01", "sample/contact_sheet"]
+    assert {tag for tag in events.Tags()["tensors"] if not tag.endswith("text_summary")} == set(tags)
+    encoded = [events.Tensors(tag)[0].tensor_proto.string_val[2] for tag in tags]
+    picture, clip, sheet = (Image.open(io.BytesIO(content)) for content in encoded)
     assert (picture.format, picture.size) == ("PNG", (16, 16))
     assert (clip.format, clip.n_frames) == ("GIF", 9)
     assert sheet.size == (128 + 4 + 132, 18 + 4 + 2 * 132)
     metadata = events.SummaryMetadata("sample/00")
+    assert metadata.plugin_data.plugin_name == "images"
     assert (metadata.display_name, metadata.summary_description) == ("a *red* cat", r"a \*red\* cat")
     (text,) = events.Tensors("sample/00/prompt/text_summary")
     assert text.tensor_proto.string_val[0].decode() == r"a \*red\* cat"

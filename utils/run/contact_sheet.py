@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from utils.run.samples import SavedSample
 from utils.sampling.denoising import Sample
@@ -133,7 +133,7 @@ def _cell(saved: SavedSample, side: int) -> Image.Image:
     video_3THW = saved.video_3THW
     middle = video_3THW.shape[1] // 2
     frame = Image.fromarray(np.ascontiguousarray(to_frames(video_3THW[:, middle : middle + 1])[0]))
-    frame.thumbnail((side, side))
+    frame = ImageOps.contain(frame, (side, side))
     cell = Image.new("RGB", (side, side), "white")
     cell.paste(frame, ((side - frame.width) // 2, (side - frame.height) // 2))
     return cell

@@ -37,15 +37,17 @@ def show_sheet(tracker: GeneralTracker, tag: str, sheet: Image.Image, step: int)
 
 
 def add_picture(tracker: GeneralTracker, tag: str, encoded: bytes, step: int, title: str, description: str) -> None:
-    """Adds an encoded picture to TensorBoard, where `description` stands beside it."""
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    """Adds an encoded picture to TensorBoard, under `title` and with `description` beside it."""
+    # Not SummaryWriter.add_image, whose pictures have neither a title nor animation.
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.image.metadata import create_summary_metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
 
     with Image.open(io.BytesIO(encoded)) as picture:
-        width, height = picture.size
-    shown = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=encoded)
-    metadata = SummaryMetadata(display_name=title, summary_description=_markdown(description))
-    summary = Summary(value=[Summary.Value(tag=tag, image=shown, metadata=metadata)])
-    tracker.writer.file_writer.add_summary(summary, step)
+        size = [str(pixels).encode() for pixels in picture.size]
+    metadata = create_summary_metadata(display_name=title, description=_markdown(description))
+    value = Summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto([*size, encoded]))
+    tracker.writer.file_writer.add_summary(Summary(value=[value]), step)
 
 
 def encoded_picture(picture: Image.Image, format: str) -> bytes:
