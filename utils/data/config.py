@@ -225,24 +225,6 @@ def _share(value, where: str) -> float:
     return float(value)
 
 
-def _rate(value, where: str) -> float | str:
-    return FILE_RATE if value == FILE_RATE else _fps(value, where)
-
-
-def _colour(value, where: str) -> tuple[int, int, int]:
-    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
-        return tuple(bytes.fromhex(value[1:]))
-    if value in ("white", "black"):
-        return (255, 255, 255) if value == "white" else (0, 0, 0)
-    is_triple = isinstance(value, list) and len(value) == 3
-    if is_triple and all(isinstance(part, int) and not isinstance(part, bool) and 0 <= part <= 255 for part in value):
-        return tuple(value)
-    raise InputError(
-        f'{where} must be "white", "black", "#rrggbb" or [red, green, blue] with numbers from 0 to 255, '
-        f"not {quoted(value)}"
-    )
-
-
 _SHARED = {
     "resolution": _resolution,
     "caption_extension": _extension,
