@@ -2,8 +2,8 @@
 
     git worktree add ../before HEAD~1 && python benchmarks/decode.py --pictures 1000 --before ../before
 
-The time of one processor. Twenty pictures of 2 megapixels are read again and again, each checkout in a process of its
-own, in turns.
+Processor time of one thread. Twenty pictures of 2 megapixels are read again and again, each checkout in a process of
+its own, in turns.
 """
 
 import argparse

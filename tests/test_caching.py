@@ -326,3 +326,27 @@ def test_the_vae_of_wan_2_2_is_refused_before_anything_is_written(pictures, tmp_
     with pytest.raises(InputError, match=r"is the Wan 2\.2 VAE .*use the Wan 2\.1 VAE"):
         _cache_latents(pictures, _write_vae(tmp_path, "vae_wan22"))
     assert _names(tmp_path) == []
+
+
+def test_pictures_of_subfolders_are_cached_in_the_same_subfolders(pictures, tmp_path, vae_file):
+    (tmp_path / "pics" / "x").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "pics" / "x" / "a.png")
+    (tmp_path / "pics" / "x" / "a.txt").write_text("picture x/a", encoding="utf-8")
+    config = _write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], recursive=True)
+    _cache_latents(config, vae_file)
+    assert (tmp_path / "cache" / "x" / "a_0032x0032_wan.safetensors").is_file()
+    (tmp_path / "pics" / "x" / "a.png").unlink()
+    assert "deleted 1 cache files" in _cache_latents(config, vae_file)[0]
+    assert not (tmp_path / "cache" / "x" / "a_0032x0032_wan.safetensors").exists()
+
+
+def test_what_there_is_to_remark_is_said_once_with_a_count(pictures, tmp_path, vae_file):
+    for name in "ab":
+        Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "pics" / f"{name}.png")
+    config = _write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], background=[0, 0, 255])
+    assert _cache_latents(config, vae_file, "--vae_dtype", "fp32") == [
+        "transparent pictures, drawn on #0000ff (background in the dataset file): 2, a.png, b.png"
+    ]
+    blue = torch.tensor([-1.0, -1.0, 1.0]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 32, 32)
+    found = load_file(tmp_path / "cache" / "a_0032x0032_wan.safetensors")["latents_1x4x4_float32"]
+    torch.testing.assert_close(found, load_vae(vae_file).encode(blue)[0], rtol=1e-4, atol=1e-4)

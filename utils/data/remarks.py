@@ -32,8 +32,8 @@ def remark_lines(files: Mapping[str, Sequence[Path]], what: str, background: tup
 def count_and_names(paths: Iterable[Path]) -> str:
     """How many files, with the names of the first few: "5, such as a.png, b.png, c.png"."""
     names = [path.name for path in paths]
-    such_as = ", such as " if len(names) > _NAMED else ": "
-    return f"{len(names)}{such_as}{', '.join(names[:_NAMED])}" if len(names) > 1 else f"1, {names[0]}"
+    such_as = ", such as " if len(names) > _NAMED else ", "
+    return f"{len(names)}{such_as}{', '.join(names[:_NAMED])}"
 
 
 def colour_name(colour: tuple[int, int, int]) -> str:
