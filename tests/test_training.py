@@ -258,7 +258,7 @@ def test_nothing_is_moved_between_forward_and_loss(folder, monkeypatch):
 
     recording(torch.Tensor, "to")
     recording(WanModel, "forward")
-    recording(training, "flow_loss")
+    recording(step, "flow_loss")
     run(folder)
     after = [events[number + 1] for number, name in enumerate(events) if name == "forward"]
     assert after and set(after) == {"flow_loss"}

@@ -1,8 +1,8 @@
 """Trains one slice of a Wan checkpoint on a dataset: the job behind wan_train_network.py."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -110,12 +110,21 @@ def _say_nothing(line: str) -> None:
     pass
 
 
-def _only_run_of_its_name(save: SaveConfig, accelerator: Accelerator) -> AbstractContextManager:
-    """A lock on the names of this run's files; InputError while another run writes them."""
+@contextmanager
+def _only_run_of_its_name(save: SaveConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Locks the names of this run's files; InputError while another run writes them."""
     if not accelerator.is_main_process:
-        return nullcontext()
-    folder, what = writable_folder(save.folder, "--output_dir"), f"--output_name {save.name} in {save.folder}"
-    return sole_writer(folder, save.name, what, "choose another --output_name, or wait until that run ends")
+        yield
+        return
+    is_new, what = not save.folder.exists(), f"--output_name {save.name} in {save.folder}"
+    folder = writable_folder(save.folder, "--output_dir")
+    try:
+        with sole_writer(folder, save.name, what, "choose another --output_name, or wait until that run ends"):
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty: the run was not refused
+                folder.rmdir()
 
 
 def _encode_prompts(
