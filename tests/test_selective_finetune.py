@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.selective_finetune import SliceError, attach_slice, block_linears, contract_name, slice_indices, slice_units
-from utils.slice_saving import read_ledger, save_checkpoint
+from utils.slice_saving import read_ledger, save_checkpoint, save_slice
 from utils.swap.placement import checkpoint_blocks, place_model
 from utils.swap.plan import SwapConfig
 from wan.configs import WanConfig
@@ -365,12 +365,12 @@ def test_another_base_is_refused_and_leaves_the_old_file(base_file, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("save", ["save_checkpoint", "save_slice"])
+@pytest.mark.parametrize("save", [save_checkpoint, save_slice])
 def test_the_base_itself_is_never_written(base_file, save):
     trained = attach_slice(tiny_model(torch.bfloat16), "0.02", 7)
     before = base_file.read_bytes()
     with pytest.raises(SliceError, match="is the base itself"):
-        getattr(trained, save)(base_file, base_file)
+        save(trained, base_file, base_file)
     assert base_file.read_bytes() == before
 
 
