@@ -288,7 +288,7 @@ def test_a_text_encoder_of_another_width_is_refused_before_the_model_loads(folde
     narrow = ("--dit", str(folder / "narrow" / "base.safetensors"))
     monkeypatch.setattr(checks, "check_dataset", lambda *_: None)  # whose caches are of another width, too
     for more in (preserving(folder), [*write_sample_models(folder), "--sample_at_first"]):
-        with pytest.raises(InputError, match=r"t5.safetensors makes texts 48 wide, the transformer reads 24"):
+        with pytest.raises(InputError, match=r"t5.safetensors gives embeddings of width 48, the transformer"):
             run(folder, *narrow, *more)
 
 
