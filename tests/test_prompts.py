@@ -66,6 +66,11 @@ def test_a_line_keeps_the_defaults_that_it_does_not_set():
     assert parse_prompt_line("a fox --F 17 --g 2", defaults, "line 1") == wanted
 
 
+def test_a_prompt_that_no_file_could_contain_is_refused():
+    with pytest.raises(InputError, match=r"line 1: 'a .udcff' is not valid UTF-8"):
+        parse_prompt_line("a \udcff", DEFAULTS, "line 1")
+
+
 @pytest.mark.parametrize(("given", "made"), [(1, 1), (4, 1), (5, 5), (8, 5), (81, 81), (84, 81)])
 def test_frames_are_floored_to_4n_plus_1(given, made):
     assert parse_prompt_line(f"a fox --f {given}", DEFAULTS, "line 1").frames == made
