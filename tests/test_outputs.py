@@ -1,5 +1,6 @@
 """Saved samples: what is read back, and that nothing half-written stays."""
 
+import os
 import subprocess
 import sys
 
@@ -65,6 +66,16 @@ def test_the_same_frames_become_the_same_bytes_while_the_cpu_is_busy(tmp_path):
             process.wait()
     # x264 writes its settings into the file; with threads, other bytes come up too rarely for a test of four.
     assert len(files) == 1 and b" threads=1 " in files.pop()
+
+
+@pytest.mark.slow
+def test_the_same_frames_become_the_same_bytes_in_a_heap_full_of_others(tmp_path):
+    video_3THW, files = torch.rand(3, 5, 160, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, set()
+    for _ in range(400):  # with x264's algorithms for this CPU one in 60 differed
+        used = [os.urandom(1000 + int.from_bytes(os.urandom(2), "little") * 3) for _ in range(40)]
+        del used
+        files.add(save_sample(tmp_path, "a", video_3THW, fps=16).read_bytes())
+    assert len(files) == 1
 
 
 def test_frames_are_numbered_in_a_folder_of_their_own(tmp_path):
