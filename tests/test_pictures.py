@@ -155,6 +155,15 @@ def test_one_transparent_grey_is_found_at_every_depth(tmp_path, depth, white):
     assert read.values[0, 15].tolist() == [0, 0, 255]
 
 
+@pytest.mark.parametrize("depth", [8, 16])
+def test_one_transparent_colour_is_found_at_every_depth(tmp_path, depth):
+    samples = np.full((16, 16, 3), 2**depth - 1, np.uint16)
+    samples[:, 8:] = np.array([200, 40, 90]) * (257 if depth == 16 else 1)
+    write_png(tmp_path / "a.png", samples, depth, before=chunk(b"tRNS", samples[0, 15].astype(">u2").tobytes()))
+    read = _read(tmp_path / "a.png", (0, 0, 255)).values
+    assert (read[0, 0].tolist(), read[0, 15].tolist()) == ([255, 255, 255], [0, 0, 255])
+
+
 def test_an_opaque_alpha_is_no_transparency(tmp_path):
     Image.new("RGBA", (16, 16), (1, 2, 3, 255)).save(tmp_path / "a.png")
     assert (_read(tmp_path / "a.png").remarks, _pixel(tmp_path / "a.png")) == (frozenset(), [1, 2, 3])

@@ -65,8 +65,7 @@ def read_video(
     else:
         with _decoded(path) as (stream, decoded):
             kept = islice(at_wan_rate(decoded, source_fps, own), limit)
-            aspect = _pixel_aspect(stream)
-            frames = [_upright(frame, aspect, size, background) for frame in kept]
+            frames = [_upright(frame, stream, size, background) for frame in kept]
     remarks = frozenset().union(*(frame.remarks for frame in frames))
     if own is not None and own.varies:
         remarks |= {VARIABLE_RATE}
@@ -107,18 +106,23 @@ def _square_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
     return (round(width * aspect), height) if aspect >= 1 else (width, round(height / aspect))
 
 
-def _upright(frame: "VideoFrame", aspect: Fraction, size: tuple[int, int], background: tuple[int, int, int]) -> Pixels:
+def _upright(
+    frame: "VideoFrame", stream: "VideoStream", size: tuple[int, int], background: tuple[int, int, int]
+) -> Pixels:
     """A frame [height, width, 3] at `size`."""
-    pixels, remarks = _rgb(frame, size, background)
+    codec = stream.codec_context  # a frame of older versions of PyAV does not have these
+    light = coded_light(codec.color_trc, codec.color_primaries)
+    pixels, remarks = _rgb(frame, light, size, background)
     height, width = pixels.shape[:2]
-    square = _square_size(width, height, aspect)
+    square = _square_size(width, height, _pixel_aspect(stream))
     if square != (width, height):
         pixels = np.asarray(Image.fromarray(pixels).resize(square, Image.Resampling.LANCZOS))
     return Pixels(resize_and_crop(pixels, size, _turn(frame)), frozenset(remarks))
 
 
-def _rgb(frame: "VideoFrame", size: tuple[int, int], background: tuple[int, int, int]) -> tuple[np.ndarray, set[str]]:
-    light = coded_light(frame.color_trc, frame.color_primaries)
+def _rgb(
+    frame: "VideoFrame", light: Light | None, size: tuple[int, int], background: tuple[int, int, int]
+) -> tuple[np.ndarray, set[str]]:
     matrix = _matrix(frame, light)
     if light is not None:
         # Tone mapping is slow, so that what is far too large is halved before, or more.
