@@ -170,12 +170,11 @@ def test_the_patch_and_the_ledger_agree():
     assert files.UNFINISHED == slice_saving.UNFINISHED
 
 
-@given(st.lists(entries(), max_size=5), st.integers(1, 60), st.data())
+@given(st.lists(entries(), max_size=5), st.sampled_from([1, 7, 24, 60]))
 @settings(max_examples=60, deadline=None)
-def test_a_value_is_held_where_a_slice_has_it(taken, numel, data):
-    place = data.draw(st.integers(0, numel - 1))
-    slices = [range(*slice_interval(numel, e.ff, e.ffid)) for e in taken]
-    assert holds(covered(taken), place, numel) == any(place in own for own in slices)
+def test_a_value_is_held_where_a_slice_has_it(taken, numel):
+    own = {place for e in taken for place in range(*slice_interval(numel, e.ff, e.ffid))}
+    assert {place for place in range(numel) if holds(covered(taken), place, numel)} == own
 
 
 @given(st.lists(entries(), max_size=6))

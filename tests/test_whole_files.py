@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,28 +200,29 @@ def test_two_writers_of_one_file_each_write_their_own_and_the_last_one_stays(tmp
     assert path.read_bytes() == OLD and names_of(tmp_path) == {"a.safetensors"}
 
 
-def start_writer(folder):
-    """A process that has begun a file in `folder`, and waits."""
-    pid = os.fork()
-    if pid == 0:
-        with whole_file(folder / "a.safetensors") as file:
+@pytest.fixture
+def writer(tmp_path):
+    """A process that has begun a file in the test's folder, and waits; gone at the end."""
+    if (pid := os.fork()) == 0:
+        with whole_file(tmp_path / "a.safetensors") as file:
             file.write(NEW)
             file.flush()
             signal.pause()
-    while not names_of(folder):
+    while not names_of(tmp_path):
         time.sleep(0.002)
-    return pid
+    yield pid
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 @posix
-def test_what_a_living_process_writes_stays_until_it_is_killed(tmp_path):
-    pid = start_writer(tmp_path)
+def test_what_a_living_process_writes_stays_until_it_is_killed(tmp_path, writer):
     (written,) = tmp_path.iterdir()
     os.utime(written, (0, 0))
     remove_unfinished(SaveConfig(tmp_path, "a"))
     assert written.exists()
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
     remove_unfinished(SaveConfig(tmp_path, "a"))
     assert names_of(tmp_path) == set()
 
