@@ -16,6 +16,7 @@ from tiny_chain import METADATA, write_chain
 from utils.cli.slices import main
 from utils.run.state import read_state
 from utils.selective_finetune import SliceError
+from utils.slice_saving import read_header
 from utils.slices.ledger import read_ledger
 from utils.slices.listing import as_json, list_files, table
 from utils.slices.on_base import read_slice_file, slices_on_base
@@ -72,6 +73,11 @@ def test_a_hostile_header_is_told_in_one_line(tmp_path, case):
             read(path)
         told = str(error.value)
         assert "\n" not in told and len(told) < 600 and told.encode()
+
+
+def test_metadata_that_are_null_are_none_for_every_reader(tmp_path):
+    path = write_raw(tmp_path / "a.safetensors", {"__metadata__": None, "a": entry()}, bytes(4))
+    assert read_file_header(path)[1] == read_header(path)[1] == {}
 
 
 def test_many_names_of_which_the_last_stands_twice_are_read_in_linear_time(tmp_path):

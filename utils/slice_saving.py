@@ -155,7 +155,7 @@ def read_header(base: Files, name_of=contract_name) -> tuple[dict[str, StoredTen
             if length > os.path.getsize(path) - 8:
                 raise SliceError(f"{path} is not a complete safetensors file")
             header = json.loads(file.read(length))
-        metadata |= header.pop("__metadata__", {})
+        metadata |= header.pop("__metadata__", None) or {}
         for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             stored = (name_of(key), entry["dtype"], entry["shape"], end - begin)
