@@ -37,7 +37,7 @@ def folder(files):
 @contextmanager
 def before_batch(number, action):
     """Does it before the backward pass of the run's batch `number` (from 1)."""
-    batches, backward = [0], training._backward
+    batches, backward = [0], training.backward
 
     def counted(*given):
         batches[0] += 1
@@ -46,7 +46,7 @@ def before_batch(number, action):
         return backward(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_backward", counted)
+        patch.setattr(training, "backward", counted)
         yield batches
 
 
@@ -178,6 +178,7 @@ def test_a_terminal_that_closes_leaves_a_state(folder):
 
     child = in_child(folder, take_terminal, wait_until_closed)
     os.close(console)
+    os.close(close)  # a child that ends early ends this wait too
     os.read(closed, 1)
     os.close(terminal)
     assert exit_code(child) == command.INTERRUPTED
