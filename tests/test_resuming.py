@@ -104,7 +104,7 @@ def test_ctrl_c_in_a_step_that_saves_its_state_saves_no_second_one(folder, monke
 def test_ctrl_c_twice_stops_at_once(folder, monkeypatch):
     with interrupted(monkeypatch, 2, times=2), pytest.raises(KeyboardInterrupt):
         run(folder, *COMMON)
-    assert list((folder / "out").iterdir()) == []
+    assert not (folder / "out").exists()
 
 
 def test_ctrl_c_in_the_last_step_ends_the_run_as_ever(folder, monkeypatch):
