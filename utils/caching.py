@@ -4,10 +4,10 @@ B batch, C channels, T frames, H W height and width in pixels, F h w latent fram
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,15 @@ from einops import rearrange
 from tqdm import tqdm
 
 from utils.data.cache_files import (
+    CachedClip,
     clip_latents_path,
     image_latents_path,
+    is_cache,
     latents_files,
+    latents_origin,
     latents_problem,
+    made_by_of,
+    parse_clip_name,
     remove_unfinished,
     text_files,
     text_path,
@@ -27,11 +32,14 @@ from utils.data.cache_files import (
     write_latents,
     write_text,
 )
+from utils.data.cache_summary import Caching, after_latents, after_text, summary_lines
+from utils.data.items import is_plain
+from utils.data.origins import Origin, clip_settings, dataset_settings, read_origin, weights_identity
 from utils.data.pictures import read_image
 from utils.data.rates import own_rate, rate_lines
-from utils.data.remarks import count_and_names, remark_lines
+from utils.data.remarks import TRANSPARENT, count_and_names, remark_lines
 from utils.data.sizes import SizedSource, clip_windows, frames_needed, sized_sources
-from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, VideoDataset, list_sources
+from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, Sources, VideoDataset, list_sources
 from utils.data.videos import read_video
 from utils.devices import cpu_line
 from utils.files import sole_writer, writable_folder
@@ -39,6 +47,8 @@ from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.text_encoder import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae
+
+_SPECIMEN = 'Ein Kätzchen, 一只猫 and a cat\'s "3" kittens'  # tokenizers that differ are likely to differ here
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class CacheLatentsConfig:
     vae_dtype: torch.dtype = torch.bfloat16
     batch_size: int | None = None
     workers: int = 1
-    skip_existing: bool = False
+    recache: bool = False
     keep_cache: bool = False
     disable_cudnn: bool = False
 
@@ -66,7 +76,7 @@ class CacheTextConfig:
     device: torch.device
     batch_size: int | None = None
     workers: int = 1
-    skip_existing: bool = False
+    recache: bool = False
     keep_cache: bool = False
 
 
@@ -74,7 +84,7 @@ class CacheTextConfig:
 class _Clip:
     """One picture or clip; no pixels: its cache is current. `named_size` is the one in its cache's name.
 
-    `remarks` are what there is to say about the file at `source`, if it was read.
+    If the file at `source` was read, `remarks` are what there is to say about it, and `origin` is for the cache.
     """
 
     source: Path
@@ -83,6 +93,17 @@ class _Clip:
     named_size: tuple[int, int]
     frame_count: int | None = None
     remarks: frozenset[str] = frozenset()
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a dataset is read: `settings` decide the values of its caches, `cached` are its videos' clips by stem."""
+
+    dataset: AnyDataset
+    settings: Mapping[str, str]
+    recache: bool
+    cached: Mapping[str, Sequence[CachedClip]]
 
 
 def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> None:
@@ -91,11 +112,9 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
     InputError if a dataset, a file or the VAE cannot be read, another process caches latents into one of the folders,
     or a latent is not finite.
     """
+    listed = [(dataset, _listed(dataset, config.workers, say)) for dataset in config.dataset.datasets]
     # Sizes before the VAE, so that files that cannot be opened are found before anything is loaded or written.
-    plans = [
-        (dataset, sized_sources(dataset, _captioned(dataset, config.workers, say), config.workers))
-        for dataset in config.dataset.datasets
-    ]
+    plans = [(dataset, sized_sources(dataset, sources.found, config.workers)) for dataset, sources in listed]
     for dataset, sized in plans:
         _say_rates(dataset, sized, config.workers, say)
     if config.disable_cudnn:
@@ -104,11 +123,15 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
         say(line)
     with _locked_folders(config.dataset, "latents"):
         vae = load_vae(config.vae, config.vae_dtype, config.device, WAN_2_1_VAE.channels)
+        done = Caching(left_out=sum(len(sources.left_out) for _, sources in listed))
         for number, (dataset, sized) in enumerate(plans, 1):
             remove_unfinished(dataset.cache_directory, "_wan", dataset.recursive)
-            wanted = _cache_dataset_latents(dataset, sized, vae, config, number, say)
+            wanted, cached = _cache_dataset_latents(dataset, sized, vae, config, number, say)
+            done += cached
             if not config.keep_cache:
-                _delete_others(latents_files(dataset.cache_directory, dataset.recursive), wanted, say)
+                done += _delete_others(latents_files(dataset.cache_directory, dataset.recursive), wanted, say)
+    for line in [*summary_lines("latents", done), after_latents(config.dataset, listed)]:
+        say(line)
 
 
 def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
@@ -117,17 +140,20 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     InputError if a dataset or the text encoder cannot be read, another process caches captions into one of the
     folders, or a token is not finite.
     """
-    plans = [(dataset, _captioned(dataset, config.workers, say)) for dataset in config.dataset.datasets]
+    listed = [(dataset, _listed(dataset, config.workers, say)) for dataset in config.dataset.datasets]
     if line := cpu_line(config.device):
         say(line)
     with _locked_folders(config.dataset, "text"):
         encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
-        for number, (dataset, sources) in enumerate(plans, 1):
+        done = Caching(left_out=sum(len(sources.left_out) for _, sources in listed))
+        for number, (dataset, sources) in enumerate(listed, 1):
             remove_unfinished(dataset.cache_directory, "_wan_te", dataset.recursive)
-            _cache_dataset_text(dataset, sources, encoder, config, number)
+            done += _cache_dataset_text(dataset, sources.found, encoder, config, number)
             if not config.keep_cache:
-                wanted = {text_path(dataset.cache_directory, source.stem) for source in sources}
-                _delete_others(text_files(dataset.cache_directory, dataset.recursive), wanted, say)
+                wanted = {text_path(dataset.cache_directory, source.stem) for source in sources.found}
+                done += _delete_others(text_files(dataset.cache_directory, dataset.recursive), wanted, say)
+    for line in [*summary_lines("captions", done, encoder.text_len), after_text(config.dataset)]:
+        say(line)
 
 
 @contextmanager
@@ -140,13 +166,13 @@ def _locked_folders(config: DatasetConfig, kind: str) -> Iterator[None]:
         yield
 
 
-def _captioned(dataset: AnyDataset, workers: int, say: Callable[[str], None]) -> Sequence[Source]:
+def _listed(dataset: AnyDataset, workers: int, say: Callable[[str], None]) -> Sources:
     sources = list_sources(dataset, workers)
     if sources.left_out:
         say(f"pictures without a caption, left out: {count_and_names(sources.left_out)}")
     for note in sources.notes:
         say(note)
-    return sources.found
+    return sources
 
 
 def _say_rates(dataset: AnyDataset, sized: Sequence[SizedSource], workers: int, say: Callable[[str], None]) -> None:
@@ -166,25 +192,47 @@ def _cache_dataset_latents(
     config: CacheLatentsConfig,
     number: int,
     say: Callable[[str], None],
-) -> set[Path]:
-    """Writes one dataset's latents; returns the paths of all that belong to it, including those that were skipped."""
+) -> tuple[set[Path], Caching]:
+    """Writes one dataset's latents; returns the paths of all that belong to it, and what was done."""
     batch_size = config.batch_size or dataset.batch_size
     units = _units(dataset, sized, batch_size)
     wanted: set[Path] = set()
+    done = Caching()
+    made_by = {"vae": _vae_identity(vae), "vae_dtype": str(config.vae_dtype).removeprefix("torch.")}
+    reading = _Reading(dataset, {**dataset_settings(dataset), **made_by}, config.recache, _cached_clips(dataset))
     remarked: dict[str, list[Path]] = defaultdict(list)
     with tqdm(total=len(sized), desc=f"latents of dataset {number}", unit="file") as bar:
-        for unit, clips in zip(units, _read_ahead(dataset, units, config), strict=True):
+        for unit, clips in zip(units, _read_ahead(reading, units, config.workers), strict=True):
             if not clips:
+                done += Caching(left_out=1)
                 say(f"{unit[0].source.path} is shorter than the smallest of its target_frames and is left out")
             wanted |= {clip.path for clip in clips}
             for source, remark in sorted({(clip.source, remark) for clip in clips for remark in clip.remarks}):
                 remarked[remark].append(source)
-            _encode_clips([clip for clip in clips if clip.pixels_THWC is not None], vae, batch_size, config.vae_dtype)
+            fresh = [clip for clip in clips if clip.pixels_THWC is not None]
+            _encode_clips(fresh, vae, batch_size, config.vae_dtype)
+            untold = tuple(clip.path for clip in clips if clip.origin is None)
+            done += Caching(made=len(fresh), current=len(clips) - len(fresh), untold=untold)
             bar.update(len(unit))
     what = "pictures" if isinstance(dataset, ImageDataset) else "videos"
     for line in remark_lines(remarked, what, dataset.background):
         say(line)
-    return wanted
+    return wanted, done
+
+
+def _cached_clips(dataset: AnyDataset) -> Mapping[str, Sequence[CachedClip]]:
+    clips = defaultdict(list)
+    if isinstance(dataset, VideoDataset):
+        paths = latents_files(dataset.cache_directory, dataset.recursive)
+        for stem, clip in filter(None, (parse_clip_name(path, dataset.cache_directory) for path in paths)):
+            clips[stem].append(clip)
+    return clips
+
+
+def _vae_identity(vae: WanVAE) -> str:
+    """What stays the same if only the decoder, which draws samples, is another one."""
+    weights = vae.model.state_dict()
+    return weights_identity(weights[name] for name in weights if not name.startswith(("decoder.", "post_quant_conv.")))
 
 
 def _units(dataset: AnyDataset, sized: Sequence[SizedSource], batch_size: int) -> list[Sequence[SizedSource]]:
@@ -201,48 +249,97 @@ def _batches(entries: Sequence, size: int) -> Iterator[Sequence]:
     return (entries[start : start + size] for start in range(0, len(entries), size))
 
 
-def _read_ahead(
-    dataset: AnyDataset, units: Iterable[Sequence[SizedSource]], config: CacheLatentsConfig
-) -> Iterator[list[_Clip]]:
+def _read_ahead(reading: _Reading, units: Iterable[Sequence[SizedSource]], workers: int) -> Iterator[list[_Clip]]:
     """Each unit's clips in order, read by threads that stay only a few units ahead."""
-    is_video = isinstance(dataset, VideoDataset)
+    is_video = isinstance(reading.dataset, VideoDataset)
     read = _read_video_unit if is_video else _read_image_unit
     # Whole videos are large, and their decoder uses several threads itself.
-    ahead = 1 if is_video else config.workers
+    ahead = 1 if is_video else workers
     with ThreadPoolExecutor(ahead) as pool:
         waiting = deque()
         for unit in units:
-            waiting.append(pool.submit(read, dataset, unit, config.skip_existing))
+            waiting.append(pool.submit(read, reading, unit))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _read_image_unit(dataset: ImageDataset, unit: Sequence[SizedSource], skip_existing: bool) -> list[_Clip]:
-    clips = []
-    for entry in unit:
-        source = entry.source.path
-        path = image_latents_path(dataset.cache_directory, entry.source.stem, entry.size)
-        if skip_existing and latents_problem(path, source, 1, entry.bucket) is None:
-            clips.append(_Clip(source, path, None, entry.size))
-        else:
-            picture = read_image(source, entry.bucket, dataset.background)
-            clips.append(_Clip(source, path, picture.values[None], entry.size, remarks=picture.remarks))
-    return clips
+def _read_image_unit(reading: _Reading, unit: Sequence[SizedSource]) -> list[_Clip]:
+    return [_current_picture(reading, entry) or _read_picture(reading, entry) for entry in unit]
 
 
-def _read_video_unit(dataset: VideoDataset, unit: Sequence[SizedSource], skip_existing: bool) -> list[_Clip]:
+def _current_picture(reading: _Reading, entry: SizedSource) -> _Clip | None:
+    path = image_latents_path(reading.dataset.cache_directory, entry.source.stem, entry.size)
+    wanted = {**reading.settings, **clip_settings(entry.bucket)}
+    clip = _Clip(entry.source.path, path, None, entry.size)
+    return _if_current(reading, clip, 1, entry.bucket, wanted)
+
+
+def _read_picture(reading: _Reading, entry: SizedSource) -> _Clip:
+    source = entry.source.path
+    path = image_latents_path(reading.dataset.cache_directory, entry.source.stem, entry.size)
+    origin = read_origin(source, {**reading.settings, **clip_settings(entry.bucket)})
+    picture = read_image(source, entry.bucket, reading.dataset.background)
+    origin = _without_unused(origin, picture.remarks)
+    return _Clip(source, path, picture.values[None], entry.size, None, picture.remarks, origin)
+
+
+def _read_video_unit(reading: _Reading, unit: Sequence[SizedSource]) -> list[_Clip]:
     [entry] = unit
-    source, bucket = entry.source, entry.bucket
-    video = read_video(source.path, bucket, dataset.source_fps, frames_needed(dataset), dataset.background)
+    dataset, source, bucket, limit = reading.dataset, entry.source.path, entry.bucket, frames_needed(reading.dataset)
+    length = _known_length(reading.cached[entry.source.stem], str(limit))
+    if length is not None:  # so that nothing is decoded where all is current
+        clips = [_current_clip(reading, entry, *window) for window in clip_windows(dataset, length)]
+        if all(clips):
+            return clips
+    origin = read_origin(source, {**reading.settings, "most_frames": str(limit)})
+    video = read_video(source, bucket, dataset.source_fps, limit, dataset.background)
+    origin = _without_unused(origin, video.remarks, frames_read=str(len(video.values)))
     clips = []
     for start, frames in clip_windows(dataset, len(video.values)):
-        path = clip_latents_path(dataset.cache_directory, source.stem, start, frames, bucket)
-        skipped = skip_existing and latents_problem(path, source.path, frames, bucket) is None
-        pixels = None if skipped else video.values[start : start + frames]
-        clips.append(_Clip(source.path, path, pixels, bucket, frames, video.remarks))
+        path = clip_latents_path(dataset.cache_directory, entry.source.stem, start, frames, bucket)
+        own = replace(origin, made_by={**origin.made_by, **clip_settings(bucket, start, frames)})
+        pixels = video.values[start : start + frames]
+        fresh = _Clip(source, path, pixels, bucket, frames, video.remarks, own)
+        clips.append(_current_clip(reading, entry, start, frames) or fresh)
     return clips
+
+
+def _current_clip(reading: _Reading, entry: SizedSource, start: int, frames: int) -> _Clip | None:
+    source, bucket = entry.source, entry.bucket
+    path = clip_latents_path(reading.dataset.cache_directory, source.stem, start, frames, bucket)
+    wanted = {**reading.settings, **clip_settings(bucket, start, frames)}
+    return _if_current(reading, _Clip(source.path, path, None, bucket, frames), frames, bucket, wanted)
+
+
+def _if_current(
+    reading: _Reading, clip: _Clip, frames: int, bucket: tuple[int, int], wanted: Mapping[str, str]
+) -> _Clip | None:
+    """The clip without pixels, if its cache need not be made again; None if it must."""
+    if reading.recache or latents_problem(clip.path, clip.source, frames, bucket, wanted) is not None:
+        return None
+    origin = latents_origin(clip.path)
+    # What does not say by which rules it was made may be one that we made by older ones.
+    is_told = origin is not None or is_plain(reading.dataset, clip.source)
+    return replace(clip, origin=origin) if is_told else None
+
+
+def _known_length(clips: Sequence[CachedClip], limit: str) -> int | None:
+    """The frames of a video, from a cache that was made when as many were asked for."""
+    for clip in clips:
+        made_by = made_by_of(clip.path)
+        if made_by.get("most_frames") == limit and made_by.get("frames_read", "").isdecimal():
+            return int(made_by["frames_read"])
+    return None
+
+
+def _without_unused(origin: Origin, remarks: frozenset[str], **more: str) -> Origin:
+    """The background does not matter for what is not transparent: another one makes no cache stale."""
+    made_by = {**origin.made_by, **more}
+    if TRANSPARENT not in remarks:
+        del made_by["background"]
+    return replace(origin, made_by=made_by)
 
 
 def _encode_clips(clips: Sequence[_Clip], vae: WanVAE, batch_size: int, dtype: torch.dtype) -> None:
@@ -254,7 +351,7 @@ def _encode_clips(clips: Sequence[_Clip], vae: WanVAE, batch_size: int, dtype: t
     encoded = [_encode_batch(batch, vae).to("cpu", dtype) for batch in batches]
     for batch, latents_BCFHW in zip(batches, encoded, strict=True):
         for clip, latents_CFHW in zip(batch, latents_BCFHW, strict=True):
-            write_latents(clip.path, latents_CFHW, clip.named_size, clip.frame_count)
+            write_latents(clip.path, latents_CFHW, clip.named_size, clip.frame_count, clip.origin)
 
 
 def _encode_batch(batch: Sequence[_Clip], vae: WanVAE) -> torch.Tensor:
@@ -271,28 +368,38 @@ def _refuse_not_finite(values: torch.Tensor, what: str, advice: str) -> None:
         raise InputError(f"{what} contain NaN or infinity and were not written: {advice}")
 
 
-def _delete_others(existing: Iterable[Path], wanted: set[Path], say: Callable[[str], None]) -> None:
-    deleted = 0
+def _delete_others(existing: Iterable[Path], wanted: set[Path], say: Callable[[str], None]) -> Caching:
+    deleted, others = 0, []
     for path in (path for path in existing if path not in wanted):
+        if not is_cache(path):
+            others.append(path)
+            continue
         try:
             path.unlink()
             deleted += 1
         except OSError as error:  # on Windows, a file that another program has open
             say(f"could not delete {path} ({error.strerror}): delete it by hand")
-    if deleted:
-        say(f"deleted {deleted} cache files of sources that are not in this dataset (--keep_cache keeps them)")
+    return Caching(deleted=deleted, others=tuple(others))
 
 
 def _cache_dataset_text(
     dataset: AnyDataset, sources: Sequence[Source], encoder: TextEncoder, config: CacheTextConfig, number: int
-) -> None:
+) -> Caching:
+    made_by = {"text_encoder": _encoder_identity(encoder)}
     entries = [(text_path(dataset.cache_directory, source.stem), source.caption) for source in sources]
-    if config.skip_existing:
-        entries = [entry for entry in entries if text_problem(*entry) is not None]
-    with tqdm(total=len(entries), desc=f"captions of dataset {number}", unit="caption") as bar:
-        for batch in _batches(entries, config.batch_size or dataset.batch_size):
+    stale = [entry for entry in entries if config.recache or text_problem(*entry, made_by) is not None]
+    with tqdm(total=len(stale), desc=f"captions of dataset {number}", unit="caption") as bar:
+        for batch in _batches(stale, config.batch_size or dataset.batch_size):
             encoded = encoder([caption for _, caption in batch])
             for (path, caption), text_SD in zip(batch, encoded, strict=True):
                 _refuse_not_finite(text_SD, f"the tokens for {path.name}", "the text encoder's file may be damaged")
-                write_text(path, text_SD.to("cpu", torch.bfloat16), caption)
+                write_text(path, text_SD.to("cpu", torch.bfloat16), caption, made_by)
             bar.update(len(batch))
+    lengths = {source.path: encoder.count_tokens(source.caption) for source in sources}
+    cut = {path: tokens for path, tokens in lengths.items() if tokens > encoder.text_len}
+    return Caching(made=len(stale), current=len(entries) - len(stale), cut=cut)
+
+
+def _encoder_identity(encoder: TextEncoder) -> str:
+    tokens = torch.tensor([*encoder.tokenize(_SPECIMEN), encoder.text_len])
+    return weights_identity([*encoder.model.state_dict().values(), tokens])

@@ -104,8 +104,12 @@ def _add_computing(parser: Parser, what: str):
 def _add_cache(parser: Parser) -> None:
     group = parser.add_argument_group("cache files")
     group.add_argument(
-        "--skip_existing", action="store_true", help="do not encode again what has a current cache file (default: off)"
+        "--recache",
+        action="store_true",
+        help="make every cache file again (default: only those whose picture, video, caption, encoder or settings "
+        "have changed)",
     )
+    group.add_argument("--skip_existing", action="store_true", help="what happens without --recache; accepted")
     group.add_argument(
         "--keep_cache",
         action="store_true",
@@ -114,11 +118,13 @@ def _add_cache(parser: Parser) -> None:
 
 
 def _shared(args: argparse.Namespace) -> dict:
+    if args.recache and args.skip_existing:
+        raise InputError("--recache makes every cache again and --skip_existing none that is current: give one of them")
     return {
         "dataset": read_dataset_config(args.dataset_config),
         "device": args.device or default_device(),
         "batch_size": args.batch_size,
         "workers": args.num_workers or max(1, (os.cpu_count() or 1) - 1),
-        "skip_existing": args.skip_existing,
+        "recache": args.recache,
         "keep_cache": args.keep_cache,
     }

@@ -4,7 +4,7 @@ The names, keys and metadata are those that musubi-tuner writes for Wan, so that
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from utils import files
+from utils.data.origins import (
+    Origin,
+    difference,
+    made_by_in,
+    made_by_metadata,
+    origin_in,
+    source_changed,
+    without_origin,
+)
 from utils.files import UNFINISHED, file_problem
 from utils.slice_saving import whole_file
 from wan.configs import WAN_2_1_VAE
@@ -81,23 +90,48 @@ def parse_clip_name(path: Path, folder: Path) -> tuple[str, CachedClip] | None:
     return (clip[1], CachedClip(path, int(clip[2]), int(clip[3]), size)) if clip else None
 
 
+def is_cache(path: Path) -> bool:
+    """Whether what a file holds, not only its name, is a cache for Wan: ours, or musubi-tuner's."""
+    try:
+        entries, metadata = read_file_header(path)
+    except InputError:
+        return False
+    is_named = any(_LATENTS_KEY.fullmatch(key) or _TEXT_KEY.fullmatch(key) for key in entries)
+    return is_named and metadata.get("architecture") == _FORMAT["architecture"]
+
+
 def write_latents(
-    path: Path, latents_CFHW: torch.Tensor, size: tuple[int, int], frame_count: int | None = None
+    path: Path,
+    latents_CFHW: torch.Tensor,
+    size: tuple[int, int],
+    frame_count: int | None = None,
+    origin: Origin | None = None,
 ) -> None:
-    """Writes one item's latents in their dtype; `size` is the one in the name, `frame_count` is for videos."""
+    """Writes one item's latents in their dtype; `size` is the one in the name, `frame_count` is for videos.
+
+    InputError if a file that is not a cache is in the way.
+    """
+    _refuse_others_file(path, _LATENTS_KEY)
     frames, height, width = latents_CFHW.shape[1:]
     key = f"latents_{frames}x{height}x{width}_{_dtype_name(latents_CFHW)}"
     metadata = {**_FORMAT, "width": str(size[0]), "height": str(size[1])}
     if frame_count is not None:
         metadata["frame_count"] = str(frame_count)
+    if origin is not None:
+        metadata |= origin.metadata()
     _write(path, {key: latents_CFHW}, metadata)
 
 
-def write_text(path: Path, text_SD: torch.Tensor, caption: str) -> None:
-    """Writes the encoded tokens of a caption; other tensors in an existing file are kept, if it can be read."""
+def write_text(path: Path, text_SD: torch.Tensor, caption: str, made_by: Mapping[str, str] | None = None) -> None:
+    """Writes the encoded tokens of a caption; other tensors in an existing cache are kept, if it can be read.
+
+    InputError if a file that is not a cache is in the way.
+    """
+    _refuse_others_file(path, _TEXT_KEY)
     kept, metadata = _other_tensors(path)
     kept[f"varlen_t5_{_dtype_name(text_SD)}"] = text_SD
-    _write(path, kept, {**metadata, **_FORMAT, "caption1": caption})
+    metadata |= {**_FORMAT, "caption1": caption, **made_by_metadata(made_by or {})}
+    _write(path, kept, metadata)
 
 
 def read_latents(path: Path) -> torch.Tensor:
@@ -121,32 +155,70 @@ def text_header(path: Path) -> tuple[tuple[int, ...], str | None]:
     return entry.shape, metadata.get("caption1")
 
 
-def latents_problem(cache: Path, source: Path, frames: int, bucket: tuple[int, int]) -> str | None:
-    """Why the latents of `frames` frames at `bucket` (width, height) cannot be trained on; None if they can."""
+def latents_origin(path: Path) -> Origin | None:
+    """What a latent cache was made of and by; None if it does not say so. InputError as latents_shape."""
+    return origin_in(_latents_entry(path)[1])
+
+
+def made_by_of(path: Path) -> Mapping[str, str]:
+    """By what a cache was made, as far as it can be read and says so."""
+    try:
+        return made_by_in(read_file_header(path)[1])
+    except InputError:
+        return {}
+
+
+def latents_problem(
+    cache: Path, source: Path | None, frames: int, bucket: tuple[int, int], wanted: Mapping[str, str] | None = None
+) -> str | None:
+    """Why the latents of `frames` frames at `bucket` (width, height) cannot be trained on; None if they can.
+
+    `source` is None where only the cache is left; `wanted` are the settings that it should have been made by.
+    """
     if not cache.is_file():
         return "has no latent cache"
-    wanted = WAN_2_1_VAE.shape(frames, bucket[1], bucket[0])
+    shape = WAN_2_1_VAE.shape(frames, bucket[1], bucket[0])
     try:
-        found = latents_shape(cache)
+        entry, metadata = _latents_entry(cache)
     except InputError as error:  # to be cached again like one that is missing
         return f"has a damaged latent cache ({error})"
-    if found != wanted:
-        return f"was cached as latents {_times(found)}, the dataset file now asks for {_times(wanted)}"
-    if _changed_at(source) > cache.stat().st_mtime_ns:
-        return "is newer than its latent cache"
-    return None
+    if entry.shape != shape:
+        return f"was cached as latents {_times(entry.shape)}, the dataset file now asks for {_times(shape)}"
+    origin = origin_in(metadata)
+    if origin is not None and (otherwise := difference(origin.made_by, wanted or {})):
+        return f"was cached {otherwise}"
+    if source is None:
+        return None
+    if origin is None:
+        return "is newer than its latent cache" if _changed_at(source) > cache.stat().st_mtime_ns else None
+    return "has changed since it was cached" if source_changed(origin, source) else None
 
 
-def text_problem(cache: Path, caption: str) -> str | None:
-    """Why the encoded tokens of a caption cannot be trained on; None if they can."""
+def text_problem(cache: Path, caption: str, wanted: Mapping[str, str] | None = None) -> str | None:
+    """Why the encoded tokens of a caption cannot be trained on; None if they can. `wanted` as for latents_problem."""
     if not cache.is_file():
         return "has no text cache"
     try:
-        cached_caption = text_header(cache)[1]
+        _, metadata = _text_entry(cache)
     except InputError as error:  # to be cached again like one that is missing
         return f"has a damaged text cache ({error})"
     # A file without its caption cannot be compared.
-    return None if cached_caption in (None, caption) else "has another caption than its text cache"
+    if metadata.get("caption1", caption) != caption:
+        return "has another caption than its text cache"
+    otherwise = difference(made_by_in(metadata), wanted or {})
+    return f"was cached {otherwise}" if otherwise else None
+
+
+def _refuse_others_file(path: Path, key: re.Pattern) -> None:
+    """InputError for a file that can be read and is something else; a damaged one may have been a cache."""
+    try:
+        entries, _ = read_file_header(path)
+    except InputError:
+        return
+    if not any(map(key.fullmatch, entries)):
+        raise InputError(
+            f"{path} is in the way of a cache file and is not one: move it, or set another cache_directory"
+        )
 
 
 def _files(folder: Path, pattern: str, recursive: bool) -> list[Path]:
@@ -165,7 +237,7 @@ def _other_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     try:
         entries, metadata = read_file_header(path)
         keys = [key for key in entries if not _TEXT_KEY.fullmatch(key)]
-        return {key: _tensor(path, key) for key in keys}, metadata
+        return {key: _tensor(path, key) for key in keys}, without_origin(metadata)
     except InputError:  # missing, or damaged and therefore cached again
         return {}, {}
 

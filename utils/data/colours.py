@@ -82,6 +82,23 @@ def to_srgb(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, set[st
     return _by_gamma(image if image.mode == "RGB" else image.convert("RGB"), encoding.gamma), remarks
 
 
+def is_plain(mode: str, encoding: Encoding) -> bool:
+    """Whether a picture of `mode` has 8 bits and is sRGB as it is stored, so that every program reads it alike."""
+    if (
+        mode not in ("1", "L", "P", "RGB")
+        or "16" in encoding.rawmode
+        or encoding.inverted
+        or encoding.light is not None
+    ):
+        return False
+    if encoding.profile is None:
+        return _is_usual_gamma(encoding.gamma)
+    try:
+        return _profile_space(encoding.profile) == "RGB" and _from_profile(encoding.profile, "RGB") is None
+    except (ImageCms.PyCMSError, OSError, ValueError):  # read as if there were none
+        return True
+
+
 def _eight_bits(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, bool]:
     """Grey of 16 or 32 bits in mode L, and whether the value of its white is certain."""
     stored = np.asarray(image)
@@ -143,9 +160,13 @@ def _from_lab() -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(ImageCms.createProfile("LAB"), _SRGB, "LAB", "RGB")
 
 
+def _is_usual_gamma(gamma: float | None) -> bool:
+    return not gamma or abs(gamma - 1 / 2.2) < 0.02
+
+
 def _by_gamma(image: Image.Image, gamma: float | None) -> Image.Image:
     """PNG's gAMA where it differs from sRGB's 1/2.2: a sample is the light to the power of gamma."""
-    if not gamma or abs(gamma - 1 / 2.2) < 0.02:
+    if _is_usual_gamma(gamma):
         return image
     light = (np.arange(256) / 255) ** (1 / gamma)
     levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)

@@ -14,15 +14,12 @@ from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.cache_files import read_latents, read_text
+from utils.data.commands import caching_command
 from utils.data.items import CachedItems, Item, Problem, cached_items
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset
 from utils.interrupts import ignore_interrupts
 from wan.errors import InputError
 
-_COMMANDS = {
-    "latents": "python wan_cache_latents.py --dataset_config {path} --vae VAE",
-    "text": "python wan_cache_text_encoder_outputs.py --dataset_config {path} --t5 T5",
-}
 _NAMED_PROBLEMS = 3
 _MOST_ENTRIES = 10_000_000  # of an epoch: at a second a step four months, and a gigabyte of numbers to shuffle
 
@@ -252,7 +249,7 @@ def _problem_line(problems: Sequence[Problem], config: DatasetConfig) -> str:
     more = len(problems) - len(named)
     named += [f"and {more} more"] if more else []
     caches = sorted({problem.cache for problem in problems})
-    commands = " ; then ".join(_COMMANDS[cache].format(path=config.path) for cache in caches)
+    commands = " ; then ".join(caching_command(cache, config.path) for cache in caches)
     return f"{'; '.join(named)}. Run: {commands}"
 
 

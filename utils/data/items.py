@@ -1,7 +1,7 @@
 """The items that a dataset trains on: every source with its caches; missing, stale or damaged ones are named."""
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from utils.data.cache_files import (
     CachedClip,
     image_latents_path,
     latents_files,
+    latents_origin,
     latents_problem,
     parse_clip_name,
     parse_image_name,
@@ -17,11 +18,12 @@ from utils.data.cache_files import (
     text_path,
     text_problem,
 )
-from utils.data.pictures import stored_size
+from utils.data.origins import clip_settings, dataset_settings, size_text
+from utils.data.pictures import is_plain_picture, stored_size
 from utils.data.remarks import count_and_names
 from utils.data.sizes import SizedSource, choose_bucket, clip_windows, frames_needed, longest_full_clip, sized_sources
 from utils.data.sources import AnyDataset, ImageDataset, Source, SourcesGone, VideoDataset, list_sources
-from utils.data.videos import count_frames, stored_video_size
+from utils.data.videos import count_frames, is_plain_video, stored_video_size
 from utils.files import folder_entries
 from wan.configs import WAN_2_1_VAE
 
@@ -33,6 +35,12 @@ _UNTURNED = (
 _OTHER_SIZE = (
     "videos that were cached at another size than this dataset file asks for, as musubi-tuner does it: {files}"
 )
+_UNTOLD = "latent caches that do not say what they were made of, so that only times were compared: {files}"
+_NOT_PLAIN = (
+    "some of these files are turned, transparent, or not 8-bit sRGB, which other programs and older versions read "
+    "differently (cache them again to be sure): {files}"
+)
+_OTHER_VAE = "latent caches made with another VAE than the others (cache them again to make them alike): {files}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ def cached_items(dataset: AnyDataset) -> CachedItems:
     sized = sized_sources(dataset, sources.found, _READERS)
     find = _image_items if isinstance(dataset, ImageDataset) else _video_items
     found = find(dataset, sized, caches)
-    return replace(found, left_out=(*sources.left_out, *found.left_out), notes=(*sources.notes, *found.notes))
+    notes = (*sources.notes, *found.notes, *_origin_notes(dataset, found.items, sources.found))
+    return replace(found, left_out=(*sources.left_out, *found.left_out), notes=notes)
 
 
 def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) -> CachedItems:
@@ -105,7 +114,7 @@ def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) ->
             continue
         source = Source(Path(stem), text_header(text)[1] or "")
         entry = SizedSource(replace(source, path=Path(source.path.name), subfolder=source.path.parent), bucket, bucket)
-        _sort_out(dataset, entry, [(path, frames, latents_problem(path, path, frames, bucket))], items, problems)
+        _sort_out(dataset, entry, [(path, frames, latents_problem(path, None, frames, bucket))], items, problems)
     notes = [f"{reason}; trained on what its cache folder holds"]
     notes += [f"latent caches without a text cache, left out: {count_and_names(captionless)}"] if captionless else []
     return CachedItems(tuple(items), tuple(problems), (), tuple(notes))
@@ -126,6 +135,7 @@ def _from_name(dataset: AnyDataset, cache: Path) -> tuple[str, tuple[int, int] |
 
 def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Sequence[Path]) -> CachedItems:
     other_sizes = dict(parse_image_name(path, dataset.cache_directory) for path in caches)
+    settings = dataset_settings(dataset)
     items, problems, unturned = [], [], []
     for entry in sized:
         stem = entry.source.stem
@@ -135,12 +145,35 @@ def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Se
             size = other_sizes[stem]
             entry = replace(entry, size=size, bucket=choose_bucket(dataset, entry.source, size))
             cache = image_latents_path(dataset.cache_directory, stem, size)
-        problem = latents_problem(cache, entry.source.path, 1, entry.bucket)
+        problem = latents_problem(cache, entry.source.path, 1, entry.bucket, settings)
         if not cache.is_file() and stem in other_sizes:
-            problem = f"is {_size(entry.size)}, but was {_size(other_sizes[stem])} when it was cached"
+            problem = f"is {size_text(entry.size)}, but was {size_text(other_sizes[stem])} when it was cached"
         _sort_out(dataset, entry, [(cache, 1, problem)], items, problems)
     notes = [_UNTURNED.format(files=count_and_names(unturned))] if unturned else []
     return CachedItems(tuple(items), tuple(problems), (), tuple(notes))
+
+
+def _origin_notes(dataset: AnyDataset, items: Sequence[Item], sources: Sequence[Source]) -> list[str]:
+    """Lines about caches that do not say what they were made of, or that were made by several VAEs."""
+    origins = {item.latents: latents_origin(item.latents) for item in items}
+    untold = [path for path, origin in origins.items() if origin is None]
+    vaes = {path: origin.made_by.get("vae") for path, origin in origins.items() if origin is not None}
+    notes = [_UNTOLD.format(files=count_and_names(untold))] if untold else []
+    if untold:
+        texts = {item.text for item in items if origins[item.latents] is None}
+        doubtful = [source.path for source in sources if text_path(dataset.cache_directory, source.stem) in texts]
+        odd = [path for path in doubtful if not is_plain(dataset, path)]
+        notes += [_NOT_PLAIN.format(files=count_and_names(odd))] if odd else []
+    usual = Counter(vaes.values()).most_common(1)
+    others = [path for path, vae in vaes.items() if vae != usual[0][0]]
+    return notes + ([_OTHER_VAE.format(files=count_and_names(others))] if others else [])
+
+
+def is_plain(dataset: AnyDataset, source: Path) -> bool:
+    """Whether a cache that does not say by which rules it was made has the same pixels whatever they were."""
+    if isinstance(dataset, ImageDataset):
+        return is_plain_picture(source)
+    return is_plain_video(source, dataset.source_fps)
 
 
 def _was_not_turned(entry: SizedSource, cached: tuple[int, int] | None) -> bool:
@@ -161,14 +194,15 @@ def _video_items(dataset: VideoDataset, sized: Sequence[SizedSource], caches: Se
             left_out.append(entry.source.path)
         else:
             other_sizes += [entry.source.path] if clips[0].size != entry.bucket else []
-            found = [(clip.path, clip.frames, _clip_problem(clip, entry.source)) for clip in clips]
+            found = [(clip.path, clip.frames, _clip_problem(dataset, clip, entry.source)) for clip in clips]
             _sort_out(dataset, replace(entry, bucket=clips[0].size), found, items, problems)
     notes = [_OTHER_SIZE.format(files=count_and_names(other_sizes))] if other_sizes else []
     return CachedItems(tuple(items), tuple(problems), tuple(left_out), tuple(notes))
 
 
-def _clip_problem(clip: CachedClip, source: Source) -> str | None:
-    return latents_problem(clip.path, source.path, clip.frames, clip.size)
+def _clip_problem(dataset: VideoDataset, clip: CachedClip, source: Source) -> str | None:
+    settings = {**dataset_settings(dataset), **clip_settings(clip.size, clip.start, clip.frames)}
+    return latents_problem(clip.path, source.path, clip.frames, clip.size, settings)
 
 
 def _wanted_clips(
@@ -188,7 +222,7 @@ def _wanted_clips(
     if not cached:
         return [], "has no latent cache"
     if not fitting:
-        return [], f"was cached at {_size(cached[0].size)}, the dataset file now asks for {_size(entry.bucket)}"
+        return [], f"was cached at {size_text(cached[0].size)}, the dataset file now asks for {size_text(entry.bucket)}"
     return [], "was cached with other target_frames or another frame_extraction than the dataset file asks for"
 
 
@@ -240,7 +274,3 @@ def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item],
             latent_shape = WAN_2_1_VAE.shape(frames, height, width)
             name, caption = source.path.name, source.caption
             items.append(Item(name, cache, text, entry.bucket, frames, latent_shape, text_shape, caption))
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

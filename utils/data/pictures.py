@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.data.colours import Encoding, read_encoding, to_srgb
+from utils.data.colours import Encoding, is_plain, read_encoding, to_srgb
 from utils.data.media import readable_media
 from utils.data.remarks import SEVERAL_FRAMES, TRANSPARENT
 from utils.data.resizing import resize_and_crop
@@ -39,6 +39,15 @@ def stored_size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture's pixels as the file stores them, not turned upright."""
     with readable_media(path), Image.open(path) as image:
         return _turn(image, path).size(*image_size(path))
+
+
+def is_plain_picture(path: Path) -> bool:
+    """Whether programs that look at nothing but the samples read it alike: upright, opaque, 8-bit sRGB."""
+    with readable_media(path), Image.open(path) as image:
+        tags = getattr(image, "tag_v2", {})
+        turn = exif_turn(tags[_ORIENTATION]) if _ORIENTATION in tags else _turn(image, path)
+        encoding = read_encoding(image, _coded_light(path, image.format))
+        return turn == UPRIGHT and not image.has_transparency_data and is_plain(image.mode, encoding)
 
 
 def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, int] = WHITE) -> Pixels:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.media import opened_video, pictures_in
-from utils.data.pictures import WHITE, Pixels, image_size, on_background, read_image, stored_size
+from utils.data.pictures import WHITE, Pixels, image_size, is_plain_picture, on_background, read_image, stored_size
 from utils.data.rates import at_wan_rate, own_rate
 from utils.data.remarks import HDR, TRANSPARENT, VARIABLE_RATE
 from utils.data.resizing import resize_and_crop
@@ -45,6 +45,19 @@ def stored_video_size(path: Path) -> tuple[int, int]:
         return stored_size(pictures_in(path)[0])
     with opened_video(path) as (_, stream):
         return stream.codec_context.width, stream.codec_context.height
+
+
+def is_plain_video(path: Path, source_fps: float | str | None = None) -> bool:
+    """Whether programs that look at nothing but the samples read it alike, as far as its first frame shows."""
+    if path.is_dir():
+        return all(map(is_plain_picture, pictures_in(path)))
+    own = None if source_fps is None else own_rate(path)
+    with opened_video(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None or _pixel_aspect(stream) != 1 or _turn(frame) != UPRIGHT or (own is not None and own.varies):
+            return False
+        light = _light(stream)
+        return light is None and _matrix(frame, light) is None and not _may_be_transparent(frame)
 
 
 def read_video(
@@ -110,9 +123,7 @@ def _upright(
     frame: "VideoFrame", stream: "VideoStream", size: tuple[int, int], background: tuple[int, int, int]
 ) -> Pixels:
     """A frame [height, width, 3] at `size`."""
-    codec = stream.codec_context  # a frame of older versions of PyAV does not have these
-    light = coded_light(codec.color_trc, codec.color_primaries)
-    pixels, remarks = _rgb(frame, light, size, background)
+    pixels, remarks = _rgb(frame, _light(stream), size, background)
     height, width = pixels.shape[:2]
     square = _square_size(width, height, _pixel_aspect(stream))
     if square != (width, height):
@@ -130,13 +141,22 @@ def _rgb(
         sizes = {"width": frame.width // factor, "height": frame.height // factor, "interpolation": "AREA"}
         deep = frame.to_ndarray(format="rgb48le", src_colorspace=matrix, **(sizes if factor > 1 else {}))
         return to_srgb_pixels(deep, light), {HDR} if light.is_hdr else set()
-    if frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components):
+    if _may_be_transparent(frame):
         rgba = frame.to_ndarray(format="rgba", src_colorspace=matrix)
         if rgba[..., 3].min() < 255:
             image = Image.fromarray(rgba)
             return np.asarray(on_background(image.convert("RGB"), image.getchannel("A"), background)), {TRANSPARENT}
         return rgba[..., :3], set()
     return frame.to_ndarray(format="rgb24", src_colorspace=matrix), set()
+
+
+def _light(stream: "VideoStream") -> Light | None:
+    codec = stream.codec_context  # a frame of older versions of PyAV does not have these
+    return coded_light(codec.color_trc, codec.color_primaries)
+
+
+def _may_be_transparent(frame: "VideoFrame") -> bool:
+    return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
 
 
 def _matrix(frame: "VideoFrame", light: Light | None) -> int | None:

@@ -1,0 +1,69 @@
+"""What a caching command says at its end: what it did, which captions were cut, and what to run next."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from utils.data.cache_files import latents_files, text_path
+from utils.data.commands import caching_command, training_command
+from utils.data.remarks import count_and_names
+from utils.data.sources import AnyDataset, DatasetConfig, Sources
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What happened to the caches of a dataset, or of several, added up.
+
+    `untold` are current ones that do not say what they were made of; `others` are files that are only named like
+    caches; `cut` are the tokens of each source whose caption is longer than the text encoder reads.
+    """
+
+    made: int = 0
+    current: int = 0
+    left_out: int = 0
+    deleted: int = 0
+    untold: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
+    cut: Mapping[Path, int] = field(default_factory=dict)
+
+    def __add__(self, other: "Caching") -> "Caching":
+        cut = {**self.cut, **other.cut}
+        names = [name.name for name in fields(self) if name.name != "cut"]
+        return Caching(**{name: getattr(self, name) + getattr(other, name) for name in names}, cut=cut)
+
+
+def summary_lines(what: str, done: Caching, text_len: int | None = None) -> list[str]:
+    """What a command did with caches of a kind ("latents" or "captions"); `text_len` is what the encoder reads."""
+    parts = [f"{done.made} cached"]
+    parts += [f"{done.current} current and skipped (--recache makes them again)"] if done.current else []
+    parts += [f"{done.left_out} left out"] if done.left_out else []
+    gone = "deleted, because their sources are not in this dataset (--keep_cache keeps them)"
+    parts += [f"{done.deleted} {gone}"] if done.deleted else []
+    lines = [f"{what}: {', '.join(parts)}"]
+    if done.untold:
+        lines.append(
+            "skipped caches that do not say what they were made of, so that only times were compared: "
+            f"{count_and_names(done.untold)}"
+        )
+    if done.others:
+        lines.append(f"left alone, because only their names are those of caches: {count_and_names(done.others)}")
+    if done.cut:
+        names = count_and_names(sorted(done.cut, key=done.cut.get, reverse=True))
+        lines.append(
+            f"captions cut at the {text_len} tokens that the text encoder reads: {names}; the longest has "
+            f"{max(done.cut.values())} tokens"
+        )
+    return lines
+
+
+def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sources]]) -> str:
+    """The next command for the user once latents are cached."""
+    texts = [text_path(dataset.cache_directory, own.stem) for dataset, sources in listed for own in sources.found]
+    has_texts = all(path.is_file() for path in texts)
+    return f"next: {training_command(config.path) if has_texts else caching_command('text', config.path)}"
+
+
+def after_text(config: DatasetConfig) -> str:
+    """The next command for the user once captions are cached."""
+    has_latents = all(latents_files(dataset.cache_directory, dataset.recursive) for dataset in config.datasets)
+    return f"next: {training_command(config.path) if has_latents else caching_command('latents', config.path)}"
