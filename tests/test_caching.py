@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from caching_jobs import FakeEncoder, cache_latents, cache_text, names, videos, write_config, write_pictures, write_vae
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from tiny_chain import LEFT
 import utils.caching as caching
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-from utils.cli.cache import parse_cache_latents, parse_cache_text
+from utils.data.cache_files import write_latents, write_text
 from utils.data.pictures import read_image
 from wan.errors import InputError
 from wan.vae import load_vae
@@ -22,23 +23,9 @@ from wan.vae import load_vae
 ORACLE = Path(__file__).parent / "oracle"
 
 
-class FakeEncoder:
-    """Tokens that tell their caption: as many as it has letters, filled with that number."""
-
-    def __call__(self, prompts):
-        return [torch.full((len(prompt) + 1, 8), float(len(prompt))) for prompt in prompts]
-
-
 @pytest.fixture(scope="module")
 def vae_file(tmp_path_factory):
-    return _write_vae(tmp_path_factory.mktemp("vae"), "vae_wan21")
-
-
-def _write_vae(folder, name):
-    oracle = load_file(ORACLE / f"{name}.safetensors")
-    weights = {key.removeprefix("weight."): oracle[key] for key in oracle if key.startswith("weight.")}
-    save_file(weights, folder / "vae.safetensors")
-    return folder / "vae.safetensors"
+    return write_vae(tmp_path_factory.mktemp("vae"), "vae_wan21")
 
 
 @pytest.fixture(autouse=True)
@@ -56,51 +43,14 @@ def fake_encoder(monkeypatch, tmp_path):
 @pytest.fixture
 def pictures(tmp_path):
     """Three captioned pictures and the file of their dataset."""
-    rng = np.random.default_rng(1)
-    (tmp_path / "pics").mkdir()
-    for name, (width, height) in {"b": (40, 32), "a": (32, 32), "c": (70, 20)}.items():
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / "pics" / f"{name}.png")
-        (tmp_path / "pics" / f"{name}.txt").write_text(f" picture {name}\n", encoding="utf-8")
-    return _write_config(tmp_path, image_directory=str(tmp_path / "pics"), caption_extension=".txt")
-
-
-def _write_config(folder, **dataset):
-    table = {"cache_directory": str(folder / "cache"), "resolution": [32, 32], **dataset}
-    (folder / "data.json").write_text(json.dumps({"datasets": [table]}), encoding="utf-8")
-    return folder / "data.json"
-
-
-def _make_clip(folder, frames):
-    folder.mkdir()
-    rng = np.random.default_rng(2)
-    for number in range(frames):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number:03d}.png")
-
-
-def _videos(folder, lengths, **settings):
-    for name, frames in lengths.items():
-        _make_clip(folder / name, frames)
-    lines = [json.dumps({"video_path": str(folder / name), "caption": f"clip {name}"}) for name in lengths]
-    (folder / "clips.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return _write_config(folder, video_jsonl_file=str(folder / "clips.jsonl"), **settings)
-
-
-def _cache_latents(config, vae_file, *flags):
-    said = []
-    argv = ["--dataset_config", str(config), "--vae", str(vae_file), "--device", "cpu", "--num_workers", "2", *flags]
-    caching.cache_latents(parse_cache_latents(argv), said.append)
-    return said
-
-
-def _names(folder):
-    return sorted(path.name for path in (folder / "cache").iterdir())
+    return write_pictures(tmp_path)
 
 
 def test_latents_are_the_vaes_of_the_resized_picture(pictures, tmp_path, vae_file):
-    _cache_latents(pictures, vae_file, "--vae_dtype", "float32", "--batch_size", "2")
+    cache_latents(pictures, vae_file, "--vae_dtype", "float32", "--batch_size", "2")
     vae = load_vae(vae_file)
     sizes = {"a": "0032x0032", "b": "0040x0032", "c": "0070x0020"}
-    assert _names(tmp_path) == [f"{name}_{size}_wan.safetensors" for name, size in sizes.items()]
+    assert names(tmp_path) == [f"{name}_{size}_wan.safetensors" for name, size in sizes.items()]
     for name, size in sizes.items():
         pixels = torch.from_numpy(read_image(tmp_path / "pics" / f"{name}.png", (32, 32)).values).permute(2, 0, 1)
         expected = vae.encode((pixels / 127.5 - 1)[None, :, None])[0]
@@ -109,17 +59,17 @@ def test_latents_are_the_vaes_of_the_resized_picture(pictures, tmp_path, vae_fil
 
 
 def test_latents_are_bfloat16_by_default_and_buckets_shape_them(pictures, tmp_path, vae_file):
-    _write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], enable_bucket=True)
-    _cache_latents(pictures, vae_file)
+    write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], enable_bucket=True)
+    cache_latents(pictures, vae_file)
     wide = load_file(tmp_path / "cache" / "c_0070x0020_wan.safetensors")
     assert {key: value.dtype for key, value in wide.items()} == {"latents_1x2x8_bfloat16": torch.bfloat16}
 
 
 def test_clips_of_a_video_have_their_frames_latents(tmp_path, vae_file):
-    config = _videos(tmp_path, {"v": 7}, target_frames=[1, 5], frame_extraction="slide", frame_stride=2)
-    _cache_latents(config, vae_file, "--vae_dtype", "fp32")
+    config = videos(tmp_path, {"v": 7}, target_frames=[1, 5], frame_extraction="slide", frame_stride=2)
+    cache_latents(config, vae_file, "--vae_dtype", "fp32")
     windows = [(0, 1), (2, 1), (4, 1), (6, 1), (0, 5), (2, 5)]
-    assert _names(tmp_path) == sorted(f"v_{s:05d}-{n:03d}_0032x0032_wan.safetensors" for s, n in windows)
+    assert names(tmp_path) == sorted(f"v_{s:05d}-{n:03d}_0032x0032_wan.safetensors" for s, n in windows)
     frames = np.stack([read_image(tmp_path / "v" / f"{number:03d}.png", (32, 32)).values for number in range(2, 7)])
     expected = load_vae(vae_file).encode(torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1)[0]
     path = tmp_path / "cache" / "v_00002-005_0032x0032_wan.safetensors"
@@ -129,23 +79,23 @@ def test_clips_of_a_video_have_their_frames_latents(tmp_path, vae_file):
 
 
 def test_a_video_that_is_too_short_is_told_and_left_out(tmp_path, vae_file):
-    said = _cache_latents(_videos(tmp_path, {"long": 5, "short": 4}, target_frames=[5]), vae_file)
-    assert len(said) == 1
+    said = cache_latents(videos(tmp_path, {"long": 5, "short": 4}, target_frames=[5]), vae_file)
     assert "short is shorter than the smallest of its target_frames" in said[0]
-    assert _names(tmp_path) == ["long_00000-005_0032x0032_wan.safetensors"]
+    assert said[1] == "latents: 1 cached, 1 left out"
+    assert names(tmp_path) == ["long_00000-005_0032x0032_wan.safetensors"]
 
 
-def test_skip_existing_makes_only_what_is_not_current(pictures, tmp_path, vae_file, monkeypatch):
-    _cache_latents(pictures, vae_file)
+def test_what_is_current_is_skipped_unless_recache_is_given(pictures, tmp_path, vae_file, monkeypatch):
+    cache_latents(pictures, vae_file)
     encoded = []
     monkeypatch.setattr(caching, "read_image", lambda path, *how: encoded.append(path.name) or read_image(path, *how))
-    _cache_latents(pictures, vae_file, "--skip_existing")
+    assert "latents: 0 cached, 3 current and skipped (--recache makes them again)" in cache_latents(pictures, vae_file)
     assert encoded == []
     Image.new("RGB", (32, 32)).save(tmp_path / "pics" / "a.png")
     (tmp_path / "cache" / "c_0070x0020_wan.safetensors").unlink()
-    _cache_latents(pictures, vae_file, "--skip_existing")
+    cache_latents(pictures, vae_file, "--skip_existing")  # musubi-tuner's flag for it
     assert sorted(encoded) == ["a.png", "c.png"]  # read by several threads, in any order
-    _cache_latents(pictures, vae_file)
+    assert "latents: 3 cached" in cache_latents(pictures, vae_file, "--recache")
     assert sorted(encoded[2:]) == ["a.png", "b.png", "c.png"]
 
 
@@ -153,12 +103,12 @@ def test_other_latents_are_deleted_unless_kept(pictures, tmp_path, vae_file):
     (tmp_path / "cache").mkdir()
     others = ["gone_0032x0032_wan.safetensors", "gone_wan_te.safetensors", "my_wan.safetensors", "a_wan_te.safetensors"]
     for name in others:
-        (tmp_path / "cache" / name).touch()
-    _cache_latents(pictures, vae_file, "--keep_cache")
-    assert set(others) <= set(_names(tmp_path))
-    said = _cache_latents(pictures, vae_file)
-    assert set(others) - set(_names(tmp_path)) == {others[0]}
-    assert said == ["deleted 1 cache files of sources that are not in this dataset (--keep_cache keeps them)"]
+        write_latents(tmp_path / "cache" / name, torch.zeros(16, 1, 4, 4), (32, 32))
+    cache_latents(pictures, vae_file, "--keep_cache")
+    assert set(others) <= set(names(tmp_path))
+    said = cache_latents(pictures, vae_file)
+    assert set(others) - set(names(tmp_path)) == {others[0]}
+    assert "1 deleted, because their sources are not in this dataset (--keep_cache keeps them)" in said[0]
 
 
 def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path, vae_file):
@@ -168,18 +118,13 @@ def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path
     with pytest.raises(
         InputError, match=r"the latents for a_0032x0032_wan\.safetensors contain NaN or infinity and were not written"
     ):
-        _cache_latents(pictures, tmp_path / "nan.safetensors")
-    assert _names(tmp_path) == []
-
-
-def _cache_text(config, t5, *flags):
-    argv = ["--dataset_config", str(config), "--t5", str(t5), "--device", "cpu", "--batch_size", "2", *flags]
-    caching.cache_text(parse_cache_text(argv), lambda line: None)
+        cache_latents(pictures, tmp_path / "nan.safetensors")
+    assert names(tmp_path) == []
 
 
 def test_captions_are_stripped_encoded_and_told(pictures, tmp_path, fake_encoder):
-    _cache_text(pictures, fake_encoder)
-    assert _names(tmp_path) == [f"{name}_wan_te.safetensors" for name in "abc"]
+    cache_text(pictures, fake_encoder)
+    assert names(tmp_path) == [f"{name}_wan_te.safetensors" for name in "abc"]
     path = tmp_path / "cache" / "b_wan_te.safetensors"
     tokens = load_file(path)["varlen_t5_bfloat16"]
     assert torch.equal(tokens, torch.full((10, 8), 9.0).bfloat16())
@@ -187,29 +132,31 @@ def test_captions_are_stripped_encoded_and_told(pictures, tmp_path, fake_encoder
         assert file.metadata()["caption1"] == "picture b"
 
 
-def test_skip_existing_encodes_only_changed_captions(pictures, tmp_path, fake_encoder, monkeypatch):
-    _cache_text(pictures, fake_encoder)
+def test_only_changed_captions_are_encoded_unless_recache_is_given(pictures, tmp_path, fake_encoder, monkeypatch):
+    cache_text(pictures, fake_encoder)
     written = []
     write = caching.write_text
     monkeypatch.setattr(caching, "write_text", lambda path, *rest: written.append(path.name) or write(path, *rest))
     (tmp_path / "pics" / "a.txt").write_text("other", encoding="utf-8")
-    _cache_text(pictures, fake_encoder, "--skip_existing")
+    cache_text(pictures, fake_encoder)
     assert written == ["a_wan_te.safetensors"]
+    cache_text(pictures, fake_encoder, "--recache")
+    assert len(written) == 4
 
 
 def test_text_of_other_sources_is_deleted_unless_kept(pictures, tmp_path, fake_encoder):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "gone_wan_te.safetensors").touch()
-    _cache_text(pictures, fake_encoder, "--keep_cache")
-    assert "gone_wan_te.safetensors" in _names(tmp_path)
-    _cache_text(pictures, fake_encoder)
-    assert "gone_wan_te.safetensors" not in _names(tmp_path)
+    write_text(tmp_path / "cache" / "gone_wan_te.safetensors", torch.zeros(3, 8), "gone")
+    cache_text(pictures, fake_encoder, "--keep_cache")
+    assert "gone_wan_te.safetensors" in names(tmp_path)
+    cache_text(pictures, fake_encoder)
+    assert "gone_wan_te.safetensors" not in names(tmp_path)
 
 
 def test_pictures_without_a_caption_are_told_and_left_out(pictures, tmp_path, vae_file):
     (tmp_path / "pics" / "b.txt").unlink()
-    assert _cache_latents(pictures, vae_file) == ["pictures without a caption, left out: 1, b.png"]
-    assert len(_names(tmp_path)) == 2
+    said = cache_latents(pictures, vae_file)
+    assert said[:2] == ["pictures without a caption, left out: 1, b.png", "latents: 2 cached, 1 left out"]
+    assert len(names(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -246,9 +193,9 @@ def test_only_a_job_that_begins_removes_what_a_killed_one_left(pictures, tmp_pat
     left.touch()
     foreign.touch()
     with pytest.raises(InputError):
-        _cache_latents(pictures, pictures)
+        cache_latents(pictures, pictures)
     assert left.exists()
-    _cache_latents(pictures, vae_file)
+    cache_latents(pictures, vae_file)
     assert not left.exists() and foreign.exists()
 
 
@@ -260,31 +207,31 @@ def test_two_runs_of_one_kind_on_a_folder_are_refused_but_latents_and_text_go_to
     def cache_both(*args, **settings):
         if not refused:
             with pytest.raises(InputError, match=r"the latents cache .*cache is in use by process \d+") as error:
-                _cache_latents(pictures, vae_file)
+                cache_latents(pictures, vae_file)
             refused.append(error)
-            _cache_text(pictures, fake_encoder)
+            cache_text(pictures, fake_encoder)
         return load_vae(*args, **settings)
 
     monkeypatch.setattr(caching, "load_vae", cache_both)
-    _cache_latents(pictures, vae_file)
-    assert refused and len(_names(tmp_path)) == 6  # the lock is gone with the run
+    cache_latents(pictures, vae_file)
+    assert refused and len(names(tmp_path)) == 6  # the lock is gone with the run
 
 
 def test_a_cache_folder_that_is_a_file_is_named(pictures, tmp_path, vae_file):
     (tmp_path / "cache").touch()
     with pytest.raises(InputError, match=r"cache_directory .*cache cannot be created: a file is in the way"):
-        _cache_latents(pictures, vae_file)
+        cache_latents(pictures, vae_file)
 
 
-def test_a_damaged_cache_is_made_again_by_skip_existing(pictures, tmp_path, vae_file, fake_encoder):
-    _cache_latents(pictures, vae_file)
-    _cache_text(pictures, fake_encoder)
+def test_a_damaged_cache_is_made_again(pictures, tmp_path, vae_file, fake_encoder):
+    cache_latents(pictures, vae_file)
+    cache_text(pictures, fake_encoder)
     whole = {path: load_file(path) for path in (tmp_path / "cache").glob("a_*")}
     for path in whole:
         path.unlink()  # what load_file mapped stays
         path.write_bytes(b"damaged")
-    _cache_latents(pictures, vae_file, "--skip_existing")
-    _cache_text(pictures, fake_encoder, "--skip_existing")
+    cache_latents(pictures, vae_file)
+    cache_text(pictures, fake_encoder)
     assert len(whole) == 2
     for path, tensors in whole.items():
         assert [torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items()] == [True]
@@ -317,34 +264,34 @@ def _damage(pictures, how):
 def test_wrong_sources_are_named_before_anything_is_written(pictures, tmp_path, vae_file, how, named):
     _damage(pictures, how)
     with pytest.raises(InputError) as error:
-        _cache_latents(pictures, vae_file)
+        cache_latents(pictures, vae_file)
     assert named in str(error.value)
     assert not (tmp_path / "cache").exists()
 
 
 def test_the_vae_of_wan_2_2_is_refused_before_anything_is_written(pictures, tmp_path):
     with pytest.raises(InputError, match=r"is the Wan 2\.2 VAE .*use the Wan 2\.1 VAE"):
-        _cache_latents(pictures, _write_vae(tmp_path, "vae_wan22"))
-    assert _names(tmp_path) == []
+        cache_latents(pictures, write_vae(tmp_path, "vae_wan22"))
+    assert names(tmp_path) == []
 
 
 def test_pictures_of_subfolders_are_cached_in_the_same_subfolders(pictures, tmp_path, vae_file):
     (tmp_path / "pics" / "x").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "pics" / "x" / "a.png")
     (tmp_path / "pics" / "x" / "a.txt").write_text("picture x/a", encoding="utf-8")
-    config = _write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], recursive=True)
-    _cache_latents(config, vae_file)
+    config = write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], recursive=True)
+    cache_latents(config, vae_file)
     assert (tmp_path / "cache" / "x" / "a_0032x0032_wan.safetensors").is_file()
     (tmp_path / "pics" / "x" / "a.png").unlink()
-    assert "deleted 1 cache files" in _cache_latents(config, vae_file)[0]
+    assert "3 current and skipped (--recache makes them again), 1 deleted" in cache_latents(config, vae_file)[0]
     assert not (tmp_path / "cache" / "x" / "a_0032x0032_wan.safetensors").exists()
 
 
 def test_what_there_is_to_remark_is_said_once_with_a_count(pictures, tmp_path, vae_file):
     for name in "ab":
         Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "pics" / f"{name}.png")
-    config = _write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], background=[0, 0, 255])
-    assert _cache_latents(config, vae_file, "--vae_dtype", "fp32") == [
+    config = write_config(tmp_path, **json.loads(pictures.read_text())["datasets"][0], background=[0, 0, 255])
+    assert cache_latents(config, vae_file, "--vae_dtype", "fp32")[:1] == [
         "transparent pictures, drawn on #0000ff (background in the dataset file): 2, a.png, b.png"
     ]
     blue = torch.tensor([-1.0, -1.0, 1.0]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 32, 32)

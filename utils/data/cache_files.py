@@ -216,9 +216,7 @@ def _refuse_others_file(path: Path, key: re.Pattern) -> None:
     except InputError:
         return
     if not any(map(key.fullmatch, entries)):
-        raise InputError(
-            f"{path} is in the way of a cache file and is not one: move it, or set another cache_directory"
-        )
+        raise InputError(f"{path} has the name of a cache file but is not one: move it, or set another cache_directory")
 
 
 def _files(folder: Path, pattern: str, recursive: bool) -> list[Path]:
