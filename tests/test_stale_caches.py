@@ -30,6 +30,7 @@ def vae_file(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
     monkeypatch.setattr(caching, "cpu_line", lambda device: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the slowest part of such small jobs
     monkeypatch.setattr(caching, "load_text_encoder", lambda *args, **settings: FakeEncoder())
 
 
@@ -199,13 +200,13 @@ def test_a_file_that_is_not_a_cache_is_not_overwritten(cached, tmp_path, vae_fil
 
 
 def test_a_video_whose_clips_are_current_is_not_decoded(tmp_path, vae_file, monkeypatch):
-    config = videos(tmp_path, {"v": 11}, target_frames=[1, 5], frame_extraction="chunk")
+    config = videos(tmp_path, {"v": 11}, target_frames=[5], frame_extraction="chunk")
     cache_latents(config, vae_file)
     with monkeypatch.context() as patch:
         patch.setattr(caching, "read_video", None)
-        assert cache_latents(config, vae_file)[0].startswith("latents: 0 cached, 13 current and skipped")
+        assert cache_latents(config, vae_file)[0].startswith("latents: 0 cached, 2 current and skipped")
     shutil.copy(tmp_path / "v" / "003.png", tmp_path / "v" / "010.png")
-    assert _stale(config, vae_file) == "v" * 13
+    assert _stale(config, vae_file) == "vv"
 
 
 def test_a_clip_says_its_window_and_rate(tmp_path, vae_file):
