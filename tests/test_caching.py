@@ -15,6 +15,7 @@ from tiny_chain import LEFT
 import utils.caching as caching
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
+from utils.data import clips
 from utils.data.cache_files import write_latents, write_text
 from utils.data.pictures import read_image
 from wan.errors import InputError
@@ -88,7 +89,7 @@ def test_a_video_that_is_too_short_is_told_and_left_out(tmp_path, vae_file):
 def test_what_is_current_is_skipped_unless_recache_is_given(pictures, tmp_path, vae_file, monkeypatch):
     cache_latents(pictures, vae_file)
     encoded = []
-    monkeypatch.setattr(caching, "read_image", lambda path, *how: encoded.append(path.name) or read_image(path, *how))
+    monkeypatch.setattr(clips, "read_image", lambda path, *how: encoded.append(path.name) or read_image(path, *how))
     assert "latents: 0 cached, 3 current and skipped (--recache makes them again)" in cache_latents(pictures, vae_file)
     assert encoded == []
     Image.new("RGB", (32, 32)).save(tmp_path / "pics" / "a.png")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from utils import caching
-from utils.data import origins
+from utils.data import clips, origins
 from utils.data.cache_files import is_cache, latents_origin, write_latents
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset
@@ -203,7 +203,7 @@ def test_a_video_whose_clips_are_current_is_not_decoded(tmp_path, vae_file, monk
     config = videos(tmp_path, {"v": 11}, target_frames=[5], frame_extraction="chunk")
     cache_latents(config, vae_file)
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "read_video", None)
+        patch.setattr(clips, "read_video", None)
         assert cache_latents(config, vae_file)[0].startswith("latents: 0 cached, 2 current and skipped")
     shutil.copy(tmp_path / "v" / "003.png", tmp_path / "v" / "010.png")
     assert _stale(config, vae_file) == "vv"

@@ -3,11 +3,11 @@
 B batch, C channels, T frames, H W height and width in pixels, F h w latent frames, height, width.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 from utils.data.cache_files import (
-    CachedClip,
-    clip_latents_path,
-    image_latents_path,
     is_cache,
     latents_files,
-    latents_origin,
-    latents_problem,
-    made_by_of,
-    parse_clip_name,
     remove_unfinished,
     text_files,
     text_path,
@@ -33,14 +26,12 @@ from utils.data.cache_files import (
     write_text,
 )
 from utils.data.cache_summary import Caching, after_latents, after_text, summary_lines
-from utils.data.items import is_plain
-from utils.data.origins import Origin, clip_settings, dataset_settings, read_origin, weights_identity
-from utils.data.pictures import read_image
+from utils.data.clips import Clip, batched_units, batches, how_to_read, read_ahead
+from utils.data.origins import weights_identity
 from utils.data.rates import own_rate, rate_lines
-from utils.data.remarks import TRANSPARENT, count_and_names, remark_lines
-from utils.data.sizes import SizedSource, clip_windows, frames_needed, sized_sources
+from utils.data.remarks import count_and_names, remark_lines
+from utils.data.sizes import SizedSource, sized_sources
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, Sources, VideoDataset, list_sources
-from utils.data.videos import read_video
 from utils.devices import cpu_line
 from utils.files import sole_writer, writable_folder
 from wan.configs import WAN_2_1_VAE
@@ -78,32 +69,6 @@ class CacheTextConfig:
     workers: int = 1
     recache: bool = False
     keep_cache: bool = False
-
-
-@dataclass(frozen=True)
-class _Clip:
-    """One picture or clip; no pixels: its cache is current. `named_size` is the one in its cache's name.
-
-    If the file at `source` was read, `remarks` are what there is to say about it, and `origin` is for the cache.
-    """
-
-    source: Path
-    path: Path
-    pixels_THWC: np.ndarray | None
-    named_size: tuple[int, int]
-    frame_count: int | None = None
-    remarks: frozenset[str] = frozenset()
-    origin: Origin | None = None
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How a dataset is read: `settings` decide the values of its caches, `cached` are its videos' clips by stem."""
-
-    dataset: AnyDataset
-    settings: Mapping[str, str]
-    recache: bool
-    cached: Mapping[str, Sequence[CachedClip]]
 
 
 def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> None:
@@ -195,14 +160,14 @@ def _cache_dataset_latents(
 ) -> tuple[set[Path], Caching]:
     """Writes one dataset's latents; returns the paths of all that belong to it, and what was done."""
     batch_size = config.batch_size or dataset.batch_size
-    units = _units(dataset, sized, batch_size)
     wanted: set[Path] = set()
     done = Caching()
-    made_by = {"vae": _vae_identity(vae), "vae_dtype": str(config.vae_dtype).removeprefix("torch.")}
-    reading = _Reading(dataset, {**dataset_settings(dataset), **made_by}, config.recache, _cached_clips(dataset))
+    encoder = {"vae": _vae_identity(vae), "vae_dtype": str(config.vae_dtype).removeprefix("torch.")}
+    how = how_to_read(dataset, encoder, config.recache)
+    units = batched_units(dataset, sized, batch_size)
     remarked: dict[str, list[Path]] = defaultdict(list)
     with tqdm(total=len(sized), desc=f"latents of dataset {number}", unit="file") as bar:
-        for unit, clips in zip(units, _read_ahead(reading, units, config.workers), strict=True):
+        for unit, clips in zip(units, read_ahead(how, units, config.workers), strict=True):
             if not clips:
                 done += Caching(left_out=1)
                 say(f"{unit[0].source.path} is shorter than the smallest of its target_frames and is left out")
@@ -220,141 +185,25 @@ def _cache_dataset_latents(
     return wanted, done
 
 
-def _cached_clips(dataset: AnyDataset) -> Mapping[str, Sequence[CachedClip]]:
-    clips = defaultdict(list)
-    if isinstance(dataset, VideoDataset):
-        paths = latents_files(dataset.cache_directory, dataset.recursive)
-        for stem, clip in filter(None, (parse_clip_name(path, dataset.cache_directory) for path in paths)):
-            clips[stem].append(clip)
-    return clips
-
-
 def _vae_identity(vae: WanVAE) -> str:
     """What stays the same if only the decoder, which draws samples, is another one."""
     weights = vae.model.state_dict()
     return weights_identity(weights[name] for name in weights if not name.startswith(("decoder.", "post_quant_conv.")))
 
 
-def _units(dataset: AnyDataset, sized: Sequence[SizedSource], batch_size: int) -> list[Sequence[SizedSource]]:
-    """What is read, encoded and written together: batches of pictures of one bucket, or one video."""
-    if isinstance(dataset, VideoDataset):
-        return [[entry] for entry in sized]
-    buckets = defaultdict(list)
-    for entry in sized:
-        buckets[entry.bucket].append(entry)
-    return [batch for _, members in sorted(buckets.items()) for batch in _batches(members, batch_size)]
-
-
-def _batches(entries: Sequence, size: int) -> Iterator[Sequence]:
-    return (entries[start : start + size] for start in range(0, len(entries), size))
-
-
-def _read_ahead(reading: _Reading, units: Iterable[Sequence[SizedSource]], workers: int) -> Iterator[list[_Clip]]:
-    """Each unit's clips in order, read by threads that stay only a few units ahead."""
-    is_video = isinstance(reading.dataset, VideoDataset)
-    read = _read_video_unit if is_video else _read_image_unit
-    # Whole videos are large, and their decoder uses several threads itself.
-    ahead = 1 if is_video else workers
-    with ThreadPoolExecutor(ahead) as pool:
-        waiting = deque()
-        for unit in units:
-            waiting.append(pool.submit(read, reading, unit))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _read_image_unit(reading: _Reading, unit: Sequence[SizedSource]) -> list[_Clip]:
-    return [_current_picture(reading, entry) or _read_picture(reading, entry) for entry in unit]
-
-
-def _current_picture(reading: _Reading, entry: SizedSource) -> _Clip | None:
-    path = image_latents_path(reading.dataset.cache_directory, entry.source.stem, entry.size)
-    wanted = {**reading.settings, **clip_settings(entry.bucket)}
-    clip = _Clip(entry.source.path, path, None, entry.size)
-    return _if_current(reading, clip, 1, entry.bucket, wanted)
-
-
-def _read_picture(reading: _Reading, entry: SizedSource) -> _Clip:
-    source = entry.source.path
-    path = image_latents_path(reading.dataset.cache_directory, entry.source.stem, entry.size)
-    origin = read_origin(source, {**reading.settings, **clip_settings(entry.bucket)})
-    picture = read_image(source, entry.bucket, reading.dataset.background)
-    origin = _without_unused(origin, picture.remarks)
-    return _Clip(source, path, picture.values[None], entry.size, None, picture.remarks, origin)
-
-
-def _read_video_unit(reading: _Reading, unit: Sequence[SizedSource]) -> list[_Clip]:
-    [entry] = unit
-    dataset, source, bucket, limit = reading.dataset, entry.source.path, entry.bucket, frames_needed(reading.dataset)
-    length = _known_length(reading.cached[entry.source.stem], str(limit))
-    if length is not None:  # so that nothing is decoded where all is current
-        clips = [_current_clip(reading, entry, *window) for window in clip_windows(dataset, length)]
-        if all(clips):
-            return clips
-    origin = read_origin(source, {**reading.settings, "most_frames": str(limit)})
-    video = read_video(source, bucket, dataset.source_fps, limit, dataset.background)
-    origin = _without_unused(origin, video.remarks, frames_read=str(len(video.values)))
-    clips = []
-    for start, frames in clip_windows(dataset, len(video.values)):
-        path = clip_latents_path(dataset.cache_directory, entry.source.stem, start, frames, bucket)
-        own = replace(origin, made_by={**origin.made_by, **clip_settings(bucket, start, frames)})
-        pixels = video.values[start : start + frames]
-        fresh = _Clip(source, path, pixels, bucket, frames, video.remarks, own)
-        clips.append(_current_clip(reading, entry, start, frames) or fresh)
-    return clips
-
-
-def _current_clip(reading: _Reading, entry: SizedSource, start: int, frames: int) -> _Clip | None:
-    source, bucket = entry.source, entry.bucket
-    path = clip_latents_path(reading.dataset.cache_directory, source.stem, start, frames, bucket)
-    wanted = {**reading.settings, **clip_settings(bucket, start, frames)}
-    return _if_current(reading, _Clip(source.path, path, None, bucket, frames), frames, bucket, wanted)
-
-
-def _if_current(
-    reading: _Reading, clip: _Clip, frames: int, bucket: tuple[int, int], wanted: Mapping[str, str]
-) -> _Clip | None:
-    """The clip without pixels, if its cache need not be made again; None if it must."""
-    if reading.recache or latents_problem(clip.path, clip.source, frames, bucket, wanted) is not None:
-        return None
-    origin = latents_origin(clip.path)
-    # What does not say by which rules it was made may be one that we made by older ones.
-    is_told = origin is not None or is_plain(reading.dataset, clip.source)
-    return replace(clip, origin=origin) if is_told else None
-
-
-def _known_length(clips: Sequence[CachedClip], limit: str) -> int | None:
-    """The frames of a video, from a cache that was made when as many were asked for."""
-    for clip in clips:
-        made_by = made_by_of(clip.path)
-        if made_by.get("most_frames") == limit and made_by.get("frames_read", "").isdecimal():
-            return int(made_by["frames_read"])
-    return None
-
-
-def _without_unused(origin: Origin, remarks: frozenset[str], **more: str) -> Origin:
-    """The background does not matter for what is not transparent: another one makes no cache stale."""
-    made_by = {**origin.made_by, **more}
-    if TRANSPARENT not in remarks:
-        del made_by["background"]
-    return replace(origin, made_by=made_by)
-
-
-def _encode_clips(clips: Sequence[_Clip], vae: WanVAE, batch_size: int, dtype: torch.dtype) -> None:
+def _encode_clips(clips: Sequence[Clip], vae: WanVAE, batch_size: int, dtype: torch.dtype) -> None:
     """Encodes a unit in batches of equal shape; writes once all are encoded, so that no video is cached in part."""
     by_shape = defaultdict(list)
     for clip in clips:
         by_shape[clip.pixels_THWC.shape].append(clip)
-    batches = [batch for members in by_shape.values() for batch in _batches(members, batch_size)]
-    encoded = [_encode_batch(batch, vae).to("cpu", dtype) for batch in batches]
-    for batch, latents_BCFHW in zip(batches, encoded, strict=True):
+    together = [batch for members in by_shape.values() for batch in batches(members, batch_size)]
+    encoded = [_encode_batch(batch, vae).to("cpu", dtype) for batch in together]
+    for batch, latents_BCFHW in zip(together, encoded, strict=True):
         for clip, latents_CFHW in zip(batch, latents_BCFHW, strict=True):
             write_latents(clip.path, latents_CFHW, clip.named_size, clip.frame_count, clip.origin)
 
 
-def _encode_batch(batch: Sequence[_Clip], vae: WanVAE) -> torch.Tensor:
+def _encode_batch(batch: Sequence[Clip], vae: WanVAE) -> torch.Tensor:
     pixels_BTHWC = torch.from_numpy(np.stack([clip.pixels_THWC for clip in batch])).to(vae.device)
     video_BCTHW = rearrange(pixels_BTHWC.float() / 127.5 - 1, "b t h w c -> b c t h w")
     latents_BCFHW = vae.encode(video_BCTHW.to(vae.dtype))
@@ -389,7 +238,7 @@ def _cache_dataset_text(
     entries = [(text_path(dataset.cache_directory, source.stem), source.caption) for source in sources]
     stale = [entry for entry in entries if config.recache or text_problem(*entry, made_by) is not None]
     with tqdm(total=len(stale), desc=f"captions of dataset {number}", unit="caption") as bar:
-        for batch in _batches(stale, config.batch_size or dataset.batch_size):
+        for batch in batches(stale, config.batch_size or dataset.batch_size):
             encoded = encoder([caption for _, caption in batch])
             for (path, caption), text_SD in zip(batch, encoded, strict=True):
                 _refuse_not_finite(text_SD, f"the tokens for {path.name}", "the text encoder's file may be damaged")
