@@ -237,7 +237,7 @@ def test_a_summary_counts_cut_captions_and_names_the_next_command(cached, tmp_pa
         "captions: 1 cached, 2 current and skipped (--recache makes them again)",
         "captions cut at the 30 tokens that the text encoder reads: 1, a.png; the longest has 100 tokens",
     ]
-    assert said[2] == f"next: accelerate launch wan_train_network.py --dataset_config {cached} ..."
+    assert said[2].startswith("next: accelerate launch ") and said[2].endswith(f" --dataset_config {cached}")
     for path in (tmp_path / "cache").glob("*_te.*"):
         path.unlink()
     said = cache_latents(cached, vae_file)

@@ -165,12 +165,12 @@ def _cache_dataset_latents(
     encoder = {"vae": _vae_identity(vae), "vae_dtype": str(config.vae_dtype).removeprefix("torch.")}
     how = how_to_read(dataset, encoder, config.recache)
     units = batched_units(dataset, sized, batch_size)
+    short: list[Path] = []
     remarked: dict[str, list[Path]] = defaultdict(list)
     with tqdm(total=len(sized), desc=f"latents of dataset {number}", unit="file") as bar:
         for unit, clips in zip(units, read_ahead(how, units, config.workers), strict=True):
             if not clips:
-                done += Caching(left_out=1)
-                say(f"{unit[0].source.path} is shorter than the smallest of its target_frames and is left out")
+                short.append(unit[0].source.path)
             wanted |= {clip.path for clip in clips}
             for source, remark in sorted({(clip.source, remark) for clip in clips for remark in clip.remarks}):
                 remarked[remark].append(source)
@@ -179,10 +179,12 @@ def _cache_dataset_latents(
             untold = tuple(clip.path for clip in clips if clip.origin is None)
             done += Caching(made=len(fresh), current=len(clips) - len(fresh), untold=untold)
             bar.update(len(unit))
+    if short:
+        say(f"videos shorter than the smallest of their target_frames, left out: {count_and_names(short)}")
     what = "pictures" if isinstance(dataset, ImageDataset) else "videos"
     for line in remark_lines(remarked, what, dataset.background):
         say(line)
-    return wanted, done
+    return wanted, done + Caching(left_out=len(short))
 
 
 def _vae_identity(vae: WanVAE) -> str:

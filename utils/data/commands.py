@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+_TRAINING = (
+    "accelerate launch --mixed_precision bf16 wan_train_network.py --config_file examples/train_character1.toml "
+    "--dataset_config {config}"
+)
 _CACHING = {
     "latents": "python wan_cache_latents.py --dataset_config {config} --vae VAE",
     "text": "python wan_cache_text_encoder_outputs.py --dataset_config {config} --t5 T5",
@@ -14,8 +18,8 @@ def caching_command(cache: str, config: Path) -> str:
 
 
 def training_command(config: Path) -> str:
-    """What trains on a dataset file, as far as it is the same for everybody."""
-    return f"accelerate launch wan_train_network.py --dataset_config {_argument(config)} ..."
+    """What trains on a dataset file, with the flags of the example."""
+    return _TRAINING.format(config=_argument(config))
 
 
 def _argument(path: Path) -> str:
