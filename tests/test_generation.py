@@ -183,6 +183,14 @@ def test_a_seed_gives_the_picture_that_training_samples_show(files, tmp_path):
     assert np.array_equal(made(files, tmp_path, "--negative_prompt", "dark"), wanted)
 
 
+def test_a_prompt_that_is_cut_is_said(files, tmp_path):
+    argv = flags(files, tmp_path, "--prompt", "a fox " * 99, "--infer_steps", "1")
+    said = []
+    generation.generate(parse_generate(argv), said.append)
+    [line] = [line for line in said if "tokens" in line]
+    assert line.startswith("the prompt 'a fox") and line.endswith("the text encoder reads the first 16")
+
+
 def test_weights_that_do_not_fit_when_they_are_cast_are_refused_before_anything_is_encoded(
     files, tmp_path, monkeypatch
 ):

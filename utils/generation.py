@@ -24,6 +24,7 @@ from utils.sampling.denoising import (
     Denoising,
     Sample,
     advance,
+    cut_lines,
     decode_latent,
     encode_samples,
     resolve_sample,
@@ -191,7 +192,7 @@ def _sample_all(
     samples = [_resolve(prompt, config, experts[-1].defaults) for prompt in prompts]
     for sample in samples:
         say(_describe(sample))
-    texts = _encode(config, experts, samples)
+    texts = _encode(config, experts, samples, say)
     writers.remove_unfinished(config.save_path)
     denoisings = [Denoising(sample) for sample in samples]
     with tqdm(total=sum(sample.steps for sample in samples), desc="steps", unit="step") as bar:
@@ -212,12 +213,16 @@ def _describe(sample: Sample) -> str:
     )
 
 
-def _encode(config: GenerateConfig, experts: Sequence[_Expert], samples: Sequence[Sample]) -> dict[str, Tensor]:
+def _encode(
+    config: GenerateConfig, experts: Sequence[_Expert], samples: Sequence[Sample], say: Callable[[str], None]
+) -> dict[str, Tensor]:
     text_len = min(expert.widths.text_len for expert in experts)
     text_dim = experts[0].widths.text_dim
     text_encoder = load_text_encoder(
         config.t5, config.tokenizer, device=config.device, text_len=text_len, text_dim=text_dim
     )
+    for line in cut_lines(text_encoder, samples):
+        say(line)
     return encode_samples(text_encoder, samples)
 
 

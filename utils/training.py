@@ -140,7 +140,7 @@ def _encode_prompts(
         for line in defaults.lines(config.dit):
             say(line)
         samples = prepare_samples(
-            config.samples, TASKS[config.task], inputs.model_config, inputs.seed, accelerator.device, defaults
+            config.samples, TASKS[config.task], inputs.model_config, inputs.seed, accelerator.device, defaults, say
         )
     if asking:
         asking = encode_old_prompts(config.preserve, asking, accelerator, say)

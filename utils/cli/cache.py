@@ -109,7 +109,7 @@ def _add_cache(parser: Parser) -> None:
         help="make every cache file again (default: only those whose picture, video, caption, encoder or settings "
         "have changed)",
     )
-    group.add_argument("--skip_existing", action="store_true", help="what happens without --recache; accepted")
+    group.add_argument("--skip_existing", action="store_true", help="the default; taken from musubi-tuner's commands")
     group.add_argument(
         "--keep_cache",
         action="store_true",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.sampling.defaults import SampleDefaults
-from utils.sampling.denoising import Sample, decode_latent, encode_samples, resolve_sample, sample_prompt
+from utils.sampling.denoising import Sample, cut_lines, decode_latent, encode_samples, resolve_sample, sample_prompt
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.sample_metadata import sample_settings
 from utils.sampling.writers import NO_SETTINGS, save_sample
@@ -66,6 +66,7 @@ def prepare_samples(
     seed: int,
     device: torch.device,
     defaults: SampleDefaults,
+    say: Callable[[str], None],
 ) -> PreparedSamples:
     """Encodes the prompts for the model on `device` and frees the text encoder.
 
@@ -77,6 +78,8 @@ def prepare_samples(
     text_encoder = load_text_encoder(
         config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
     )
+    for line in cut_lines(text_encoder, samples):
+        say(line)
     texts = encode_samples(text_encoder, samples)
     del text_encoder
     gc.collect()  # its memory is needed for the transformer

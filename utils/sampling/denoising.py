@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.files import quoted
 from utils.sampling.defaults import NO_DEFAULTS, SampleDefaults
 from utils.sampling.prompts import SamplePrompt
 from wan.configs import WanTask
 from wan.errors import InputError
 from wan.model import WanModel
+from wan.text_encoder import TextEncoder
 from wan.vae import WanVAE
 
 SOLVERS = ("unipc", "dpm++", "vanilla")
@@ -78,6 +80,16 @@ def encode_samples(text_encoder: Callable[[list[str]], list[Tensor]], samples: S
     for text, text_SD in encoded.items():
         check_finite(text_SD, f"the text encoder's output for {text!r}", "the --t5 file may be damaged")
     return encoded
+
+
+def cut_lines(text_encoder: TextEncoder, samples: Sequence[Sample]) -> list[str]:
+    """A line for each prompt whose end is not read, because it is longer than the text encoder takes."""
+    lengths = {sample.prompt: text_encoder.count_tokens(sample.prompt) for sample in samples}
+    return [
+        f"the prompt {quoted(prompt)} has {tokens} tokens; the text encoder reads the first {text_encoder.text_len}"
+        for prompt, tokens in lengths.items()
+        if tokens > text_encoder.text_len
+    ]
 
 
 def sample_prompt(
