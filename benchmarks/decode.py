@@ -1,4 +1,4 @@
-"""What reading pictures costs: decoding and resizing, without the VAE; --before compares with another checkout.
+"""What reading pictures costs: hashing, decoding, resizing, not the VAE; --before compares with another checkout.
 
     git worktree add ../before HEAD~1 && python benchmarks/decode.py --pictures 1000 --before ../before
 
@@ -76,10 +76,18 @@ def _seconds(folder: Path, count: int) -> float:
         from utils.data.pictures import read_image
     except ImportError:  # a checkout from before that module
         from utils.data.media import read_image
+    try:
+        from utils.data.origins import read_origin
+    except ImportError:  # a checkout whose caches did not say what they were made of
+
+        def read_origin(path: Path, made_by: dict) -> None:
+            pass
+
     files = sorted(folder.iterdir())
     read_image(files[0], BUCKET)
     start = time.process_time()
     for number in range(count):
+        read_origin(files[number % len(files)], {})
         read_image(files[number % len(files)], BUCKET)
     return time.process_time() - start
 
