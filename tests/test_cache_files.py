@@ -56,7 +56,7 @@ def test_encoded_text_has_musubi_tuners_key_and_metadata(tmp_path):
     cache_files.write_text(tmp_path / "a", tokens, "a cat, ünï")
     assert torch.equal(load_file(tmp_path / "a")["varlen_t5_bfloat16"], tokens)
     assert _metadata(tmp_path / "a") == {"architecture": "wan", "caption1": "a cat, ünï", "format_version": "1.0.1"}
-    assert cache_files.text_header(tmp_path / "a") == ((7, 32), "a cat, ünï")
+    assert cache_files.text_shapes(tmp_path / "a") == [("a cat, ünï", (7, 32))]
     assert torch.equal(cache_files.read_text(tmp_path / "a"), tokens)
 
 
@@ -134,7 +134,7 @@ def test_a_value_that_is_not_finite_names_its_file(tmp_path, value, dtype):
 def test_a_damaged_text_cache_is_written_anew(tmp_path):
     (tmp_path / "a").write_bytes(b"damaged")
     cache_files.write_text(tmp_path / "a", torch.zeros(2, 8), "new")
-    assert cache_files.text_problem(tmp_path / "a", "new") is None
+    assert cache_files.text_problem(tmp_path / "a", ["new"]) is None
 
 
 def test_folders_and_pipes_are_not_caches(tmp_path):

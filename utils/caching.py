@@ -4,7 +4,7 @@ B batch, C channels, T frames, H W height and width in pixels, F h w latent fram
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,16 @@ from utils.data.origins import weights_identity
 from utils.data.rates import own_rate, rate_lines
 from utils.data.remarks import count_and_names, remark_lines
 from utils.data.sizes import SizedSource, sized_sources
-from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset, Source, Sources, VideoDataset, list_sources
+from utils.data.sources import (
+    AnyDataset,
+    DatasetConfig,
+    ImageDataset,
+    Source,
+    Sources,
+    VideoDataset,
+    list_sources,
+    texts_to_encode,
+)
 from utils.devices import cpu_line
 from utils.files import sole_writer, writable_folder
 from wan.configs import WAN_2_1_VAE
@@ -237,18 +246,29 @@ def _cache_dataset_text(
     dataset: AnyDataset, sources: Sequence[Source], encoder: TextEncoder, config: CacheTextConfig, number: int
 ) -> Caching:
     made_by = {"text_encoder": _encoder_identity(encoder)}
-    entries = [(text_path(dataset.cache_directory, source.stem), source.caption) for source in sources]
+    entries = [(text_path(dataset.cache_directory, own.stem), texts_to_encode(dataset, own)) for own in sources]
     stale = [entry for entry in entries if config.recache or text_problem(*entry, made_by) is not None]
-    with tqdm(total=len(stale), desc=f"captions of dataset {number}", unit="caption") as bar:
+    with tqdm(total=len(stale), desc=f"captions of dataset {number}", unit="file") as bar:
         for batch in batches(stale, config.batch_size or dataset.batch_size):
-            encoded = encoder([caption for _, caption in batch])
-            for (path, caption), text_SD in zip(batch, encoded, strict=True):
-                _refuse_not_finite(text_SD, f"the tokens for {path.name}", "the text encoder's file may be damaged")
-                write_text(path, text_SD.to("cpu", torch.bfloat16), caption, made_by)
+            encoded = _encode_texts({text: path for path, texts in batch for text in texts}, encoder, len(batch))
+            for path, texts in batch:
+                first, *further = [(text, encoded[text]) for text in texts]
+                write_text(path, first[1], first[0], made_by, further)
             bar.update(len(batch))
-    lengths = {source.path: encoder.count_tokens(source.caption) for source in sources}
+    lengths = {source.path: max(map(encoder.count_tokens, source.captions)) for source in sources}
     cut = {path: tokens for path, tokens in lengths.items() if tokens > encoder.text_len}
     return Caching(made=len(stale), current=len(entries) - len(stale), cut=cut)
+
+
+def _encode_texts(texts: Mapping[str, Path], encoder: TextEncoder, batch_size: int) -> dict[str, torch.Tensor]:
+    """Each text's tokens [S, D] in bf16 on the CPU; `texts` says for which cache file each is."""
+    encoded = {}
+    for batch in batches(list(texts), batch_size):
+        for text, text_SD in zip(batch, encoder(list(batch)), strict=True):
+            name = texts[text].name
+            _refuse_not_finite(text_SD, f"the tokens for {name}", "the text encoder's file may be damaged")
+            encoded[text] = text_SD.to("cpu", torch.bfloat16)
+    return encoded
 
 
 def _encoder_identity(encoder: TextEncoder) -> str:

@@ -160,7 +160,7 @@ def _encode_probe(
 def _not_to_probe(inputs: Inputs, plan: RunPlan) -> set[str]:
     """The captions that are trained or preserved."""
     preserved = {old.text for old, _ in plan.asking.asked} if plan.asking else set()
-    return preserved | {item.caption for item in inputs.dataset.items}
+    return preserved | {caption for item in inputs.dataset.items for caption in item.captions}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The names, keys and metadata are those that musubi-tuner writes for Wan, so that
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from utils.data.origins import (
     source_changed,
     without_origin,
 )
-from utils.files import UNFINISHED, file_problem
+from utils.files import UNFINISHED, file_problem, quoted
 from utils.slice_saving import whole_file
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
@@ -34,7 +34,12 @@ _LATENTS_NAME = re.compile(r"(.+)_([0-9]{4,6})x([0-9]{4,6})_wan\.safetensors", r
 _CLIP_STEM = re.compile(r"(.+)_([0-9]{5,6})-([0-9]{3,5})", re.DOTALL)
 _LATENTS_KEY = re.compile(r"latents_(\d+)x(\d+)x(\d+)_\w+")
 _TEXT_KEY = re.compile(r"varlen_t5_\w+")
+# Captions after the first. musubi-tuner reads them into its batches too, where nothing looks at them; "varlen" keeps it
+# from stacking them.
+_FURTHER_KEY = re.compile(r"varlen_caption([1-9]\d{0,5})_\w+")
+_CAPTION = re.compile(r"caption\d+")
 _DTYPES = ("F32", "F16", "BF16")
+_TEXT_AXES = "[tokens, width]"
 
 
 @dataclass(frozen=True)
@@ -122,16 +127,26 @@ def write_latents(
     _write(path, {key: latents_CFHW}, metadata)
 
 
-def write_text(path: Path, text_SD: torch.Tensor, caption: str, made_by: Mapping[str, str] | None = None) -> None:
-    """Writes the encoded tokens of a caption; other tensors in an existing cache are kept, if it can be read.
+def write_text(
+    path: Path,
+    text_SD: torch.Tensor,
+    caption: str,
+    made_by: Mapping[str, str] | None = None,
+    further: Sequence[tuple[str, torch.Tensor]] = (),
+) -> None:
+    """Writes the encoded tokens of a caption, and of further ones under names of their own.
 
-    InputError if a file that is not a cache is in the way.
+    Other tensors in an existing cache are kept, if it can be read. InputError if a file that is not a cache is in the
+    way.
     """
     _refuse_others_file(path, _TEXT_KEY)
-    kept, metadata = _other_tensors(path)
-    kept[f"varlen_t5_{_dtype_name(text_SD)}"] = text_SD
-    metadata |= {**_FORMAT, "caption1": caption, **made_by_metadata(made_by or {})}
-    _write(path, kept, metadata)
+    tensors, metadata = _other_tensors(path)
+    tensors[f"varlen_t5_{_dtype_name(text_SD)}"] = text_SD
+    captions = {"caption1": caption}
+    for number, (text, encoded_SD) in enumerate(further, 2):
+        tensors[f"varlen_caption{number}_{_dtype_name(encoded_SD)}"] = encoded_SD
+        captions[f"caption{number}"] = text
+    _write(path, tensors, {**metadata, **_FORMAT, **captions, **made_by_metadata(made_by or {})})
 
 
 def read_latents(path: Path) -> torch.Tensor:
@@ -139,9 +154,18 @@ def read_latents(path: Path) -> torch.Tensor:
     return _read(path, _latents_entry(path)[0])
 
 
-def read_text(path: Path) -> torch.Tensor:
-    """[S, D] in the file's dtype; InputError names a file that is damaged or holds NaN or infinity."""
-    return _read(path, _text_entry(path)[0])
+def read_text(path: Path, caption: str | None = None) -> torch.Tensor:
+    """[S, D] in the file's dtype: the tokens of `caption`, or of the file's first one.
+
+    InputError names a file that is damaged, holds NaN or infinity, or lacks the caption.
+    """
+    (first, *further), _ = _text_entries(path)
+    if caption is None or first.caption in (None, caption):
+        return _read(path, first.entry)
+    found = next((text for text in further if text.caption == caption), None)
+    if found is None:
+        raise InputError(f"{path} lacks the caption {quoted(caption)}: cache the captions again")
+    return _read(path, found.entry)
 
 
 def latents_shape(path: Path) -> tuple[int, ...]:
@@ -149,10 +173,12 @@ def latents_shape(path: Path) -> tuple[int, ...]:
     return _latents_entry(path)[0].shape
 
 
-def text_header(path: Path) -> tuple[tuple[int, ...], str | None]:
-    """The shape (S, D), and the caption that was encoded where the file has it; InputError as latents_shape."""
-    entry, metadata = _text_entry(path)
-    return entry.shape, metadata.get("caption1")
+def text_shapes(path: Path) -> list[tuple[str | None, tuple[int, ...]]]:
+    """Each caption, None where the file does not tell it, with the shape (S, D) of its tokens; errors as latents_shape.
+
+    The first one is where musubi-tuner looks.
+    """
+    return [(text.caption, text.entry.shape) for text in _text_entries(path)[0]]
 
 
 def latents_origin(path: Path) -> Origin | None:
@@ -194,19 +220,25 @@ def latents_problem(
     return "has changed since it was cached" if source_changed(origin, source) else None
 
 
-def text_problem(cache: Path, caption: str, wanted: Mapping[str, str] | None = None) -> str | None:
-    """Why the encoded tokens of a caption cannot be trained on; None if they can. `wanted` as for latents_problem."""
+def text_problem(cache: Path, texts: Sequence[str], wanted: Mapping[str, str] | None = None) -> str | None:
+    """Why the encoded tokens of the captions `texts` cannot be trained on; None if they can.
+
+    `wanted` as for latents_problem.
+    """
     if not cache.is_file():
         return "has no text cache"
     try:
-        _, metadata = _text_entry(cache)
+        found, metadata = _text_entries(cache)
     except InputError as error:  # to be cached again like one that is missing
         return f"has a damaged text cache ({error})"
-    # A file without its caption cannot be compared.
-    if metadata.get("caption1", caption) != caption:
-        return "has another caption than its text cache"
-    otherwise = difference(made_by_in(metadata), wanted or {})
-    return f"was cached {otherwise}" if otherwise else None
+    # A first caption that the file does not tell cannot be compared.
+    cached = {text.caption for text in found[1:]} | {texts[0] if found[0].caption is None else found[0].caption}
+    if cached >= set(texts):
+        otherwise = difference(made_by_in(metadata), wanted or {})
+        return f"was cached {otherwise}" if otherwise else None
+    if texts[-1] == "" and cached >= set(texts[:-1]):
+        return "has a text cache without the empty caption, which caption_dropout_rate needs"
+    return "has another caption than its text cache" if len(texts) == 1 else "has captions that its text cache lacks"
 
 
 def _refuse_others_file(path: Path, key: re.Pattern) -> None:
@@ -234,8 +266,9 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 def _other_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         entries, metadata = read_file_header(path)
-        keys = [key for key in entries if not _TEXT_KEY.fullmatch(key)]
-        return {key: _tensor(path, key) for key in keys}, without_origin(metadata)
+        keys = [key for key in entries if not (_TEXT_KEY.fullmatch(key) or _FURTHER_KEY.fullmatch(key))]
+        kept = {key: value for key, value in without_origin(metadata).items() if not _CAPTION.fullmatch(key)}
+        return {key: _tensor(path, key) for key in keys}, kept
     except InputError:  # missing, or damaged and therefore cached again
         return {}, {}
 
@@ -263,29 +296,53 @@ def _tensor(path: Path, key: str) -> torch.Tensor:
 
 
 def _latents_entry(path: Path) -> tuple[TensorEntry, dict[str, str]]:
-    return _only_entry(path, _LATENTS_KEY, "latents", "[channels, frames, height, width]")
+    entries, metadata = _header(path)
+    return _only_entry(path, entries, _LATENTS_KEY, "latents", "[channels, frames, height, width]"), metadata
 
 
-def _text_entry(path: Path) -> tuple[TensorEntry, dict[str, str]]:
-    return _only_entry(path, _TEXT_KEY, "text", "[tokens, width]")
+@dataclass(frozen=True)
+class _Text:
+    """The tensor of one caption's tokens; the caption is None where the file does not tell it."""
+
+    entry: TensorEntry
+    caption: str | None
 
 
-def _only_entry(path: Path, key: re.Pattern, what: str, axes: str) -> tuple[TensorEntry, dict[str, str]]:
-    """The one tensor whose name matches `key`, and the file's metadata."""
+def _text_entries(path: Path) -> tuple[list[_Text], dict[str, str]]:
+    """The captions of a text cache and its metadata; InputError if one cannot be trained on."""
+    entries, metadata = _header(path)
+    first = _only_entry(path, entries, _TEXT_KEY, "text", _TEXT_AXES)
+    numbered = {int(found[1]): name for name in entries if (found := _FURTHER_KEY.fullmatch(name))}
+    further = [_Text(entries[name], metadata.get(f"caption{number}")) for number, name in sorted(numbered.items())]
+    for text in further:
+        _check_entry(path, text.entry, "text", _TEXT_AXES)
+        if text.entry.shape[1] != first.shape[1]:
+            raise InputError(f"{path} holds captions of two widths, {first.shape[1]} and {text.entry.shape[1]}")
+    return [_Text(first, metadata.get("caption1")), *further], metadata
+
+
+def _header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
-        entries, metadata = read_file_header(path)
+        return read_file_header(path)
     except InputError as error:
         reason = str(error).removeprefix(f"{path} ")
         raise InputError(f"{path} is not a readable cache file: {reason}") from None
+
+
+def _only_entry(path: Path, entries: Mapping[str, TensorEntry], key: re.Pattern, what: str, axes: str) -> TensorEntry:
+    """The one tensor whose name matches `key`."""
     found = [entry for name, entry in entries.items() if key.fullmatch(name)]
     if len(found) != 1:
         raise InputError(f"{path} holds {len(found)} {what} tensors for Wan, not one")
-    [entry] = found
+    _check_entry(path, found[0], what, axes)
+    return found[0]
+
+
+def _check_entry(path: Path, entry: TensorEntry, what: str, axes: str) -> None:
     if entry.dtype not in _DTYPES:
         raise InputError(f"{path} holds {what} as {entry.dtype}; allowed: {', '.join(_DTYPES)}")
     if len(entry.shape) != axes.count(",") + 1 or not all(entry.shape):
         raise InputError(f"{path} holds {what} of shape {list(entry.shape)}; {axes} is expected, none of them 0")
-    return entry, metadata
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -2,13 +2,21 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 from utils.data.sizes import STEP, nearest_multiples
-from utils.data.sources import FILE_RATE, FRAME_EXTRACTIONS, AnyDataset, DatasetConfig, ImageDataset, VideoDataset
+from utils.data.sources import (
+    CAPTION_MODES,
+    FILE_RATE,
+    FRAME_EXTRACTIONS,
+    AnyDataset,
+    DatasetConfig,
+    ImageDataset,
+    VideoDataset,
+)
 from utils.files import file_name, names_text, quoted, read_json, read_toml, readable
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
@@ -63,8 +71,9 @@ def _dataset(table: dict, general: dict, where: str) -> AnyDataset:
         raise InputError(f'{where}: {kind}_directory needs caption_extension, for example ".txt"')
     if lines is not None and values.get("cache_directory") is None:
         raise InputError(f"{where}: {kind}_jsonl_file needs cache_directory, the folder for its cache files")
-    if lines is not None and "recursive" in table:
-        raise InputError(f"{where}: recursive is for {kind}_directory; leave it out")
+    for key in ("recursive", "caption_mode"):
+        if lines is not None and key in table:
+            raise InputError(f"{where}: {key} is for {kind}_directory; leave it out")
     values["cache_directory"] = values.get("cache_directory", folder)
     dataset = (VideoDataset if is_video else ImageDataset)(**values)
     _check_resolution(dataset, where)
@@ -75,7 +84,8 @@ def _values(table: Mapping, schema: Mapping[str, Callable], where: str) -> dict:
     for key in table:
         if key not in schema:
             _refuse_key(key, schema, where)
-    return {key: schema[key](value, f"{where}: {key}") for key, value in table.items()}
+    # Graphical programs write the keys that are not used with empty texts.
+    return {key: schema[key](value, f"{where}: {key}") for key, value in table.items() if value != ""}
 
 
 def _refuse_key(key: str, schema: Mapping[str, Callable], where: str) -> None:
@@ -187,10 +197,13 @@ def _target_frames(value, where: str) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
 
-def _extraction(value, where: str) -> str:
-    if not isinstance(value, str) or value not in FRAME_EXTRACTIONS:
-        raise InputError(f"{where} must be one of {', '.join(FRAME_EXTRACTIONS)}, not {quoted(value)}")
-    return value
+def _one_of(allowed: Sequence[str]) -> Callable[[object, str], str]:
+    def read(value, where: str) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise InputError(f"{where} must be one of {', '.join(allowed)}, not {quoted(value)}")
+        return value
+
+    return read
 
 
 def _fps(value, where: str) -> float:
@@ -219,6 +232,12 @@ def _colour(value, where: str) -> tuple[int, int, int]:
     )
 
 
+def _dropout(value, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{where} must be a number from 0 to 1, not {quoted(value)}")
+    return float(value)
+
+
 def _share(value, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise InputError(f"{where} must be a number from 0 up to, but not including, 1, not {quoted(value)}")
@@ -234,6 +253,9 @@ _SHARED = {
     "bucket_no_upscale": _flag,
     "background": _colour,
     "recursive": _flag,
+    "caption_mode": _one_of(CAPTION_MODES),
+    "caption_prefix": _text,
+    "caption_dropout_rate": _dropout,
 }
 _GENERAL = {**_SHARED, "validation_split": _share}
 _IMAGE = {**_SHARED, "image_directory": _path, "image_jsonl_file": _path, "cache_directory": _path}
@@ -243,7 +265,7 @@ _VIDEO = {
     "video_jsonl_file": _path,
     "cache_directory": _path,
     "target_frames": _target_frames,
-    "frame_extraction": _extraction,
+    "frame_extraction": _one_of(FRAME_EXTRACTIONS),
     "frame_stride": _count,
     "frame_sample": _count,
     "max_frames": _count,

@@ -18,6 +18,7 @@ from utils.data.commands import caching_command
 from utils.data.items import CachedItems, Item, Problem, cached_items
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset
 from utils.interrupts import ignore_interrupts
+from utils.learning.flow_matching import draw_generator
 from wan.errors import InputError
 
 _NAMED_PROBLEMS = 3
@@ -31,6 +32,14 @@ class _Bucket:
     items: tuple[int, ...]
     num_repeats: int
     batch_size: int
+
+
+@dataclass(frozen=True)
+class ShownBatch:
+    """The entries of a batch, and the caption that each of them shows."""
+
+    entries: tuple[int, ...]
+    captions: tuple[str, ...]
 
 
 class TrainingDataset(Dataset):
@@ -64,13 +73,14 @@ class TrainingDataset(Dataset):
 
     @property
     def shown_captions(self) -> list[str]:
-        """The caption of every entry of an epoch, in the order of the items."""
+        """The captions of every entry of an epoch, in the order of the items."""
         shown = [(number, bucket.num_repeats) for bucket in self._buckets for number in bucket.items]
-        return [self.items[number].caption for number, repeats in sorted(shown) for _ in range(repeats)]
+        captions = (self.items[number].captions for number, repeats in sorted(shown) for _ in range(repeats))
+        return [caption for own in captions for caption in own]
 
     def latent_values(self, entry: int) -> int:
         """How many values the latents of an entry have."""
-        return math.prod(self.items[entry % len(self.items)].latent_shape)
+        return math.prod(self._item(entry).latent_shape)
 
     def epoch_batches(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
         """The epoch's batches of entries: each item num_repeats times, a bucket's last one may be short.
@@ -87,19 +97,37 @@ class TrainingDataset(Dataset):
             batches += [tuple(shuffled[start : start + size]) for start in range(0, len(shuffled), size)]
         return _shuffled(batches, generator)
 
-    def __getitem__(self, batch: tuple[int, ...]) -> dict:
-        """{"latents": [B, 16, F, H, W] float32, "t5": list of [S, D] in the caches' dtype, "names", "entries"}."""
-        items = [self.items[entry % len(self.items)] for entry in batch]
+    def show(self, entries: tuple[int, ...], seed: int, epoch: int) -> ShownBatch:
+        """The entries with the caption that each shows in an epoch: one of its item's captions, or the empty one.
+
+        Drawn for each epoch and entry by itself, so that a resumed run repeats it.
+        """
+        return ShownBatch(entries, tuple(_shown_caption(self._item(entry), seed, epoch, entry) for entry in entries))
+
+    def __getitem__(self, batch: ShownBatch | tuple[int, ...]) -> dict:
+        """{"latents": [B, 16, F, H, W] float32, "t5": list of [S, D] in the caches' dtype, "names", "entries"}.
+
+        A tuple of entries shows the first caption of each.
+        """
+        if not isinstance(batch, ShownBatch):
+            batch = ShownBatch(batch, tuple(self._item(entry).caption for entry in batch))
+        items = [self._item(entry) for entry in batch.entries]
         return {
             "latents": torch.stack([read_latents(item.latents).float() for item in items]),
-            "t5": [read_text(item.text) for item in items],
+            "t5": [read_text(item.text, caption) for item, caption in zip(items, batch.captions, strict=True)],
             "names": [item.name for item in items],
-            "entries": list(batch),
+            "entries": list(batch.entries),
         }
+
+    def _item(self, entry: int) -> Item:
+        return self.items[entry % len(self.items)]
 
 
 class EpochSampler:
-    """Yields one process's batches of an epoch; set_epoch moves a loader on and keeps its worker processes."""
+    """Yields one process's batches of an epoch, with the captions that they show.
+
+    set_epoch moves a loader on and keeps its worker processes.
+    """
 
     def __init__(self, dataset: TrainingDataset, seed: int, epoch: int, skip: int, rank: int, world: int):
         self._dataset, self._seed, self._rank, self._world = dataset, seed, rank, world
@@ -112,9 +140,10 @@ class EpochSampler:
         # Wrapped around, because processes with different numbers of steps would wait for each other forever.
         mine = range(self._rank, per_rank * self._world, self._world)
         self._batches = [batches[number % len(batches)] for number in mine][skip:]
+        self._epoch = epoch
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
-        return iter(self._batches)
+    def __iter__(self) -> Iterator[ShownBatch]:
+        return (self._dataset.show(batch, self._seed, self._epoch) for batch in self._batches)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -203,7 +232,7 @@ class _SentByPipe(Dataset):
     def __init__(self, dataset: TrainingDataset):
         self._dataset = dataset
 
-    def __getitem__(self, batch: tuple[int, ...]) -> "dict | InputError":
+    def __getitem__(self, batch: ShownBatch | tuple[int, ...]) -> "dict | InputError":
         try:
             loaded = self._dataset[batch]
         except InputError as error:
@@ -238,6 +267,13 @@ def _workers_problem(workers: int) -> str | None:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"batches {seed} {epoch}".encode()).digest()[:8], "little") >> 1
+
+
+def _shown_caption(item: Item, seed: int, epoch: int, entry: int) -> str:
+    if len(item.captions) == 1 and not item.dropout:
+        return item.caption
+    dropped, chosen = torch.rand(2, generator=draw_generator(seed, "caption", epoch, entry), dtype=torch.float64)
+    return "" if dropped < item.dropout else item.captions[int(chosen * len(item.captions))]
 
 
 def _shuffled(values: Sequence, generator: torch.Generator) -> list:
@@ -299,4 +335,14 @@ def _describe(number: int, dataset: AnyDataset, cached: CachedItems) -> list[str
         why = "without a caption" if isinstance(dataset, ImageDataset) else "shorter than their target_frames"
         names = ", ".join(path.name for path in cached.left_out[:_NAMED_PROBLEMS])
         lines.append(f"dataset {number}: {len(cached.left_out)} files {why} are left out: {names}")
+    lines += [f"dataset {number}: {line}" for line in _caption_lines(dataset, cached.items)]
     return lines + [f"dataset {number}: {note}" for note in cached.notes]
+
+
+def _caption_lines(dataset: AnyDataset, items: Sequence[Item]) -> list[str]:
+    lines, most = [], max((len(item.captions) for item in items), default=0)
+    if most > 1:
+        lines.append(f"up to {most} captions, of which each entry of an epoch shows one")
+    if dataset.caption_dropout_rate:
+        lines.append(f"{dataset.caption_dropout_rate:.0%} of the entries train with the empty caption")
+    return lines

@@ -14,15 +14,23 @@ from utils.data.cache_files import (
     latents_problem,
     parse_clip_name,
     parse_image_name,
-    text_header,
     text_path,
     text_problem,
+    text_shapes,
 )
 from utils.data.origins import clip_settings, dataset_settings, size_text
 from utils.data.pictures import is_plain_picture, stored_size
 from utils.data.remarks import count_and_names
 from utils.data.sizes import SizedSource, choose_bucket, clip_windows, frames_needed, longest_full_clip, sized_sources
-from utils.data.sources import AnyDataset, ImageDataset, Source, SourcesGone, VideoDataset, list_sources
+from utils.data.sources import (
+    AnyDataset,
+    ImageDataset,
+    Source,
+    SourcesGone,
+    VideoDataset,
+    list_sources,
+    texts_to_encode,
+)
 from utils.data.videos import count_frames, is_plain_video, stored_video_size
 from utils.files import folder_entries
 from wan.configs import WAN_2_1_VAE
@@ -47,7 +55,8 @@ _OTHER_VAE = "latent caches made with another VAE than the others (cache them ag
 class Item:
     """One picture or clip to train on.
 
-    `bucket` is its (width, height) in pixels, `latent_shape` is (C, F, H, W), `text_shape` is (tokens, width).
+    `bucket` is its (width, height) in pixels, `latent_shape` is (C, F, H, W), `text_shape` is (tokens, width) of its
+    longest caption. `dropout` is the share of its entries that train with the empty caption.
     """
 
     name: str
@@ -57,7 +66,13 @@ class Item:
     frames: int
     latent_shape: tuple[int, int, int, int]
     text_shape: tuple[int, int]
-    caption: str
+    captions: tuple[str, ...]
+    dropout: float = 0.0
+
+    @property
+    def caption(self) -> str:
+        """The first of its captions."""
+        return self.captions[0]
 
 
 @dataclass(frozen=True)
@@ -112,12 +127,19 @@ def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) ->
         if not text.is_file():
             captionless.append(path)
             continue
-        source = Source(Path(stem), text_header(text)[1] or "")
+        first, *further = _cached_captions(text)
+        source = Source(Path(stem), first, further=tuple(further))
         entry = SizedSource(replace(source, path=Path(source.path.name), subfolder=source.path.parent), bucket, bucket)
         _sort_out(dataset, entry, [(path, frames, latents_problem(path, None, frames, bucket))], items, problems)
     notes = [f"{reason}; trained on what its cache folder holds"]
     notes += [f"latent caches without a text cache, left out: {count_and_names(captionless)}"] if captionless else []
     return CachedItems(tuple(items), tuple(problems), (), tuple(notes))
+
+
+def _cached_captions(text: Path) -> list[str]:
+    """The captions of a text cache; the empty one is there for caption_dropout_rate, unless it is the only one."""
+    captions = [caption or "" for caption, _ in text_shapes(text)]
+    return [caption for caption in captions if caption] or captions
 
 
 def _from_name(dataset: AnyDataset, cache: Path) -> tuple[str, tuple[int, int] | None, int]:
@@ -265,12 +287,13 @@ def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item],
     source, (width, height) = entry.source, entry.bucket
     text = text_path(dataset.cache_directory, source.stem)
     broken = [Problem(source.path, "latents", problem) for *_, problem in found if problem][:1]
-    problem = text_problem(text, source.caption)
+    texts = texts_to_encode(dataset, source)
+    problem = text_problem(text, texts)
     broken += [Problem(source.path, "text", problem)] if problem else []
     problems += broken
     if not broken:
-        text_shape = text_header(text)[0]
+        text_shape = max(shape for caption, shape in text_shapes(text) if caption is None or caption in texts)
         for cache, frames, _ in found:
             latent_shape = WAN_2_1_VAE.shape(frames, height, width)
-            name, caption = source.path.name, source.caption
-            items.append(Item(name, cache, text, entry.bucket, frames, latent_shape, text_shape, caption))
+            rest = (text_shape, source.captions, dataset.caption_dropout_rate)
+            items.append(Item(source.path.name, cache, text, entry.bucket, frames, latent_shape, *rest))

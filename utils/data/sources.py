@@ -1,9 +1,9 @@
 """The pictures and clips that a dataset names, with their captions, in one fixed order."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from wan.errors import InputError
 _LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
 FILE_RATE = "file"  # the source_fps that takes each file's own rate
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
+CAPTION_MODES = ("whole", "lines")  # what of a caption file is a caption
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class ImageDataset:
     bucket_no_upscale: bool = False
     background: tuple[int, int, int] = (255, 255, 255)
     recursive: bool = False
+    caption_mode: str = "whole"
+    caption_prefix: str = ""
+    caption_dropout_rate: float = 0.0  # the share of an epoch's entries that train with the empty caption
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class VideoDataset:
     source_fps: float | str | None = None
     background: tuple[int, int, int] = (255, 255, 255)
     recursive: bool = False
+    caption_mode: str = "whole"
+    caption_prefix: str = ""
+    caption_dropout_rate: float = 0.0
 
 
 AnyDataset = ImageDataset | VideoDataset
@@ -71,11 +78,19 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """One captioned picture, or video, in a subfolder of the dataset's folder or in that itself."""
+    """One captioned picture, or video, in a subfolder of the dataset's folder or in that itself.
+
+    Of several captions, `further` are those after the first; an entry of an epoch shows one of them.
+    """
 
     path: Path
     caption: str
     subfolder: Path = Path()
+    further: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.further)
 
     @property
     def stem(self) -> str:
@@ -110,7 +125,22 @@ def list_sources(dataset: AnyDataset, workers: int = 1) -> Sources:
         folder, lines, field = dataset.video_directory, dataset.video_jsonl_file, "video_path"
     sources = _read_folder(folder, dataset, workers) if lines is None else _read_jsonl(lines, field)
     _check_stems(sources.found)
-    return sources
+    found = [_with_captions(source, _final(source.captions, dataset.caption_prefix)) for source in sources.found]
+    return replace(sources, found=tuple(found))
+
+
+def texts_to_encode(dataset: AnyDataset, source: Source) -> tuple[str, ...]:
+    """What the text cache of a source holds: its captions, and the empty one where captions are dropped."""
+    return tuple(dict.fromkeys([*source.captions, *([""] if dataset.caption_dropout_rate else [])]))
+
+
+def _with_captions(source: Source, captions: Sequence[str]) -> Source:
+    return replace(source, caption=captions[0], further=tuple(captions[1:]))
+
+
+def _final(captions: Iterable[str], prefix: str) -> list[str]:
+    """The captions as they are encoded, each once: after the prefix and a space."""
+    return list(dict.fromkeys(f"{prefix.strip()} {caption}".strip() for caption in captions))
 
 
 def _read_folder(folder: Path, dataset: AnyDataset, workers: int) -> Sources:
@@ -125,20 +155,27 @@ def _read_folder(folder: Path, dataset: AnyDataset, workers: int) -> Sources:
         looked = f"{folder} holds no files to train on; looked for {' '.join(suffixes)}"
         raise SourcesGone("; ".join([looked, *files.notes]))
     with ThreadPoolExecutor(workers) as pool:
-        captions = list(pool.map(partial(_read_caption, extension=dataset.caption_extension), paths))
-    missing = tuple(path for path, caption in zip(paths, captions, strict=True) if caption is None)
+        captions = list(pool.map(partial(_read_captions, dataset=dataset), paths))
+    missing = tuple(path for path, own in zip(paths, captions, strict=True) if own is None)
     _check_captions(folder, paths, missing, dataset)
     found = [
-        Source(path, caption, path.parent.relative_to(folder))
-        for path, caption in zip(paths, captions, strict=True)
-        if caption is not None
+        _with_captions(Source(path, "", path.parent.relative_to(folder)), own)
+        for path, own in zip(paths, captions, strict=True)
+        if own is not None
     ]
     return Sources(tuple(found), missing, files.notes)
 
 
-def _read_caption(path: Path, extension: str) -> str | None:
-    caption = path.with_name(path.stem + extension)
-    return read_text(caption, "caption file").strip() if file_problem(caption) is None else None
+def _read_captions(path: Path, dataset: AnyDataset) -> list[str] | None:
+    """The captions in the file beside a picture or video; None if there is no such file."""
+    file = path.with_name(path.stem + dataset.caption_extension)
+    if file_problem(file) is not None:
+        return None
+    text = read_text(file, "caption file").strip()
+    if dataset.caption_mode == "whole":
+        return [text]
+    # Not splitlines, which also splits at characters that captions may hold, such as U+2028.
+    return [line.strip() for line in text.split("\n") if line.strip()] or [""]
 
 
 def _check_captions(folder: Path, paths: list[Path], missing: Sequence[Path], dataset: AnyDataset) -> None:
@@ -160,18 +197,37 @@ def _read_jsonl(file: Path, field: str) -> Sources:
         raise InputError(f"{file} is empty: each line needs a {field} and a caption")
     entries = [(f"{file} line {number}", _read_line(line, field, f"{file} line {number}")) for number, line in lines]
     _check_listed([(where, Path(entry[field])) for where, entry in entries], or_folder=field == "video_path")
-    found = [Source(Path(entry[field]), entry["caption"].strip()) for _, entry in entries]
+    found = _merged([_listed_source(Path(entry[field]), entry["caption"]) for _, entry in entries])
     unused = sorted({key for _, entry in entries for key in entry} - {field, "caption"})
-    notes = (f"{file}: keys that are not used: {names_text(unused)}",) if unused else ()
-    return Sources(tuple(sorted(found, key=lambda source: str(source.path))), notes=notes)
+    notes = [f"{file}: keys that are not used: {names_text(unused)}"] if unused else []
+    if again := len(entries) - len(found):
+        notes.append(f"{file}: {again} lines list a file again: their captions are further captions of it")
+    return Sources(tuple(sorted(found, key=lambda source: str(source.path))), notes=tuple(notes))
+
+
+def _listed_source(path: Path, caption: str | list[str]) -> Source:
+    captions = caption if isinstance(caption, list) else [caption]
+    return _with_captions(Source(path, ""), [own.strip() for own in captions])
+
+
+def _merged(sources: Sequence[Source]) -> list[Source]:
+    """One source for each file, with the captions of all lines that list it."""
+    by_file: dict[str, Source] = {}
+    for source in sources:
+        file = os.path.normcase(os.path.abspath(source.path))
+        known = by_file.get(file)
+        by_file[file] = replace(known, further=known.further + source.captions) if known else source
+    return list(by_file.values())
 
 
 def _read_line(line: str, field: str, where: str) -> dict:
     entry = parse_json(line, where)
     if not isinstance(entry, dict) or not {field, "caption"} <= entry.keys():
         raise InputError(f'{where} must be {{"{field}": ..., "caption": ...}}; it has {_keys(entry)}')
-    if not all(isinstance(entry[key], str) for key in (field, "caption")):
-        raise InputError(f"{where}: {field} and caption must be text")
+    caption = entry["caption"]
+    captions = caption if isinstance(caption, list) and caption else [caption]
+    if not all(isinstance(value, str) for value in (entry[field], *captions)):
+        raise InputError(f"{where}: {field} must be text, and caption text or a list of texts")
     return entry
 
 

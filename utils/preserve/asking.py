@@ -125,7 +125,7 @@ def read_old_prompts(
     if config is None:
         return OldPrompts()
     kept = read_answers(config.answers, model.base, model.config) if config.answers else []
-    return old_prompts(config, ledger, own, kept, {item.caption for item in items})
+    return old_prompts(config, ledger, own, kept, {caption for item in items for caption in item.captions})
 
 
 def plan_asking(

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from utils.data.cache_files import read_latents, read_text
 from utils.data.dataset import TrainingDataset
+from utils.data.items import Item
 from utils.preserve.old_prompts import OldPrompts
 from utils.run.config import MetadataConfig, TrainConfig
 from utils.run.plan import TrainingPlan
@@ -109,10 +110,20 @@ def _plain_share(ff: str) -> str:
 
 def _dataset_hash(dataset: TrainingDataset) -> str:
     """The SHA-256 of what the run sees and in which order; not of files, whose metadata have no fixed order."""
-    items = [(item.name, item.bucket, item.frames, item.text_shape, item.caption) for item in dataset.items]
+    items = [_identity(item) for item in dataset.items]
     latents = [value_digest(read_latents(item.latents)).hex() for item in dataset.items]
-    texts = [value_digest(read_text(path)).hex() for path in dict.fromkeys(item.text for item in dataset.items)]
+    shown = dict.fromkeys((item.text, caption) for item in dataset.items for caption in _texts(item))
+    texts = [value_digest(read_text(path, caption)).hex() for path, caption in shown]
     return hashlib.sha256(json.dumps([items, latents, texts, dataset.epoch_batches(0, 0)]).encode()).hexdigest()
+
+
+def _identity(item: Item) -> tuple:
+    own = (item.name, item.bucket, item.frames, item.text_shape, *item.captions)
+    return (*own, item.dropout) if item.dropout else own  # so that states of earlier versions stay valid
+
+
+def _texts(item: Item) -> tuple[str, ...]:
+    return (*item.captions, "") if item.dropout else item.captions
 
 
 def checkpoint_metadata(

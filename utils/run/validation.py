@@ -94,7 +94,7 @@ def validation_sums(
     """
     sums = no_sums()
     for item in items:
-        latents_CFHW, text_SD = read_latents(item.latents).float(), read_text(item.text)
+        latents_CFHW, text_SD = read_latents(item.latents).float(), read_text(item.text, item.caption)
         sigmas = levels(timesteps, LEVELS, tuple(latents_CFHW.shape[-2:]))
         for numbers in parts(range(LEVELS), most_values // latents_CFHW.numel()):
             generators = [draw_generator(seed, "validation", item.name, number) for number in numbers]
