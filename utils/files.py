@@ -24,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_ESCAPES = {"\t": r"\t", "\n": r"\n", "\b": r"\b", "\f": r"\f", "\r": r"\r", "\x1b": r"\e"}
 _LONGEST_NAME = 170  # bytes: file systems take 255, and what follows in the name of an unfinished file is up to 80
 _FORBIDDEN = '/\\:*?"<>|'
 _JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
@@ -38,7 +39,26 @@ _STARTING = 60  # seconds after which a lock without an owner in it is one that 
 
 def read_toml(path: Path) -> dict:
     """The tables of a toml file; InputError names the file and the line that cannot be read."""
-    return _parsed(tomllib.loads, read_text(path, "toml file"), f"{path} is not valid toml")
+    text = read_text(path, "toml file")
+    try:
+        return _parsed(tomllib.loads, text, f"{path} is not valid toml")
+    except InputError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        typed = line and re.search(r'"([^"]*\\[^"]*)"', text.split("\n")[int(line[1]) - 1])
+        raise InputError(f"{error}; {_two_ways(typed[1])}" if typed else str(error)) from None
+
+
+def escaped_path(text: str) -> str | None:
+    """How to write a path in whose double quotes toml read backslashes as escapes; None if it shows no sign of that."""
+    if not set(text) & set(_ESCAPES):
+        return None
+    return _two_ways("".join(_ESCAPES.get(character, character) for character in text))
+
+
+def _two_ways(typed: str) -> str:
+    path = re.sub(r"\\+", r"\\", typed)
+    forward = path.replace("\\", "/")
+    return f"a backslash in double quotes begins an escape, so write '{path}' in single quotes, or \"{forward}\""
 
 
 def read_json(path: Path, what: str) -> object:
@@ -54,11 +74,39 @@ def parse_json(text: str, where: str) -> object:
 def read_text(path: Path, what: str) -> str:
     """The UTF-8 text of a file, without a byte order mark; InputError names the file."""
     try:
-        return existing_file(path, what).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        data = existing_file(path, what).read_bytes()
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        encoding = _other_encoding(data)
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path} is not UTF-8 text (line {line}); {_how_to_convert(path, encoding)}") from None
+    if "\0" in text:  # every second byte, where it is UTF-16 without a mark
+        raise InputError(f"{path} is not UTF-8 text: it holds zero bytes; {_how_to_convert(path, 'UTF-16')}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a file's text, which end with \\n only: captions and prompts may hold U+2028, U+0085 and others.
+
+    A byte order mark before a line, which joining files leaves there, is no part of it.
+    """
+    return [line.removeprefix("\ufeff") for line in text.split("\n")]
+
+
+def _other_encoding(data: bytes) -> str:
+    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    is_wide = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data
+    return "UTF-16" if is_wide else "WINDOWS-1252"
+
+
+def _how_to_convert(path: Path, encoding: str) -> str:
+    probably = "it is probably" if encoding == "WINDOWS-1252" else "it is"
+    command = f"iconv -f {encoding} -t UTF-8 {path.name} > new"
+    return f"{probably} {encoding}: save it as UTF-8 in your editor, or run: {command}"
 
 
 def existing_file(path: Path, what: str) -> Path:

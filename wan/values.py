@@ -3,10 +3,14 @@
 import ast
 import difflib
 import math
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 _SHOWN = 40  # characters of a value in a message
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
+_JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
+_CONTROLS = {"\t": "TAB", "\n": "LINE FEED", "\r": "CARRIAGE RETURN (of Windows line ends)", "\0": "NUL"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,12 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
+def invisible(text: str) -> list[str]:
+    """The names of the characters in `text` that no editor or console shows: "U+200B ZERO WIDTH SPACE"."""
+    hidden = [one for one in text if one != " " and unicodedata.category(one) in _INVISIBLE and one not in _JOINERS]
+    return [f"U+{ord(one):04X} {unicodedata.name(one, _CONTROLS.get(one, 'CONTROL'))}" for one in dict.fromkeys(hidden)]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean NAME?)` with the known name that is most like `name`; empty where none is."""
     by_lower = {one.lower(): one for one in known}
@@ -86,7 +96,10 @@ def literal(text: str) -> object:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        raise ValueError("write key=value, where value is a number, True, False, None or 'text'") from None
+        raise ValueError(
+            "write key=value, where value is a number, True, False, None, 'text' or several in parentheses, such as "
+            "betas=(0.9,0.99); separate pairs with a space, without commas, and leave no space within one"
+        ) from None
     if not _is_finite(value):
         raise ValueError("its numbers must be finite")
     return value

@@ -5,15 +5,18 @@ import errno
 import io
 import logging
 import os
+import re
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.values import Number, nearest, shown
+from wan.values import Number, invisible, nearest, shown
 
 DTYPES = {  # of --vae_dtype and --dit_dtype, by torch's names
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
@@ -21,6 +24,10 @@ DTYPES = {  # of --vae_dtype and --dit_dtype, by torch's names
     **dict.fromkeys(("float32", "fp32", "float"), "float32"),
 }
 
+
+_LONG_DASH = re.compile(r"-?([\u2010-\u2015\u2212])[-\u2010-\u2015\u2212]?([A-Za-z]\w*)(=.*)?", re.DOTALL)
+_IN_NAMES = ("U+00A0 NO-BREAK SPACE", "U+202F NARROW NO-BREAK SPACE", "U+3000 IDEOGRAPHIC SPACE")  # macOS writes them
+_QUOTES = "\"'\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 
 USAGE = "%(prog)s [options]"  # of a script whose flags follow in groups
 
@@ -34,6 +41,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **settings})
         self._optionals.title = "help"
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        self._given = list(sys.argv[1:] if args is None else args)
+        for text in self._given:
+            self._refuse_long_dash(text)
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """The flags; InputError for any that does not exist."""
@@ -46,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         """The message for arguments that no flag takes: about the first flag among them, else about the first."""
         flag = next((text for text in unknown if text.startswith("-")), None)
         if flag is None:
-            return f"{shown(unknown[0])} was not expected: no flag takes it"
+            blank = "" if unknown[0].strip() else "; a backslash that continues a line must be its last character"
+            return f"{shown(unknown[0]) if unknown[0].strip(' ') else repr(unknown[0])} was not expected{blank}"
         flag = flag.partition("=")[0]
         return f"unknown flag {shown(flag)}{nearest(flag, self.known_flags())}"
 
@@ -60,15 +75,54 @@ class Parser(argparse.ArgumentParser):
                 flags += action.option_strings
         return flags
 
+    def takes_path(self, flag: str) -> bool:
+        """Whether the values of a flag are paths."""
+        return any(flag in action.option_strings and action.type is Path for action in self._actions)
+
+    def _refuse_long_dash(self, text: str) -> None:
+        """What editors and chats make of two hyphens would be taken for the value of the flag before it."""
+        found = _LONG_DASH.fullmatch(text)
+        name = f"--{found[2]}" if found else ""
+        if name in self.known_flags(with_unsupported=True) or (name and nearest(name, self.known_flags())):
+            raise InputError(f"{text} begins with {unicodedata.name(found[1])}, where two hyphens belong: {name}")
+
+    def _get_value(self, action: argparse.Action, text: str):
+        if action.type is Path and (problem := _path_problem(text)):
+            raise argparse.ArgumentError(action, problem)
+        return super()._get_value(action, text)
+
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             allowed = [str(choice) for choice in action.choices]
             raise argparse.ArgumentError(action, unknown_choice(str(value), allowed))
 
     def error(self, message: str):
+        hidden = "".join(_hidden_line(text) for text in self._given if _is_in(text, message))
         if not message.startswith("argument "):
-            raise InputError(f"{message} (--help lists the flags)")
-        raise InputError(message.removeprefix("argument ").replace(": must be", " must be", 1))
+            raise InputError(f"{message}{hidden} (--help lists the flags)")
+        raise InputError(message.removeprefix("argument ").replace(": must be", " must be", 1) + hidden)
+
+
+def _is_in(text: str, message: str) -> bool:
+    """Whether a message is about an argument, or about the flag or the value in it."""
+    return any(part and shown(part) in message for part in (text, *text.split("=", 1)))
+
+
+def _hidden_line(text: str) -> str:
+    names = invisible(text)
+    return f"; {shown(text)} holds {', '.join(names)}" if names else ""
+
+
+def _path_problem(text: str) -> str | None:
+    """What is wrong with a path as it was typed; None if nothing is, or if there is a file of that very name."""
+    if not text.strip():
+        return "is empty: give a path, or leave the flag out"
+    names = [name for name in invisible(text) if name not in _IN_NAMES or text != text.strip()]
+    if names and not os.path.lexists(text):
+        return f"{shown(text)} holds {', '.join(names)}: delete what cannot be seen"
+    if text[0] in _QUOTES and text[-1] in _QUOTES and not os.path.lexists(text):
+        return f"{shown(text)} has quotes that are part of the name: use plain double quotes"
+    return None
 
 
 class _Help(argparse.HelpFormatter):

@@ -252,19 +252,28 @@ def _refuse_unread_timestep_settings(flags: Namespace) -> None:
     of_sigma = weighting if sampling == "sigma" else ""
     reads_logit = of_sigma == "logit_normal" or sampling in ("logsnr", "qinglong_flux")
     is_cut = flags.preserve_distribution_shape and (flags.min_timestep, flags.max_timestep) != (0, 1000)
+    reads_it = "--timestep_sampling {}".format
+    logit = f"{reads_it('logsnr')}, or with {reads_it('sigma')} --weighting_scheme logit_normal"
+    # What would read each flag, because advice to use a sampling that does not either would lead in a circle.
     unread = {
-        f"--weighting_scheme {weighting}": weighting in ("logit_normal", "mode") and sampling != "sigma",
-        "--discrete_flow_shift": flags.discrete_flow_shift != 1 and sampling not in _HAS_SHIFT,
-        "--sigmoid_scale": flags.sigmoid_scale != 1 and sampling not in _HAS_SIGMOID,
-        "--logit_mean": flags.logit_mean != 0 and not reads_logit,
-        "--logit_std": flags.logit_std != 1 and not reads_logit,
-        "--mode_scale": flags.mode_scale != 1.29 and of_sigma != "mode",
-        "--preserve_distribution_shape": is_cut and sampling == "sigma",
+        f"--weighting_scheme {weighting}": (
+            weighting in ("logit_normal", "mode") and sampling != "sigma",
+            reads_it("sigma"),
+        ),
+        "--discrete_flow_shift": (flags.discrete_flow_shift != 1 and sampling not in _HAS_SHIFT, reads_it("shift")),
+        "--sigmoid_scale": (flags.sigmoid_scale != 1 and sampling not in _HAS_SIGMOID, reads_it("shift")),
+        "--logit_mean": (flags.logit_mean != 0 and not reads_logit, logit),
+        "--logit_std": (flags.logit_std != 1 and not reads_logit, logit),
+        "--mode_scale": (
+            flags.mode_scale != 1.29 and of_sigma != "mode",
+            f"{reads_it('sigma')} --weighting_scheme mode",
+        ),
+        "--preserve_distribution_shape": (is_cut and sampling == "sigma", reads_it("shift")),
     }
-    for flag, is_unread in unread.items():
+    for flag, (is_unread, reader) in unread.items():
         if is_unread:
             with_weighting = f" --weighting_scheme {weighting}" if sampling == "sigma" else ""
             raise InputError(
-                f"{flag} has no effect with --timestep_sampling {sampling}{with_weighting}: leave it out, or choose "
-                "another sampling (shift is the usual one)"
+                f"{flag} has no effect with --timestep_sampling {sampling}{with_weighting}: leave it out, or use it "
+                f"with {reader}"
             )

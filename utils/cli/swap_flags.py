@@ -91,6 +91,6 @@ def _refuse_without_effect(flags: Namespace) -> None:
         "--host_weights": flags.host_weights != "auto",
     }.items():
         if given:
-            raise InputError(
-                f"{flag} has no effect without --blocks_to_swap or --weights_vram: give one, or leave it out"
-            )
+            # --weights_vram chooses the ring's size itself.
+            needed = "--blocks_to_swap" if "ring" in flag else "--blocks_to_swap or --weights_vram"
+            raise InputError(f"{flag} has no effect without {needed}: give it as well, or leave {flag} out")

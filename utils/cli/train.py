@@ -14,7 +14,7 @@ from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
 from utils.data.sources import DatasetConfig
-from utils.files import existing_file, read_toml
+from utils.files import escaped_path, existing_file, read_toml
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, LogConfig, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
@@ -100,18 +100,34 @@ def _defaults(parser: Parser, path: Path) -> Namespace:
         if f"--{key}" not in parser.known_flags(with_unsupported=True) or key == "config_file":
             known = [flag[2:] for flag in parser.known_flags()]
             raise InputError(f"{path}: unknown key {shown(key)}{nearest(key, known)} (--help lists them)")
+        _check_backslashes(parser, key, settings[key], path)
     try:
         return parser.parse_args(_as_arguments(settings))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
+def _check_backslashes(parser: Parser, key: str, value: object, path: Path) -> None:
+    if parser.takes_path(f"--{key}"):
+        for text in value if isinstance(value, list) else [value]:
+            if hint := escaped_path(str(text)):
+                raise InputError(f"{path}: {key} is {shown(text)}: {hint}")
+
+
 def _flat(tables: dict) -> dict:
-    """The file's keys with their values, whatever table they are in."""
+    """The file's keys with their values, whatever table they are in.
+
+    Empty texts are left out: graphical programs write them for what is not set.
+    """
     settings = {}
     for key, value in tables.items():
-        settings |= _flat(value) if isinstance(value, dict) else {key: value}
+        value = [one for one in value if not _is_blank(one)] if isinstance(value, list) else value
+        settings |= _flat(value) if isinstance(value, dict) else {} if _is_blank(value) else {key: value}
     return settings
+
+
+def _is_blank(value: object) -> bool:
+    return value == [] or (isinstance(value, str) and not value.strip())
 
 
 def _as_arguments(settings: dict) -> list[str]:

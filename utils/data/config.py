@@ -17,7 +17,7 @@ from utils.data.sources import (
     ImageDataset,
     VideoDataset,
 )
-from utils.files import file_name, names_text, quoted, read_json, read_toml, readable
+from utils.files import escaped_path, file_name, names_text, quoted, read_json, read_toml, readable
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.values import nearest
@@ -168,6 +168,8 @@ def _text(value, where: str) -> str:
 def _path(value, where: str) -> Path:
     if "\0" in _text(value, where):
         raise InputError(f"{where} cannot be a path: {quoted(value)}")
+    if hint := escaped_path(value):
+        raise InputError(f"{where} is {quoted(value)}: {hint}")
     return Path(value)
 
 

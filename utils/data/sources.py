@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.data.folders import FROM_HERE, media_files
 from utils.data.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from utils.files import file_problem, names_text, parse_json, path_text, read_text
+from utils.files import file_problem, names_text, parse_json, path_text, read_text, text_lines
 from wan.errors import InputError
 
 _LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
@@ -174,8 +174,7 @@ def _read_captions(path: Path, dataset: AnyDataset) -> list[str] | None:
     text = read_text(file, "caption file").strip()
     if dataset.caption_mode == "whole":
         return [text]
-    # Not splitlines, which also splits at characters that captions may hold, such as U+2028.
-    return [line.strip() for line in text.split("\n") if line.strip()] or [""]
+    return [line.strip() for line in text_lines(text) if line.strip()] or [""]
 
 
 def _check_captions(folder: Path, paths: list[Path], missing: Sequence[Path], dataset: AnyDataset) -> None:
@@ -191,8 +190,7 @@ def _read_jsonl(file: Path, field: str) -> Sources:
     if problem := file_problem(file):
         kind = SourcesGone if problem == "does not exist" else InputError
         raise kind(f"{path_text(file)} {problem} {FROM_HERE}")
-    # Not splitlines, which also splits at characters that captions may hold, such as U+2028.
-    lines = [(number, line) for number, line in enumerate(read_text(file, "file").split("\n"), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text_lines(read_text(file, "file")), 1) if line.strip()]
     if not lines:
         raise InputError(f"{file} is empty: each line needs a {field} and a caption")
     entries = [(f"{file} line {number}", _read_line(line, field, f"{file} line {number}")) for number, line in lines]

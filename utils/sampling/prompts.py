@@ -1,11 +1,12 @@
 """Prompt files: one sample per line (or table) with its size, frames, seed and settings."""
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.files import existing_file, read_json, read_text, read_toml
+from utils.files import existing_file, read_json, read_text, read_toml, text_lines
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.values import GUIDANCE, SEED, SHIFT, Number, nearest, shown
@@ -46,6 +47,14 @@ _OPTIONS = (
 )
 _BY_LETTER = {letter: (field, kind) for letter, _, field, kind in _OPTIONS}
 _BY_KEY = {key: (field, kind) for _, key, field, kind in _OPTIONS} | {"prompt": ("prompt", str)}
+# Text that was copied from a web page holds spaces of other kinds, some of which have no width.
+_SPACE = r"[\s\u200b\u2060\ufeff]+"
+_BEFORE_OPTION = re.compile(_SPACE + r"--(?=[A-Za-z])")
+# What word processors make of two hyphens; before an option's letter and a value it was one.
+_LONG_DASH = re.compile(
+    r"(?:(?<=\s)|(?<=[\u200b\u2060\ufeff]))-?([\u2010-\u2015\u2212])-?([whfdslg](?=\s+[-+.\d])|fs(?=\s+[+.\d])|n(?=\s))",
+    re.I,
+)
 _PICTURE_INPUTS = (
     *("i", "ei", "cn", "ci", "cim", "of"),
     *("image_path", "end_image_path", "control_video_path"),
@@ -71,12 +80,16 @@ def read_prompt_file(path: Path, defaults: SamplePrompt | None = None) -> list[S
 
 def parse_prompt_line(line: str, defaults: SamplePrompt, where: str) -> SamplePrompt:
     """`a text --w 512 --h 512 --d 1` as a SamplePrompt; `where` begins the message of an InputError."""
-    text, *options = re.split(r"\s+--(?=[A-Za-z])", line.strip())
+    text, *options = _BEFORE_OPTION.split(line.strip())
     if not text or re.match(r"--[A-Za-z]", text):
         raise InputError(f"{where}: there is no prompt before the options")
+    if found := _LONG_DASH.search(line):
+        name = unicodedata.name(found[1])
+        raise InputError(f"{where}: {found[0].strip()} begins with {name}, where two hyphens belong: --{found[2]}")
     values = {}
     for option in options:
-        letter, _, value = option.replace("\t", " ").partition(" ")
+        letter, *rest = re.split(_SPACE, option, maxsplit=1)
+        value = "".join(rest)
         _add(values, "--" + letter, value.strip(), _target("--" + letter, _BY_LETTER, where), where)
     return check_prompt(replace(defaults, prompt=text, **values), where)
 
@@ -145,8 +158,7 @@ def _convert(value: object, kind: type, name: str, where: str):
 
 
 def _read_text(path: Path, defaults: SamplePrompt) -> list[SamplePrompt]:
-    # Not splitlines(), which also splits at characters that prompts may contain.
-    lines = read_text(path, "prompt file").split("\n")
+    lines = text_lines(read_text(path, "prompt file"))
     return [
         parse_prompt_line(line, defaults, f"{path} line {number}")
         for number, line in enumerate(lines, 1)
