@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         """The message for arguments that no flag takes: about the first flag among them, else about the first."""
         flag = next((text for text in unknown if text.startswith("-")), None)
         if flag is None:
-            blank = "" if unknown[0].strip() else "; a backslash that continues a line must be its last character"
+            blank = "" if unknown[0].strip(" ") else "; a backslash that continues a line must be its last character"
             return f"{shown(unknown[0]) if unknown[0].strip(' ') else repr(unknown[0])} was not expected{blank}"
         flag = flag.partition("=")[0]
         return f"unknown flag {shown(flag)}{nearest(flag, self.known_flags())}"
