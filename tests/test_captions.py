@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from caching_jobs import FakeEncoder
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,13 +20,6 @@ from utils.data.dataset import build_training_dataset, make_loader
 from utils.data.sources import list_sources
 from utils.learning.flow_matching import draw_generator
 from wan.errors import InputError
-
-
-class FakeEncoder:
-    """Tokens that tell their caption: as many as it has letters, filled with that number."""
-
-    def __call__(self, prompts):
-        return [torch.full((len(prompt) + 1, 8), float(len(prompt))) for prompt in prompts]
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +132,7 @@ def test_captions_that_change_are_noticed(tmp_path, settings, named):
     changed = _folder(tmp_path, {"a": "cat\nowl"}, **{"caption_mode": "lines", **settings})
     with pytest.raises(InputError, match=f"a.png {named}"):
         build_training_dataset(read_dataset_config(changed))
-    assert len(_cached(changed, "--skip_existing").items) == 1
+    assert len(_cached(changed).items) == 1
 
 
 def test_captions_in_another_order_are_still_cached(tmp_path):
@@ -188,7 +182,7 @@ def files(tmp_path_factory):
     folder = write_inputs(tmp_path_factory.mktemp("run"))
     for path in (folder / "pics").glob("*.txt"):
         further = [("b", torch.ones(2, 48).bfloat16()), ("", torch.zeros(1, 48).bfloat16())]
-        write_text(text_path(folder / "pics", path.stem), torch.randn(3, 48).bfloat16(), path.stem, further)
+        write_text(text_path(folder / "pics", path.stem), torch.randn(3, 48).bfloat16(), path.stem, None, further)
         path.write_text(f"{path.stem}\nb", encoding="utf-8")
     with open(folder / "data.toml", "a", encoding="utf-8") as file:
         file.write('\ncaption_mode = "lines"\ncaption_dropout_rate = 0.3\n')

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +18,7 @@ from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_
 
 from utils import training
 from utils.cli.train import parse_train
+from utils.data.cache_files import image_latents_path, read_latents, write_latents
 from utils.data.dataset import build_training_dataset
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.preserve.answers_file import Answer, OldPrompt, read_answers
@@ -124,7 +126,9 @@ class Reference:
         at = sigma.view(-1, 1, 1, 1, 1)
         noisy, t = (1 - at) * latents + at * noise, 1000 * sigma
         error = self.model(noisy, t, batch["t5"]) - (noise - latents)
-        loss = (self.weigh(sigma) * error.square().flatten(1).mean(1)).mean()
+        mask = torch.ones(1) if batch["mask"] is None else batch["mask"]
+        weights = mask.expand_as(error).flatten(1)
+        loss = (self.weigh(sigma) * (weights * error.square().flatten(1)).sum(1) / weights.sum(1)).mean()
         if not preserves:
             return loss, torch.zeros(())
         generators = [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]]
@@ -160,6 +164,23 @@ def test_both_losses_are_those_of_plain_autograd(folder, more, window):
     found = logged(folder, *SGD, *preserving(folder), *more)
     weighed = "--weighting_scheme" in more
     check_losses(found, Reference(folder, window=window, weighed=weighed).losses({1: 10, 3: 4}[window]))
+
+
+def test_masks_weight_the_loss_of_pictures_and_not_that_of_reference_predictions(folder):
+    (folder / "masks").mkdir()
+    text = (folder / "data.toml").read_text(encoding="utf-8")
+    for number, path in enumerate(sorted((folder / "pics").glob("*.png"))):
+        size = Image.open(path).size
+        Image.new("L", size, 255).save(folder / "masks" / path.name)
+        cache = image_latents_path(folder / "pics", path.stem, size)
+        latents = read_latents(cache)
+        mask = torch.rand(latents.shape[-2:], generator=torch.Generator().manual_seed(number))
+        write_latents(cache, latents, size, mask_HW=mask)
+    (folder / "data.toml").write_text(f'{text}\nmask_directory = "{(folder / "masks").as_posix()}"', encoding="utf-8")
+    try:
+        check_losses(logged(folder, *SGD, *preserving(folder)), Reference(folder).losses(10))
+    finally:
+        (folder / "data.toml").write_text(text, encoding="utf-8")
 
 
 def check_losses(found, expected):

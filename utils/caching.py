@@ -211,7 +211,7 @@ def _encode_clips(clips: Sequence[Clip], vae: WanVAE, batch_size: int, dtype: to
     encoded = [_encode_batch(batch, vae).to("cpu", dtype) for batch in together]
     for batch, latents_BCFHW in zip(together, encoded, strict=True):
         for clip, latents_CFHW in zip(batch, latents_BCFHW, strict=True):
-            write_latents(clip.path, latents_CFHW, clip.named_size, clip.frame_count, clip.origin)
+            write_latents(clip.path, latents_CFHW, clip.named_size, clip.frame_count, clip.origin, clip.mask_HW)
 
 
 def _encode_batch(batch: Sequence[Clip], vae: WanVAE) -> torch.Tensor:

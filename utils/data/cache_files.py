@@ -37,6 +37,8 @@ _TEXT_KEY = re.compile(r"varlen_t5_\w+")
 # Captions after the first. musubi-tuner reads them into its batches too, where nothing looks at them; "varlen" keeps it
 # from stacking them.
 _FURTHER_KEY = re.compile(r"varlen_caption([1-9]\d{0,5})_\w+")
+# musubi-tuner reads it as it does further captions.
+_MASK_KEY = re.compile(r"varlen_loss_mask_\w+")
 _CAPTION = re.compile(r"caption\d+")
 _DTYPES = ("F32", "F16", "BF16")
 _TEXT_AXES = "[tokens, width]"
@@ -111,10 +113,11 @@ def write_latents(
     size: tuple[int, int],
     frame_count: int | None = None,
     origin: Origin | None = None,
+    mask_HW: torch.Tensor | None = None,
 ) -> None:
     """Writes one item's latents in their dtype; `size` is the one in the name, `frame_count` is for videos.
 
-    InputError if a file that is not a cache is in the way.
+    `mask_HW` weights the loss of each latent pixel. InputError if a file that is not a cache is in the way.
     """
     _refuse_others_file(path, _LATENTS_KEY)
     frames, height, width = latents_CFHW.shape[1:]
@@ -124,7 +127,8 @@ def write_latents(
         metadata["frame_count"] = str(frame_count)
     if origin is not None:
         metadata |= origin.metadata()
-    _write(path, {key: latents_CFHW}, metadata)
+    masks = {} if mask_HW is None else {f"varlen_loss_mask_{_dtype_name(mask_HW)}": mask_HW}
+    _write(path, {key: latents_CFHW, **masks}, metadata)
 
 
 def write_text(
@@ -152,6 +156,20 @@ def write_text(
 def read_latents(path: Path) -> torch.Tensor:
     """[C, F, H, W] in the file's dtype; InputError names a file that is damaged or holds NaN or infinity."""
     return _read(path, _latents_entry(path)[0])
+
+
+def read_mask(path: Path) -> torch.Tensor:
+    """[H, W] float32: how much each latent pixel of a cache is trained on, from 0 to 1. Errors as read_latents."""
+    entries, _ = _header(path)
+    mask_HW = _read(path, _only_entry(path, entries, _MASK_KEY, "mask", "[height, width]")).float()
+    if not (mask_HW.min() >= 0 and 0 < mask_HW.max() <= 1):
+        raise InputError(f"{path} holds a mask whose values are not from 0 to 1: delete it and cache again")
+    return mask_HW
+
+
+def has_mask(path: Path) -> bool:
+    """Whether a latent cache holds a mask; InputError if it cannot be read."""
+    return any(map(_MASK_KEY.fullmatch, _header(path)[0]))
 
 
 def read_text(path: Path, caption: str | None = None) -> torch.Tensor:
@@ -210,6 +228,8 @@ def latents_problem(
         return f"has a damaged latent cache ({error})"
     if entry.shape != shape:
         return f"was cached as latents {_times(entry.shape)}, the dataset file now asks for {_times(shape)}"
+    if wanted and "mask" in wanted and (problem := _mask_problem(cache, shape)):
+        return problem
     origin = origin_in(metadata)
     if origin is not None and (otherwise := difference(origin.made_by, wanted or {})):
         return f"was cached {otherwise}"
@@ -218,6 +238,16 @@ def latents_problem(
     if origin is None:
         return "is newer than its latent cache" if _changed_at(source) > cache.stat().st_mtime_ns else None
     return "has changed since it was cached" if source_changed(origin, source) else None
+
+
+def _mask_problem(cache: Path, shape: tuple[int, ...]) -> str | None:
+    if not has_mask(cache):
+        return "was cached without its mask"
+    try:
+        found = tuple(read_mask(cache).shape)
+    except InputError as error:
+        return f"has a damaged mask in its latent cache ({error})"
+    return None if found == shape[-2:] else f"was cached with a mask of {_times(found)} latent pixels"
 
 
 def text_problem(cache: Path, texts: Sequence[str], wanted: Mapping[str, str] | None = None) -> str | None:

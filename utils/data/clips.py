@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from utils.data.cache_files import (
     CachedClip,
@@ -22,6 +23,7 @@ from utils.data.cache_files import (
     parse_clip_name,
 )
 from utils.data.items import is_plain
+from utils.data.masks import mask_settings, read_mask
 from utils.data.origins import Origin, clip_settings, dataset_settings, read_origin
 from utils.data.pictures import read_image
 from utils.data.remarks import TRANSPARENT
@@ -44,6 +46,7 @@ class Clip:
     frame_count: int | None = None
     remarks: frozenset[str] = frozenset()
     origin: Origin | None = None
+    mask_HW: torch.Tensor | None = None  # of latent pixels
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _read_image_unit(reading: Reading, unit: Sequence[SizedSource]) -> list[Clip
 
 def _current_picture(reading: Reading, entry: SizedSource) -> Clip | None:
     path = image_latents_path(reading.dataset.cache_directory, entry.source.stem, entry.size)
-    wanted = {**reading.settings, **clip_settings(entry.bucket)}
+    wanted = {**_settings(reading, entry), **clip_settings(entry.bucket)}
     clip = Clip(entry.source.path, path, None, entry.size)
     return _if_current(reading, clip, 1, entry.bucket, wanted)
 
@@ -111,10 +114,15 @@ def _current_picture(reading: Reading, entry: SizedSource) -> Clip | None:
 def _read_picture(reading: Reading, entry: SizedSource) -> Clip:
     source = entry.source.path
     path = image_latents_path(reading.dataset.cache_directory, entry.source.stem, entry.size)
-    origin = read_origin(source, {**reading.settings, **clip_settings(entry.bucket)})
+    origin = read_origin(source, {**_settings(reading, entry), **clip_settings(entry.bucket)})
     picture = read_image(source, entry.bucket, reading.dataset.background)
     origin = _without_unused(origin, picture.remarks)
-    return Clip(source, path, picture.values[None], entry.size, None, picture.remarks, origin)
+    mask_HW = read_mask(reading.dataset, entry)
+    return Clip(source, path, picture.values[None], entry.size, None, picture.remarks, origin, mask_HW)
+
+
+def _settings(reading: Reading, entry: SizedSource) -> dict[str, str]:
+    return {**reading.settings, **mask_settings(reading.dataset, entry.source)}
 
 
 def _read_video_unit(reading: Reading, unit: Sequence[SizedSource]) -> list[Clip]:
@@ -125,7 +133,8 @@ def _read_video_unit(reading: Reading, unit: Sequence[SizedSource]) -> list[Clip
         clips = [_current_clip(reading, entry, *window) for window in clip_windows(dataset, length)]
         if clips and all(clips):
             return clips
-    origin = read_origin(source, {**reading.settings, "most_frames": str(limit)})
+    origin = read_origin(source, {**_settings(reading, entry), "most_frames": str(limit)})
+    mask_HW = read_mask(dataset, entry)
     video = read_video(source, bucket, dataset.source_fps, limit, dataset.background)
     origin = _without_unused(origin, video.remarks, frames_read=str(len(video.values)))
     clips = []
@@ -133,7 +142,7 @@ def _read_video_unit(reading: Reading, unit: Sequence[SizedSource]) -> list[Clip
         path = clip_latents_path(dataset.cache_directory, entry.source.stem, start, frames, bucket)
         own = replace(origin, made_by={**origin.made_by, **clip_settings(bucket, start, frames)})
         pixels = video.values[start : start + frames]
-        fresh = Clip(source, path, pixels, bucket, frames, video.remarks, own)
+        fresh = Clip(source, path, pixels, bucket, frames, video.remarks, own, mask_HW)
         clips.append(_current_clip(reading, entry, start, frames) or fresh)
     return clips
 
@@ -141,7 +150,7 @@ def _read_video_unit(reading: Reading, unit: Sequence[SizedSource]) -> list[Clip
 def _current_clip(reading: Reading, entry: SizedSource, start: int, frames: int) -> Clip | None:
     source, bucket = entry.source, entry.bucket
     path = clip_latents_path(reading.dataset.cache_directory, source.stem, start, frames, bucket)
-    wanted = {**reading.settings, **clip_settings(bucket, start, frames)}
+    wanted = {**_settings(reading, entry), **clip_settings(bucket, start, frames)}
     return _if_current(reading, Clip(source.path, path, None, bucket, frames), frames, bucket, wanted)
 
 

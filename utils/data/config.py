@@ -74,10 +74,19 @@ def _dataset(table: dict, general: dict, where: str) -> AnyDataset:
     for key in ("recursive", "caption_mode"):
         if lines is not None and key in table:
             raise InputError(f"{where}: {key} is for {kind}_directory; leave it out")
+    _check_masks(values, folder, where)
     values["cache_directory"] = values.get("cache_directory", folder)
     dataset = (VideoDataset if is_video else ImageDataset)(**values)
     _check_resolution(dataset, where)
     return dataset
+
+
+def _check_masks(values: Mapping, folder: Path | None, where: str) -> None:
+    masks = values.get("mask_directory")
+    if masks and values.get("alpha_mask"):
+        raise InputError(f"{where}: mask_directory and alpha_mask contradict each other: give one of them")
+    if masks and folder and os.path.realpath(masks) == os.path.realpath(folder):
+        raise InputError(f"{where}: mask_directory must be another folder than that of the pictures or videos")
 
 
 def _values(table: Mapping, schema: Mapping[str, Callable], where: str) -> dict:
@@ -260,12 +269,20 @@ _SHARED = {
     "caption_dropout_rate": _dropout,
 }
 _GENERAL = {**_SHARED, "validation_split": _share}
-_IMAGE = {**_SHARED, "image_directory": _path, "image_jsonl_file": _path, "cache_directory": _path}
+_IMAGE = {
+    **_SHARED,
+    "image_directory": _path,
+    "image_jsonl_file": _path,
+    "cache_directory": _path,
+    "mask_directory": _path,
+    "alpha_mask": _flag,
+}
 _VIDEO = {
     **_SHARED,
     "video_directory": _path,
     "video_jsonl_file": _path,
     "cache_directory": _path,
+    "mask_directory": _path,
     "target_frames": _target_frames,
     "frame_extraction": _one_of(FRAME_EXTRACTIONS),
     "frame_stride": _count,

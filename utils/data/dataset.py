@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
-from utils.data.cache_files import read_latents, read_text
+from utils.data.cache_files import read_latents, read_mask, read_text
 from utils.data.commands import caching_command
 from utils.data.items import CachedItems, Item, Problem, cached_items
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset
@@ -107,6 +107,7 @@ class TrainingDataset(Dataset):
     def __getitem__(self, batch: ShownBatch | tuple[int, ...]) -> dict:
         """{"latents": [B, 16, F, H, W] float32, "t5": list of [S, D] in the caches' dtype, "names", "entries"}.
 
+        "mask" is [B, 1, 1, H, W], or None where the whole of every item is trained on.
         A tuple of entries shows the first caption of each.
         """
         if not isinstance(batch, ShownBatch):
@@ -117,6 +118,7 @@ class TrainingDataset(Dataset):
             "t5": [read_text(item.text, caption) for item, caption in zip(items, batch.captions, strict=True)],
             "names": [item.name for item in items],
             "entries": list(batch.entries),
+            "mask": _masks(items),
         }
 
     def _item(self, entry: int) -> Item:
@@ -238,7 +240,8 @@ class _SentByPipe(Dataset):
         except InputError as error:
             return error
         texts = [_PlainTensor(text_SD) for text_SD in loaded["t5"]]
-        return {**loaded, "latents": _PlainTensor(loaded["latents"]), "t5": texts}
+        mask = loaded["mask"] if loaded["mask"] is None else _PlainTensor(loaded["mask"])
+        return {**loaded, "latents": _PlainTensor(loaded["latents"]), "t5": texts, "mask": mask}
 
 
 class _PlainTensor:
@@ -267,6 +270,14 @@ def _workers_problem(workers: int) -> str | None:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"batches {seed} {epoch}".encode()).digest()[:8], "little") >> 1
+
+
+def _masks(items: Sequence[Item]) -> Tensor | None:
+    if not any(item.masked for item in items):
+        return None
+    whole_HW = torch.ones(items[0].latent_shape[-2:])
+    masks_BHW = torch.stack([read_mask(item.latents) if item.masked else whole_HW for item in items])
+    return masks_BHW[:, None, None]
 
 
 def _shown_caption(item: Item, seed: int, epoch: int, entry: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.data.cache_files import (
     CachedClip,
+    has_mask,
     image_latents_path,
     latents_files,
     latents_origin,
@@ -18,6 +19,7 @@ from utils.data.cache_files import (
     text_problem,
     text_shapes,
 )
+from utils.data.masks import is_masked, mask_settings, wants_masks
 from utils.data.origins import clip_settings, dataset_settings, size_text
 from utils.data.pictures import is_plain_picture, stored_size
 from utils.data.remarks import count_and_names
@@ -68,6 +70,7 @@ class Item:
     text_shape: tuple[int, int]
     captions: tuple[str, ...]
     dropout: float = 0.0
+    masked: bool = False  # its latent cache holds a mask for the loss
 
     @property
     def caption(self) -> str:
@@ -131,6 +134,8 @@ def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) ->
         source = Source(Path(stem), first, further=tuple(further))
         entry = SizedSource(replace(source, path=Path(source.path.name), subfolder=source.path.parent), bucket, bucket)
         _sort_out(dataset, entry, [(path, frames, latents_problem(path, None, frames, bucket))], items, problems)
+    if wants_masks(dataset):  # their files are gone or not, but the caches hold them
+        items = [replace(item, masked=has_mask(item.latents)) for item in items]
     notes = [f"{reason}; trained on what its cache folder holds"]
     notes += [f"latent caches without a text cache, left out: {count_and_names(captionless)}"] if captionless else []
     return CachedItems(tuple(items), tuple(problems), (), tuple(notes))
@@ -167,7 +172,8 @@ def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Se
             size = other_sizes[stem]
             entry = replace(entry, size=size, bucket=choose_bucket(dataset, entry.source, size))
             cache = image_latents_path(dataset.cache_directory, stem, size)
-        problem = latents_problem(cache, entry.source.path, 1, entry.bucket, settings)
+        wanted = {**settings, **mask_settings(dataset, entry.source)}
+        problem = latents_problem(cache, entry.source.path, 1, entry.bucket, wanted)
         if not cache.is_file() and stem in other_sizes:
             problem = f"is {size_text(entry.size)}, but was {size_text(other_sizes[stem])} when it was cached"
         _sort_out(dataset, entry, [(cache, 1, problem)], items, problems)
@@ -224,7 +230,8 @@ def _video_items(dataset: VideoDataset, sized: Sequence[SizedSource], caches: Se
 
 def _clip_problem(dataset: VideoDataset, clip: CachedClip, source: Source) -> str | None:
     settings = {**dataset_settings(dataset), **clip_settings(clip.size, clip.start, clip.frames)}
-    return latents_problem(clip.path, source.path, clip.frames, clip.size, settings)
+    wanted = {**settings, **mask_settings(dataset, source)}
+    return latents_problem(clip.path, source.path, clip.frames, clip.size, wanted)
 
 
 def _wanted_clips(
@@ -295,5 +302,6 @@ def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item],
         text_shape = max(shape for caption, shape in text_shapes(text) if caption is None or caption in texts)
         for cache, frames, _ in found:
             latent_shape = WAN_2_1_VAE.shape(frames, height, width)
-            rest = (text_shape, source.captions, dataset.caption_dropout_rate)
+            masked = is_masked(dataset, source)
+            rest = (text_shape, source.captions, dataset.caption_dropout_rate, masked)
             items.append(Item(source.path.name, cache, text, entry.bucket, frames, latent_shape, *rest))

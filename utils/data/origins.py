@@ -26,6 +26,7 @@ _DIFFERENCES = {
     "text_encoder": "with another text encoder or tokenizer",
     "bucket": "at {}, not {}",
     "frames": "from the frames {}, not {}",
+    "mask": "with another mask",
     "background": "on the background {}, the dataset file now says {}",
     "source_fps": "with source_fps = {}, the dataset file now says {}",
 }

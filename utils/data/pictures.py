@@ -66,6 +66,18 @@ def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, in
     return Pixels(pixels, frozenset(remarks | found))
 
 
+def read_alpha(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """How opaque a picture is, uint8 [height, width], resized and cropped as read_image does."""
+    with readable_media(path), Image.open(path) as image:
+        encoding = read_encoding(image, _coded_light(path, image.format))
+        image.load()
+        turn = _turn(image, path)
+        _, alpha = _without_alpha(image, encoding)
+        if alpha is None:
+            return np.full(size[::-1], 255, np.uint8)
+        return resize_and_crop(np.asarray(alpha.convert("RGB")), size, turn)[..., 0]
+
+
 def _tiff_size(image: Image.Image) -> tuple[int, int]:
     # Pillow's own is turned or not, depending on its version.
     width, height = image.tag_v2[256], image.tag_v2[257]

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from utils.data.folders import FROM_HERE, media_files
+from utils.data.mask_files import find_masks
 from utils.data.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from utils.data.remarks import count_and_names
 from utils.files import file_problem, names_text, parse_json, path_text, read_text, text_lines
 from wan.errors import InputError
 
@@ -36,6 +38,8 @@ class ImageDataset:
     caption_mode: str = "whole"
     caption_prefix: str = ""
     caption_dropout_rate: float = 0.0  # the share of an epoch's entries that train with the empty caption
+    mask_directory: Path | None = None
+    alpha_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class VideoDataset:
     caption_mode: str = "whole"
     caption_prefix: str = ""
     caption_dropout_rate: float = 0.0
+    mask_directory: Path | None = None
 
 
 AnyDataset = ImageDataset | VideoDataset
@@ -80,13 +85,15 @@ class DatasetConfig:
 class Source:
     """One captioned picture, or video, in a subfolder of the dataset's folder or in that itself.
 
-    Of several captions, `further` are those after the first; an entry of an epoch shows one of them.
+    Of several captions, `further` are those after the first; an entry of an epoch shows one of them. `mask` is a
+    picture that is white where this one is trained on.
     """
 
     path: Path
     caption: str
     subfolder: Path = Path()
     further: tuple[str, ...] = ()
+    mask: Path | None = None
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -126,12 +133,21 @@ def list_sources(dataset: AnyDataset, workers: int = 1) -> Sources:
     sources = _read_folder(folder, dataset, workers) if lines is None else _read_jsonl(lines, field)
     _check_stems(sources.found)
     found = [_with_captions(source, _final(source.captions, dataset.caption_prefix)) for source in sources.found]
-    return replace(sources, found=tuple(found))
+    sources = replace(sources, found=tuple(found))
+    return sources if dataset.mask_directory is None else _with_masks(sources, dataset.mask_directory)
 
 
 def texts_to_encode(dataset: AnyDataset, source: Source) -> tuple[str, ...]:
     """What the text cache of a source holds: its captions, and the empty one where captions are dropped."""
     return tuple(dict.fromkeys([*source.captions, *([""] if dataset.caption_dropout_rate else [])]))
+
+
+def _with_masks(sources: Sources, folder: Path) -> Sources:
+    masks = find_masks(folder, [source.stem for source in sources.found])
+    found = tuple(replace(source, mask=mask) for source, mask in zip(sources.found, masks, strict=True))
+    whole = [source.path for source in found if source.mask is None]
+    notes = [f"without a mask in {folder}, trained on as a whole: {count_and_names(whole)}"] if whole else []
+    return replace(sources, found=found, notes=(*sources.notes, *notes))
 
 
 def _with_captions(source: Source, captions: Sequence[str]) -> Source:

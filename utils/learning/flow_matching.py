@@ -193,14 +193,34 @@ def add_noise(latents_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor) -> tu
     return noisy_BCFHW, sigma_B * TIMESTEPS, noise_BCFHW - latents_BCFHW
 
 
-def flow_loss(predicted_BCFHW: Tensor, target_BCFHW: Tensor, sigma_B: Tensor, weighting: str) -> Tensor:
+def flow_loss(
+    predicted_BCFHW: Tensor,
+    target_BCFHW: Tensor,
+    sigma_B: Tensor,
+    weighting: str,
+    mask_B11HW: Tensor | None = None,
+) -> Tensor:
     """The mean squared error, each sample weighted by its noise level."""
-    return sample_losses(predicted_BCFHW, target_BCFHW, sigma_B, weighting).mean()
+    return sample_losses(predicted_BCFHW, target_BCFHW, sigma_B, weighting, mask_B11HW).mean()
 
 
-def sample_losses(predicted_BCFHW: Tensor, target_BCFHW: Tensor, sigma_B: Tensor, weighting: str) -> Tensor:
-    """[B]: each sample's own mean squared error, weighted by its noise level."""
-    error_B = (predicted_BCFHW.float() - target_BCFHW.float()).square().flatten(1).mean(1)
+def sample_losses(
+    predicted_BCFHW: Tensor,
+    target_BCFHW: Tensor,
+    sigma_B: Tensor,
+    weighting: str,
+    mask_B11HW: Tensor | None = None,
+) -> Tensor:
+    """[B]: each sample's own mean squared error, weighted by its noise level.
+
+    With a mask m it is sum(m error) / sum(m) over the sample's values: where m is 1 or 0, the mean of where it is 1.
+    So each sample counts as much as any other, however much of it is masked, and a white mask changes nothing.
+    """
+    error_BCFHW = (predicted_BCFHW.float() - target_BCFHW.float()).square()
+    if mask_B11HW is None:
+        error_B = error_BCFHW.flatten(1).mean(1)
+    else:
+        error_B = (mask_B11HW * error_BCFHW).flatten(1).mean(1) / mask_B11HW.flatten(1).mean(1)
     return error_B * loss_weights(sigma_B, weighting)
 
 

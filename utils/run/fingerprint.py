@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from decimal import Decimal
 from fractions import Fraction
 
-from utils.data.cache_files import read_latents, read_text
+from utils.data.cache_files import read_latents, read_mask, read_text
 from utils.data.dataset import TrainingDataset
 from utils.data.items import Item
 from utils.preserve.old_prompts import OldPrompts
@@ -119,7 +119,9 @@ def _dataset_hash(dataset: TrainingDataset) -> str:
 
 def _identity(item: Item) -> tuple:
     own = (item.name, item.bucket, item.frames, item.text_shape, *item.captions)
-    return (*own, item.dropout) if item.dropout else own  # so that states of earlier versions stay valid
+    # Only what there is, so that states of earlier versions stay valid.
+    mask = [value_digest(read_mask(item.latents)).hex()] if item.masked else []
+    return (*own, *([item.dropout] if item.dropout else []), *mask)
 
 
 def _texts(item: Item) -> tuple[str, ...]:

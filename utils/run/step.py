@@ -32,6 +32,7 @@ def backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_s
     moved = (*add_noise(latents_BCFHW, noise_BCFHW, sigma_B), sigma_B)
     noisy_BCFHW, t_B, target_BCFHW, sigma_B = (x.to(device, non_blocking=True) for x in moved)
     context = [text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]]
+    mask_B11HW = None if batch["mask"] is None else batch["mask"].to(device, non_blocking=True)
     targets = [Targets(noisy_BCFHW, sigma_B, t_B, context, target_BCFHW)]
     if preserves:
         of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
@@ -40,7 +41,8 @@ def backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_s
     for number, own in enumerate(targets):
         # One backward for each, so that one graph at a time is held.
         predicted_BCFHW = run.model(own.noisy_BCFHW, own.t_B, own.context)
-        loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.sigma_B, timesteps.weighting)
+        mask = None if number else mask_B11HW  # reference predictions are pulled to as a whole
+        loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.sigma_B, timesteps.weighting, mask)
         loss = loss * own.share / batches_of_step
         run.scaler.scale(run.preserved.weight * loss if number else loss).backward()
         losses[min(number, 1)] += loss.detach()

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from utils.data.cache_files import read_latents, read_text
+from utils.data.cache_files import read_latents, read_mask, read_text
 from utils.data.items import Item
 from utils.data.sources import DatasetConfig
 from utils.learning.flow_matching import TimestepConfig, add_noise, draw_generator, sample_losses
@@ -95,6 +95,7 @@ def validation_sums(
     sums = no_sums()
     for item in items:
         latents_CFHW, text_SD = read_latents(item.latents).float(), read_text(item.text, item.caption)
+        mask = read_mask(item.latents)[None, None, None] if item.masked else None
         sigmas = levels(timesteps, LEVELS, tuple(latents_CFHW.shape[-2:]))
         for numbers in parts(range(LEVELS), most_values // latents_CFHW.numel()):
             generators = [draw_generator(seed, "validation", item.name, number) for number in numbers]
@@ -103,7 +104,7 @@ def validation_sums(
             noisy_BCFHW, t_B, target_BCFHW = add_noise(latents_CFHW.expand_as(noise_BCFHW), noise_BCFHW, sigma_B)
             context = [text_SD.to(device)] * len(numbers)
             predicted_BCFHW = model(noisy_BCFHW.to(device), t_B.to(device), context).float().cpu()
-            add_to(sums, t_B, sample_losses(predicted_BCFHW, target_BCFHW, sigma_B, timesteps.weighting))
+            add_to(sums, t_B, sample_losses(predicted_BCFHW, target_BCFHW, sigma_B, timesteps.weighting, mask))
     return sums
 
 
