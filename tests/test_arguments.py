@@ -64,6 +64,13 @@ def test_a_space_alone_hints_at_a_backslash_that_is_not_the_last_character():
     assert "' ' was not expected; a backslash that continues a line must be its last character" in refusal(" ")
 
 
+@pytest.mark.parametrize("flag", ["ff", "ffid", "output_name", "preserve_prompts", "lr_warmup_steps", "optimizer_type"])
+def test_an_invisible_character_in_any_value_but_free_text_is_named(flag):
+    message = refusal(f"--{flag}=5\u200b")
+    assert message == f"--{flag}: '5\\u200b' holds U+200B ZERO WIDTH SPACE: delete what cannot be seen"
+    assert parse_train([*SHORT, "--ffid", "2", "--training_comment", "a\u200b\nb"]).metadata.comment == "a\u200b\nb"
+
+
 @pytest.mark.parametrize("path", ["out\r", "\u202aC:/owl", "out\u200b", "out\u00a0", "\ufeffout", "a\tb"], ids=ascii)
 def test_an_invisible_character_in_a_path_is_refused_before_anything_is_made(path):
     message = refusal("--output_dir", path)

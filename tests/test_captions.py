@@ -195,3 +195,15 @@ def test_a_resumed_run_shows_the_captions_of_the_run_that_never_stopped(files):
     run(files, "--save_as", "slice", "--resume", str(files / "whole" / "one-step00000003-state"))
     whole, resumed = (load_file(files / name / "one.slice.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_state_of_other_captions_is_refused(files):
+    shutil.rmtree(files / "out", ignore_errors=True)
+    run(files, "--save_state", "--save_as", "slice", "--max_train_epochs", "1")
+    text = (files / "data.toml").read_text(encoding="utf-8")
+    (files / "data.toml").write_text(text.replace("rate = 0.3", "rate = 0.4"), encoding="utf-8")
+    try:
+        with pytest.raises(InputError, match="another run: dataset_sha256"):
+            run(files, "--resume", "latest", "--save_as", "slice")
+    finally:
+        (files / "data.toml").write_text(text, encoding="utf-8")

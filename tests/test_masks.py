@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from utils import caching
 from utils.data.cache_files import image_latents_path, read_latents, read_mask, text_path, write_latents, write_text
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset, make_loader
-from utils.learning.flow_matching import flow_loss, sample_losses
+from utils.learning.flow_matching import TimestepConfig, flow_loss, sample_losses
+from utils.run.validation import validation_sums
 from wan.errors import InputError
+from wan.loading import load_dit
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +251,7 @@ def files(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("run"))
 
 
-def _losses(folder, mask):
+def _losses(folder, mask, *more):
     """The losses of a short run whose caches hold `mask`, of each picture's (height, width); None: no masks."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     (folder / "masks").mkdir(exist_ok=True)
@@ -261,8 +264,26 @@ def _losses(folder, mask):
         write_latents(cache, read_latents(cache), (width, height), None, None, masks)
     masks = "" if mask is None else f'\nmask_directory = "{(folder / "masks").as_posix()}"'
     (folder / "data.toml").write_text(text + masks, encoding="utf-8")
-    run(folder, "--max_train_epochs", "1", "--save_as", "slice")
+    run(folder, "--max_train_epochs", "1", "--save_as", "slice", *more)
     return load_file(folder / "out" / "one.slice.safetensors")
+
+
+def test_a_state_of_other_masks_is_refused(files):
+    _losses(files, torch.ones, "--save_state")
+    path = image_latents_path(files / "pics", "wide0", (32, 16))
+    write_latents(path, read_latents(path), (32, 16), mask_HW=torch.tensor([[0.0, 1, 1, 1]] * 2))
+    with pytest.raises(InputError, match="another run: dataset_sha256"):
+        run(files, "--resume", "latest", "--save_as", "slice", "--max_train_epochs", "2")
+
+
+def test_the_validation_loss_is_masked_too(files):
+    _losses(files, lambda h, w: (torch.arange(w) < 1).float().expand(h, w))
+    items = _build(files / "data.toml").items[:1]
+    model, timesteps = load_dit(files / "base.safetensors", torch.float32), TimestepConfig("uniform")
+    where = (timesteps, 1, 10**6, torch.device("cpu"))
+    masked = validation_sums(model, items, *where)
+    whole = validation_sums(model, [replace(items[0], masked=False)], *where)
+    assert masked[1, 0] == whole[1, 0] and masked[0, 0] != whole[0, 0]
 
 
 def test_a_run_with_white_masks_is_the_run_without_masks_bit_for_bit_and_others_are_not(files):

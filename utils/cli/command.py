@@ -29,6 +29,7 @@ _LONG_DASH = re.compile(r"-?([\u2010-\u2015\u2212])[-\u2010-\u2015\u2212]?([A-Za
 _IN_NAMES = ("U+00A0 NO-BREAK SPACE", "U+202F NARROW NO-BREAK SPACE", "U+3000 IDEOGRAPHIC SPACE")  # macOS writes them
 _QUOTES = "\"'\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 
+FREE_TEXT = "TEXT"  # the metavar of flags that take any characters
 USAGE = "%(prog)s [options]"  # of a script whose flags follow in groups
 
 
@@ -60,8 +61,9 @@ class Parser(argparse.ArgumentParser):
         """The message for arguments that no flag takes: about the first flag among them, else about the first."""
         flag = next((text for text in unknown if text.startswith("-")), None)
         if flag is None:
-            blank = "" if unknown[0].strip(" ") else "; a backslash that continues a line must be its last character"
-            return f"{shown(unknown[0]) if unknown[0].strip(' ') else repr(unknown[0])} was not expected{blank}"
+            if not unknown[0].strip(" "):
+                return f"{unknown[0]!r} was not expected; a backslash that continues a line must be its last character"
+            return f"{shown(unknown[0])} was not expected: no flag takes it"
         flag = flag.partition("=")[0]
         return f"unknown flag {shown(flag)}{nearest(flag, self.known_flags())}"
 
@@ -77,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
     def takes_path(self, flag: str) -> bool:
         """Whether the values of a flag are paths."""
-        return any(flag in action.option_strings and action.type is Path for action in self._actions)
+        return any(flag in action.option_strings and _is_path(action) for action in self._actions)
 
     def _refuse_long_dash(self, text: str) -> None:
         """What editors and chats make of two hyphens would be taken for the value of the flag before it."""
@@ -87,7 +89,8 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"{text} begins with {unicodedata.name(found[1])}, where two hyphens belong: {name}")
 
     def _get_value(self, action: argparse.Action, text: str):
-        if action.type is Path and (problem := _path_problem(text)):
+        problem = _path_problem(text) if _is_path(action) else _hidden_problem(text)
+        if problem and action.metavar != FREE_TEXT:
             raise argparse.ArgumentError(action, problem)
         return super()._get_value(action, text)
 
@@ -97,7 +100,8 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, unknown_choice(str(value), allowed))
 
     def error(self, message: str):
-        hidden = "".join(_hidden_line(text) for text in self._given if _is_in(text, message))
+        lines = [_hidden(text) for text in self._given if _is_in(text, message)]
+        hidden = "".join(f"; {line}" for line in lines if line and line.partition(" holds ")[2] not in message)
         if not message.startswith("argument "):
             raise InputError(f"{message}{hidden} (--help lists the flags)")
         raise InputError(message.removeprefix("argument ").replace(": must be", " must be", 1) + hidden)
@@ -108,19 +112,29 @@ def _is_in(text: str, message: str) -> bool:
     return any(part and shown(part) in message for part in (text, *text.split("=", 1)))
 
 
-def _hidden_line(text: str) -> str:
-    names = invisible(text)
-    return f"; {shown(text)} holds {', '.join(names)}" if names else ""
+def _hidden(text: str) -> str:
+    """Which characters of an argument cannot be seen; empty if all can."""
+    names = [name for name in invisible(text) if name not in _IN_NAMES or text != text.strip()]
+    return f"{shown(text)} holds {', '.join(names)}" if names else ""
+
+
+def _hidden_problem(text: str) -> str | None:
+    return f"{hidden}: delete what cannot be seen" if (hidden := _hidden(text)) else None
+
+
+def _is_path(action: argparse.Action) -> bool:
+    return action.type is Path or "FILE" in (action.metavar or "")
 
 
 def _path_problem(text: str) -> str | None:
     """What is wrong with a path as it was typed; None if nothing is, or if there is a file of that very name."""
     if not text.strip():
         return "is empty: give a path, or leave the flag out"
-    names = [name for name in invisible(text) if name not in _IN_NAMES or text != text.strip()]
-    if names and not os.path.lexists(text):
-        return f"{shown(text)} holds {', '.join(names)}: delete what cannot be seen"
-    if text[0] in _QUOTES and text[-1] in _QUOTES and not os.path.lexists(text):
+    if os.path.lexists(text):
+        return None
+    if problem := _hidden_problem(text):
+        return problem
+    if text[0] in _QUOTES and text[-1] in _QUOTES:
         return f"{shown(text)} has quotes that are part of the name: use plain double quotes"
     return None
 

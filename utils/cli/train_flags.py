@@ -313,7 +313,7 @@ def _add_logging(parser: ArgumentParser) -> None:
         choices=("tensorboard", "wandb", "all"),
         help="where to log (default: tensorboard with --logging_dir)",
     )
-    add("--log_prefix", default="", metavar="TEXT", help="start of the name of the run's log folder (default: none)")
+    add("--log_prefix", default="", metavar="NAME", help="start of the name of the run's log folder (default: none)")
     add(
         "--log_tracker_name",
         default="network_train",
