@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import torch
 from tiny_run import write_dataset
 
 from utils.cli.cache import parse_cache_latents
@@ -13,6 +14,7 @@ from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.sampling.prompts import SamplePrompt, parse_prompt_line
 from utils.selective_finetune import SliceError
+from utils.swap.placement import check_swap
 from wan.errors import InputError
 from wan.values import invisible
 
@@ -195,6 +197,13 @@ def test_advice_that_is_followed_is_not_refused_next(typed, advised):
     new = {word for word in advised.split() if word.startswith("--")} - {"--vae", "--t5"}
     assert all(flag in message for flag in new - set(typed.split()))
     parse_train([*SHORT, "--ffid", "2", *advised.split()])
+
+
+@pytest.mark.parametrize("flag", ["--use_pinned_memory_for_block_swap", "--host_weights=pinned"])
+def test_page_locked_memory_on_a_cpu_is_refused_with_the_flag_that_asked_for_it(flag):
+    swap = parse_train([*SHORT, "--ffid", "2", "--blocks_to_swap", "1", flag]).swap
+    with pytest.raises(InputError, match=f"{flag.replace('=', ' ')}.*leave it out"):
+        check_swap(None, torch.float32, torch.device("cpu"), swap, mapped=True)
 
 
 def test_other_scripts_name_what_cannot_be_seen_too():

@@ -81,6 +81,17 @@ def test_backslashes_in_double_quotes_are_answered_with_the_two_right_ways(tmp_p
         read_dataset_config(_written(tmp_path / "d.toml", table.replace(f'"{path}"', right)))
 
 
+@pytest.mark.parametrize("path", [r"C:\train\new.png", r"C:\users\me.png", r"D:\data\owl.png"])
+def test_backslashes_in_json_are_answered_too(tmp_path, path):
+    hint = 'in JSON a backslash begins an escape, so write / in paths, as in "C:/train", or two backslashes'
+    list_of_one = _written(tmp_path / "l.jsonl", f'{{"image_path": "{path}", "caption": "a"}}')
+    with pytest.raises(InputError, match=f"l.jsonl line 1.*{hint}"):
+        list_sources(ImageDataset(tmp_path, image_jsonl_file=list_of_one))
+    table = f'{{"image_directory": "{path}", "caption_extension": ".txt"}}'
+    with pytest.raises(InputError, match=f"d.json.*{hint}"):
+        read_dataset_config(_written(tmp_path / "d.json", f'{{"datasets": [{table}]}}'))
+
+
 def test_empty_texts_in_a_dataset_file_are_as_if_left_out(tmp_path):
     text = '[general]\ncaption_prefix = ""\n[[datasets]]\nimage_directory = "p"\nimage_jsonl_file = ""\n'
     text += 'cache_directory = ""\ncaption_extension = ".txt"\n'

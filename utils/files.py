@@ -24,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_IN_JSON = 'in JSON a backslash begins an escape, so write / in paths, as in "C:/train", or two backslashes'
 _ESCAPES = {"\t": r"\t", "\n": r"\n", "\b": r"\b", "\f": r"\f", "\r": r"\r", "\x1b": r"\e"}
 _LONGEST_NAME = 170  # bytes: file systems take 255, and what follows in the name of an unfinished file is up to 80
 _FORBIDDEN = '/\\:*?"<>|'
@@ -48,11 +49,11 @@ def read_toml(path: Path) -> dict:
         raise InputError(f"{error}; {_two_ways(typed[1])}" if typed else str(error)) from None
 
 
-def escaped_path(text: str) -> str | None:
-    """How to write a path in whose double quotes toml read backslashes as escapes; None if it shows no sign of that."""
+def escaped_path(text: str, in_json: bool = False) -> str | None:
+    """How to write a path whose backslashes were read as escapes, in toml or JSON; None if it shows no sign of that."""
     if not set(text) & set(_ESCAPES):
         return None
-    return _two_ways("".join(_ESCAPES.get(character, character) for character in text))
+    return _IN_JSON if in_json else _two_ways("".join(_ESCAPES.get(character, character) for character in text))
 
 
 def _two_ways(typed: str) -> str:
@@ -68,7 +69,11 @@ def read_json(path: Path, what: str) -> object:
 
 def parse_json(text: str, where: str) -> object:
     """The value that a JSON text holds; InputError begins with `where`."""
-    return _parsed(_json_value, text, f"{where} is not valid JSON")
+    try:
+        return _parsed(_json_value, text, f"{where} is not valid JSON")
+    except InputError as error:
+        hint = f"; {_IN_JSON}" if "escape" in str(error) else ""
+        raise InputError(f"{error}{hint}") from None
 
 
 def read_text(path: Path, what: str) -> str:

@@ -177,7 +177,7 @@ def _text(value, where: str) -> str:
 def _path(value, where: str) -> Path:
     if "\0" in _text(value, where):
         raise InputError(f"{where} cannot be a path: {quoted(value)}")
-    if hint := escaped_path(value):
+    if hint := escaped_path(value, in_json=where.partition(" [[datasets]]")[0].lower().endswith(".json")):
         raise InputError(f"{where} is {quoted(value)}: {hint}")
     return Path(value)
 

@@ -11,7 +11,7 @@ from utils.data.folders import FROM_HERE, media_files
 from utils.data.mask_files import find_masks
 from utils.data.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from utils.data.remarks import count_and_names
-from utils.files import file_problem, names_text, parse_json, path_text, read_text, text_lines
+from utils.files import escaped_path, file_problem, names_text, parse_json, path_text, read_text, text_lines
 from wan.errors import InputError
 
 _LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
@@ -251,7 +251,9 @@ def _check_listed(listed: Sequence[tuple[str, Path]], or_folder: bool) -> None:
     if broken:
         where, path, problem = broken[0]
         are_gone = len(broken) == len(listed) and all(problem == "does not exist" for *_, problem in broken)
-        raise (SourcesGone if are_gone else InputError)(f"{where}: {path_text(path)} {problem} {FROM_HERE}")
+        hint = f"; {escaped}" if (escaped := escaped_path(str(path), in_json=True)) else ""
+        kind = SourcesGone if are_gone and not hint else InputError
+        raise kind(f"{where}: {path_text(path)} {problem} {FROM_HERE}{hint}")
 
 
 def _keys(entry: object) -> str:

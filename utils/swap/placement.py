@@ -156,7 +156,8 @@ def check_swap(config: WanConfig, dtype: torch.dtype, device: torch.device, swap
     """InputError, before the model loads, if its weights cannot be placed like this; `mapped` as in LoadedWeights."""
     if swap.host_weights == "pinned" and device.type != "cuda":
         raise InputError(
-            f"--host_weights pinned is for copies to a GPU, and the device is {device}: use --host_weights auto"
+            f"--host_weights pinned (or --use_pinned_memory_for_block_swap) is for copies to a GPU, and the device is "
+            f"{device}: leave it out"
         )
     if swap.host_weights == "mapped" and not mapped:
         raise InputError(
