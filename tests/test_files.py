@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from utils import files
-from utils.files import file_name, file_problem, parse_json, quoted, read_json, read_toml, sole_writer, writable_folder
+from utils.files import file_name, file_problem, quoted, sole_writer, writable_folder
+from utils.text_files import parse_json, read_json, read_toml
 from wan.errors import InputError
 
 FOREIGN = {

@@ -16,7 +16,7 @@ STEPS = (
     {"utils.preserve"},
     {"utils.swap"},
     {"utils.data", "utils.sampling", "utils.slices"},
-    {"utils.learning"},
+    {"utils.learning", "utils.text_files"},
     {"utils.files", "utils.devices", "utils.interrupts", "utils.musubi_network"},
     {"utils.slice_saving"},
     {"utils.selective_finetune"},

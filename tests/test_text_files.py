@@ -6,8 +6,8 @@ import pytest
 
 from utils.data.config import read_dataset_config
 from utils.data.sources import ImageDataset, list_sources
-from utils.files import read_json, read_text, read_toml, text_lines
 from utils.sampling.prompts import read_prompt_file
+from utils.text_files import read_json, read_text, read_toml, text_lines
 from wan.errors import InputError
 
 # str.splitlines would split at each of them.

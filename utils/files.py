@@ -1,4 +1,4 @@
-"""Users' files and folders, checked before they are used: reading, names, one writer at a time, left-overs."""
+"""Users' files and folders, checked before they are used: names, one writer at a time, left-overs."""
 
 import json
 import os
@@ -19,13 +19,6 @@ import psutil
 
 from wan.errors import InputError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-_IN_JSON = 'in JSON a backslash begins an escape, so write / in paths, as in "C:/train", or two backslashes'
-_ESCAPES = {"\t": r"\t", "\n": r"\n", "\b": r"\b", "\f": r"\f", "\r": r"\r", "\x1b": r"\e"}
 _LONGEST_NAME = 170  # bytes: file systems take 255, and what follows in the name of an unfinished file is up to 80
 _FORBIDDEN = '/\\:*?"<>|'
 _JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
@@ -36,82 +29,6 @@ UNFINISHED = ".wan.tmp"  # as in slice_saving.py, which imports torch
 _TEMPORARY = re.compile(rf"(?P<name>.+)\.(?P<process>[0-9a-f]{{8}}-[0-9]+-[0-9]*){re.escape(UNFINISHED)}", re.DOTALL)
 _QUIET = 3600  # seconds without a byte, after which a writer that cannot be asked is taken to be gone
 _STARTING = 60  # seconds after which a lock without an owner in it is one that a crash left
-
-
-def read_toml(path: Path) -> dict:
-    """The tables of a toml file; InputError names the file and the line that cannot be read."""
-    text = read_text(path, "toml file")
-    try:
-        return _parsed(tomllib.loads, text, f"{path} is not valid toml")
-    except InputError as error:
-        line = re.search(r"at line (\d+)", str(error))
-        typed = line and re.search(r'"([^"]*\\[^"]*)"', text.split("\n")[int(line[1]) - 1])
-        raise InputError(f"{error}; {_two_ways(typed[1])}" if typed else str(error)) from None
-
-
-def escaped_path(text: str, in_json: bool = False) -> str | None:
-    """How to write a path whose backslashes were read as escapes, in toml or JSON; None if it shows no sign of that."""
-    if not set(text) & set(_ESCAPES):
-        return None
-    return _IN_JSON if in_json else _two_ways("".join(_ESCAPES.get(character, character) for character in text))
-
-
-def _two_ways(typed: str) -> str:
-    path = re.sub(r"\\+", r"\\", typed)
-    forward = path.replace("\\", "/")
-    return f"a backslash in double quotes begins an escape, so write '{path}' in single quotes, or \"{forward}\""
-
-
-def read_json(path: Path, what: str) -> object:
-    """The content of a JSON file; InputError names the file and what is wrong."""
-    return parse_json(read_text(path, what), str(path))
-
-
-def parse_json(text: str, where: str) -> object:
-    """The value that a JSON text holds; InputError begins with `where`."""
-    try:
-        return _parsed(_json_value, text, f"{where} is not valid JSON")
-    except InputError as error:
-        hint = f"; {_IN_JSON}" if "escape" in str(error) else ""
-        raise InputError(f"{error}{hint}") from None
-
-
-def read_text(path: Path, what: str) -> str:
-    """The UTF-8 text of a file, without a byte order mark; InputError names the file."""
-    try:
-        data = existing_file(path, what).read_bytes()
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        encoding = _other_encoding(data)
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path} is not UTF-8 text (line {line}); {_how_to_convert(path, encoding)}") from None
-    if "\0" in text:  # every second byte, where it is UTF-16 without a mark
-        raise InputError(f"{path} is not UTF-8 text: it holds zero bytes; {_how_to_convert(path, 'UTF-16')}")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def text_lines(text: str) -> list[str]:
-    """The lines of a file's text, which end with \\n only: captions and prompts may hold U+2028, U+0085 and others.
-
-    A byte order mark before a line, which joining files leaves there, is no part of it.
-    """
-    return [line.removeprefix("\ufeff") for line in text.split("\n")]
-
-
-def _other_encoding(data: bytes) -> str:
-    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
-        return "UTF-32"
-    is_wide = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data
-    return "UTF-16" if is_wide else "WINDOWS-1252"
-
-
-def _how_to_convert(path: Path, encoding: str) -> str:
-    probably = "it is probably" if encoding == "WINDOWS-1252" else "it is"
-    command = f"iconv -f {encoding} -t UTF-8 {path.name} > new"
-    return f"{probably} {encoding}: save it as UTF-8 in your editor, or run: {command}"
 
 
 def existing_file(path: Path, what: str) -> Path:
@@ -368,24 +285,6 @@ def _lock_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
-
-
-def _json_value(text: str) -> object:
-    value = json.loads(text)
-    # Escapes can spell half a character, which can be neither printed nor part of a path: encoding tells.
-    json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def _parsed(parse, text: str, problem: str):
-    try:
-        return parse(text)
-    except RecursionError:
-        raise InputError(f"{problem}: it is nested too deeply") from None
-    except ValueError as error:
-        # Python's own words on long numbers advise to change Python.
-        reason = "a number has too many digits" if "integer string conversion" in str(error) else error
-        raise InputError(f"{problem}: {reason}") from None
 
 
 def _is_allowed(character: str) -> bool:

@@ -14,7 +14,7 @@ from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
 from utils.data.sources import DatasetConfig
-from utils.files import escaped_path, existing_file, read_toml
+from utils.files import existing_file
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, LogConfig, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
@@ -24,6 +24,7 @@ from utils.run.validation import ValidationConfig
 from utils.sampling.prompts import read_prompt_file
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
+from utils.text_files import escaped_path, read_toml
 from wan.errors import InputError
 from wan.values import nearest, shown
 

@@ -17,7 +17,8 @@ from utils.data.sources import (
     ImageDataset,
     VideoDataset,
 )
-from utils.files import escaped_path, file_name, names_text, quoted, read_json, read_toml, readable
+from utils.files import file_name, names_text, quoted, readable
+from utils.text_files import escaped_path, read_json, read_toml
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.values import nearest

@@ -11,7 +11,8 @@ from utils.data.folders import FROM_HERE, media_files
 from utils.data.mask_files import find_masks
 from utils.data.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from utils.data.remarks import count_and_names
-from utils.files import escaped_path, file_problem, names_text, parse_json, path_text, read_text, text_lines
+from utils.files import file_problem, names_text, path_text
+from utils.text_files import escaped_path, parse_json, read_text, text_lines
 from wan.errors import InputError
 
 _LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer

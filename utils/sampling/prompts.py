@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.files import existing_file, read_json, read_text, read_toml, text_lines
+from utils.files import existing_file
+from utils.text_files import read_json, read_text, read_toml, text_lines
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.values import GUIDANCE, SEED, SHIFT, Number, nearest, shown
