@@ -164,6 +164,7 @@ def test_pictures_without_a_mask_train_whole_and_are_named(tmp_path, vae_file):
     assert any(line.endswith("trained on as a whole: 1, b.png") for line in said)
     dataset = _build(config)
     assert [item.masked for item in dataset.items] == [True, False]
+    assert "dataset 1: the loss of 1 of them is masked" in dataset.describe()
     assert torch.equal(dataset[(0, 1)]["mask"][1], torch.ones(1, 1, 4, 4))
     for workers in (0, 1):
         masks = [batch["mask"] for batch in make_loader(dataset, 1, 0, workers=workers)]

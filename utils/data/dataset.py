@@ -347,6 +347,8 @@ def _describe(number: int, dataset: AnyDataset, cached: CachedItems) -> list[str
         names = ", ".join(path.name for path in cached.left_out[:_NAMED_PROBLEMS])
         lines.append(f"dataset {number}: {len(cached.left_out)} files {why} are left out: {names}")
     lines += [f"dataset {number}: {line}" for line in _caption_lines(dataset, cached.items)]
+    if masked := sum(item.masked for item in cached.items):
+        lines.append(f"dataset {number}: the loss of {masked} of them is masked")
     return lines + [f"dataset {number}: {note}" for note in cached.notes]
 
 
