@@ -86,7 +86,7 @@ def test_one_file_under_two_names_in_a_list_is_one_picture(tmp_path, monkeypatch
         file.write('\n{"image_path": "x/../a.png", "caption": "b"}')
     assert _captions(config) == [("a", "b")]
     [dataset] = read_dataset_config(config).datasets
-    assert "1 lines list a file again" in list_sources(dataset).notes[0]
+    assert "lines that list a file again: 1;" in list_sources(dataset).notes[0]
 
 
 @pytest.mark.parametrize("prefix", ["ohwx,", "ohwx, "])

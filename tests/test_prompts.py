@@ -49,6 +49,11 @@ def test_every_format_gives_the_same_samples(tmp_path, name, text):
     assert read_prompt_file(write(tmp_path, name, text)) == WANTED
 
 
+def test_a_number_that_is_left_empty_in_a_table_is_as_if_left_out(tmp_path):
+    text = '[{"prompt": "a fox", "seed": "", "width": "", "negative_prompt": ""}]'
+    assert read_prompt_file(write(tmp_path, "p.json", text)) == [SamplePrompt("a fox", "")]
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_prompt(tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes(b"\xef\xbb\xbf" + TXT.replace("\n", "\r\n").encode())

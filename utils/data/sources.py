@@ -216,7 +216,7 @@ def _read_jsonl(file: Path, field: str) -> Sources:
     unused = sorted({key for _, entry in entries for key in entry} - {field, "caption"})
     notes = [f"{file}: keys that are not used: {names_text(unused)}"] if unused else []
     if again := len(entries) - len(found):
-        notes.append(f"{file}: {again} lines list a file again: their captions are further captions of it")
+        notes.append(f"{file}: lines that list a file again: {again}; their captions are further captions of it")
     return Sources(tuple(sorted(found, key=lambda source: str(source.path))), notes=tuple(notes))
 
 

@@ -199,5 +199,7 @@ def _parse_entry(entry: Mapping | str, defaults: SamplePrompt, where: str) -> Sa
         raise InputError(f"{where}: there is no prompt")
     values = {}
     for key, value in entry.items():
-        _add(values, key, value, _target(key, _BY_KEY, where), where)
+        target = _target(key, _BY_KEY, where)
+        if value != "" or target[1] is str:  # graphical programs write numbers that are not set as empty texts
+            _add(values, key, value, target, where)
     return check_prompt(replace(defaults, **values), where)
