@@ -110,3 +110,23 @@ def test_an_overflow_that_the_scaler_handles_skips_the_step_and_its_learning_rat
 def test_an_overflow_that_no_smaller_scale_ends_stops_the_run(folder, monkeypatch):
     with pytest.raises(InputError, match=r"the gradient of .* of step 3 is not finite"):
         run_with_scaler(folder, monkeypatch, with_nan_gradient)
+
+
+def test_a_resumed_run_continues_with_the_scale_that_its_state_has(folder, monkeypatch):
+    scaler, made, calls = torch.amp.GradScaler, [], []
+
+    def make(init_scale):
+        monkeypatch.setattr(
+            torch.amp, "GradScaler", lambda *_, **__: made.append(scaler("cpu", init_scale)) or made[-1]
+        )
+
+    def overflow_once(loss, predicted):
+        calls.append(loss)
+        return with_nan_gradient(loss, predicted) if len(calls) == 2 else loss
+
+    losses_that(monkeypatch, overflow_once, at=1)
+    make(4.0)
+    run(folder, "--save_every_n_steps", "3", "--save_state")
+    make(64.0)
+    run(folder, "--save_every_n_steps", "3", "--save_state", "--resume", str(folder / "out" / "one-step00000003-state"))
+    assert made[-1].get_scale() == 2.0
