@@ -188,6 +188,21 @@ def test_16_bit_colours_keep_their_values(tmp_path):
     assert np.abs(_read(tmp_path / "a.png").values - samples / 257).max() <= 1
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_colours_that_a_tiff_stores_plane_by_plane_keep_their_values(tmp_path, order):
+    planes = np.stack([GREYS, GREYS[:, ::-1], GREYS // 2]).astype(f"{order}u2")
+    count, size = planes.shape[0], planes[0].nbytes
+    ends = 8 + planes.nbytes
+    tables = struct.pack(f"{order}3H6I", 16, 16, 16, *(8 + size * i for i in range(count)), *[size] * count)
+    tags = [(256, 4, 1, 32), (257, 4, 1, 16), (258, 3, 3, ends), (259, 4, 1, 1), (262, 4, 1, 2)]
+    tags += [(273, 4, 3, ends + 6), (277, 4, 1, 3), (278, 4, 1, 16), (279, 4, 3, ends + 18), (284, 4, 1, 2)]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", ends + len(tables))
+    directory = b"".join(struct.pack(f"{order}HHII", *tag) for tag in tags)
+    data = [head, planes.tobytes(), tables, struct.pack(f"{order}H", len(tags)), directory, bytes(4)]
+    (tmp_path / "a.tif").write_bytes(b"".join(data))
+    assert np.abs(_read(tmp_path / "a.tif").values - planes.astype(int).transpose(1, 2, 0) / 257).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("values", "white"),
     [

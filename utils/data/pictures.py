@@ -15,7 +15,7 @@ from utils.data.tone_mapping import Light, coded_light
 from utils.data.turning import UPRIGHT, Turn, exif_turn
 
 WHITE = (255, 255, 255)
-_ORIENTATION = 274
+_BITS, _ORIENTATION = 258, 274  # TIFF tags
 _HEAD = 65536  # bytes, in which a file's colours are coded
 
 
@@ -43,7 +43,7 @@ def stored_size(path: Path) -> tuple[int, int]:
 
 def is_plain_picture(path: Path) -> bool:
     """Whether programs that look at nothing but the samples read it alike: upright, opaque, 8-bit sRGB."""
-    with readable_media(path), Image.open(path) as image:
+    with readable_media(path), _opened(path) as image:
         tags = getattr(image, "tag_v2", {})
         turn = exif_turn(tags[_ORIENTATION]) if _ORIENTATION in tags else _turn(image, path)
         encoding = read_encoding(image, _coded_light(path, image.format))
@@ -52,7 +52,7 @@ def is_plain_picture(path: Path) -> bool:
 
 def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, int] = WHITE) -> Pixels:
     """A picture [height, width, 3] over `background`, resized and cropped to `size` (width, height)."""
-    with readable_media(path), Image.open(path) as image:
+    with readable_media(path), _opened(path) as image:
         encoding = read_encoding(image, _coded_light(path, image.format))
         remarks = {SEVERAL_FRAMES} if _has_frames(image) else set()
         image.load()  # which turns a TIFF upright, and its orientation to 1
@@ -68,7 +68,7 @@ def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, in
 
 def read_alpha(path: Path, size: tuple[int, int]) -> np.ndarray:
     """How opaque a picture is, uint8 [height, width], resized and cropped as read_image does."""
-    with readable_media(path), Image.open(path) as image:
+    with readable_media(path), _opened(path) as image:
         encoding = read_encoding(image, _coded_light(path, image.format))
         image.load()
         turn = _turn(image, path)
@@ -76,6 +76,20 @@ def read_alpha(path: Path, size: tuple[int, int]) -> np.ndarray:
         if alpha is None:
             return np.full(size[::-1], 255, np.uint8)
         return resize_and_crop(np.asarray(alpha.convert("RGB")), size, turn)[..., 0]
+
+
+def _opened(path: Path) -> Image.Image:
+    image = Image.open(path)
+    if image.format == "TIFF" and set(image.tag_v2.get(_BITS, ())) == {16}:
+        # Pillow takes the samples of an uncompressed plane for 8-bit ones.
+        kind = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
+        image.tile = [
+            tile._replace(args=(tile.args[0] + kind, *tile.args[1:]))
+            if tile.codec_name == "raw" and tile.args[0] in ("R", "G", "B", "A")
+            else tile
+            for tile in image.tile
+        ]
+    return image
 
 
 def _tiff_size(image: Image.Image) -> tuple[int, int]:
