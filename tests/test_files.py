@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from utils import files
-from utils.files import file_name, file_problem, quoted, sole_writer, writable_folder
+from utils import locks
+from utils.files import file_name, file_problem, quoted, writable_folder
+from utils.locks import sole_writer
 from utils.text_files import parse_json, read_json, read_toml
 from wan.errors import InputError
 
@@ -199,6 +200,6 @@ def test_a_lock_that_cannot_be_written_leaves_none(tmp_path, monkeypatch):
         return create("/dev/full", os.O_WRONLY)
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"one\.lock cannot be written: No space left"):
-        patch.setattr(files.os, "open", on_a_full_disk)
+        patch.setattr(locks.os, "open", on_a_full_disk)
         lock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []

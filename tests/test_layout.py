@@ -17,6 +17,7 @@ STEPS = (
     {"utils.swap"},
     {"utils.data", "utils.sampling", "utils.slices"},
     {"utils.learning", "utils.text_files"},
+    {"utils.locks"},
     {"utils.files", "utils.devices", "utils.interrupts", "utils.musubi_network"},
     {"utils.slice_saving"},
     {"utils.selective_finetune"},

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import files, selective_finetune, slice_saving
+from utils import locks, selective_finetune, slice_saving
 from utils.selective_finetune import SliceError, check_slice, exact_fraction, slice_interval
 from utils.slices import ledger
 from utils.slices.ledger import Entry, is_concept_name, ledger_text, read_ledger
@@ -167,7 +167,7 @@ def test_a_slice_that_is_trained_further_is_the_newest_with_all_its_steps():
 
 def test_the_patch_and_the_ledger_agree():
     assert (ledger.CONTRACT, ledger.KEY) == (selective_finetune.CONTRACT, slice_saving.LEDGER_KEY)
-    assert files.UNFINISHED == slice_saving.UNFINISHED
+    assert locks.UNFINISHED == slice_saving.UNFINISHED
 
 
 @given(st.lists(entries(), max_size=5), st.sampled_from([1, 7, 24, 60]))

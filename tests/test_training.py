@@ -16,8 +16,9 @@ from utils import training
 from utils.cli.train import parse_train
 from utils.data.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents, write_text
 from utils.data.dataset import TrainingDataset, build_training_dataset
-from utils.files import readable, sole_writer
+from utils.files import readable
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
+from utils.locks import sole_writer
 from utils.run import step
 from utils.selective_finetune import SliceError, slice_indices
 from wan.errors import InputError

@@ -17,7 +17,7 @@ from tiny_chain import LEFT, METADATA, names_of, train_concept, write_base, writ
 from tiny_run import some_state
 
 from utils.cli.slices import main
-from utils.files import remove_unfinished as remove_temporary
+from utils.locks import remove_unfinished as remove_temporary
 from utils.preserve.answers_file import ENDING
 from utils.run.save_schedule import KINDS, SaveConfig, remove_unfinished
 from utils.run.state import LATEST, choose_state, read_state, save_state

@@ -42,7 +42,8 @@ from utils.data.sources import (
     texts_to_encode,
 )
 from utils.devices import cpu_line
-from utils.files import sole_writer, writable_folder
+from utils.files import writable_folder
+from utils.locks import sole_writer
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.text_encoder import TextEncoder, load_text_encoder

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from utils.data.dataset import make_loader
 from utils.devices import cpu_line
-from utils.files import sole_writer, writable_folder
+from utils.files import writable_folder
 from utils.interrupts import StopRequest
 from utils.learning.lr_schedules import build_scheduler
 from utils.learning.optimizers import build_optimizer, learning_rates
+from utils.locks import sole_writer
 from utils.preserve.asking import AskingPlan, encode_old_prompts, keep_answers
 from utils.run.checks import Inputs, RunPlan, check, read_inputs
 from utils.run.config import COMPUTE_DTYPES, TrainConfig

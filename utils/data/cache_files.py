@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from utils import files
+from utils import locks
 from utils.data.origins import (
     Origin,
     difference,
@@ -22,7 +22,8 @@ from utils.data.origins import (
     source_changed,
     without_origin,
 )
-from utils.files import UNFINISHED, file_problem, quoted
+from utils.files import file_problem, quoted
+from utils.locks import UNFINISHED
 from utils.slice_saving import whole_file
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
@@ -81,7 +82,7 @@ def text_files(folder: Path, recursive: bool = False) -> list[Path]:
 
 def remove_unfinished(folder: Path, ending: str, recursive: bool = False) -> None:
     """Deletes the unfinished caches of jobs that were killed; `ending` is _wan or _wan_te."""
-    files.remove_unfinished(_found(folder, f"*{ending}.safetensors*{UNFINISHED}", recursive))
+    locks.remove_unfinished(_found(folder, f"*{ending}.safetensors*{UNFINISHED}", recursive))
 
 
 def parse_image_name(path: Path, folder: Path) -> tuple[str, tuple[int, int]]:

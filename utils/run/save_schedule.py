@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from utils import files
-from utils.files import UNFINISHED, finished_name, readable, writable_folder
+from utils import locks
+from utils.files import readable, writable_folder
+from utils.locks import UNFINISHED, finished_name
 from utils.preserve.answers_file import ENDING
 from utils.slices.ledger import VALUES_KEY
 from wan.errors import InputError
@@ -180,10 +181,10 @@ def remove_unfinished(config: SaveConfig) -> None:
     named = r"_(contact_sheet\.png|e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4))"
     sample = re.compile(re.escape(config.name) + named)
     for own, folder in ((saved, config.folder), (sample, config.folder / "sample")):
-        files.remove_unfinished(path for path in folder.glob(f"*{UNFINISHED}") if own.fullmatch(finished_name(path)))
+        locks.remove_unfinished(path for path in folder.glob(f"*{UNFINISHED}") if own.fullmatch(finished_name(path)))
     for folder in config.folder.glob(f"*{STATE}"):
         if is_state_of(config, folder.name) and (left := list(folder.glob(f"*{UNFINISHED}"))):
-            files.remove_unfinished(left)
+            locks.remove_unfinished(left)
             if not any(folder.iterdir()):
                 folder.rmdir()
 

@@ -16,8 +16,8 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 from torch import Tensor
 
-from utils import files
-from utils.files import UNFINISHED, finished_name
+from utils import locks
+from utils.locks import UNFINISHED, finished_name
 from utils.sampling.denoising import check_finite
 from utils.sampling.sample_metadata import PARAMETERS, SETTINGS, text_chunks
 from utils.slice_saving import whole_file
@@ -119,7 +119,7 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
 def remove_unfinished(folder: Path) -> None:
     """Deletes the unfinished outputs in `folder` of writers that are gone: others may be at work in it."""
     paths = [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")]
-    files.remove_unfinished(path for path in paths if _NAME.fullmatch(finished_name(path)))
+    locks.remove_unfinished(path for path in paths if _NAME.fullmatch(finished_name(path)))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.files import UNFINISHED, remove_unfinished
+from utils.locks import UNFINISHED, remove_unfinished
 from utils.selective_finetune import SliceUnits, slice_units
 from utils.slice_saving import (
     DTYPES,
