@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import locks
+from utils import files, locks
 from utils.files import file_name, file_problem, quoted, writable_folder
 from utils.locks import sole_writer
 from utils.text_files import parse_json, read_json, read_toml
