@@ -147,6 +147,7 @@ MISTAKES = {
     "--ffid 0": "it runs from 1 to 10",
     "--task i2v-A14B": "t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B",
     "--output_name a/b": "--output_dir",
+    "--output_name ..": "must be a file name",
     "--dataset_config none.toml": "does not exist",
     "--task t2v-14b": "did you mean t2v-14B?",
     "--min_timestep 500 --max_timestep 400": "must be below --max_timestep 400",

@@ -54,6 +54,15 @@ def test_the_same_command_again_stops_at_anything_that_the_run_before_left(folde
     assert (folder / "out" / name).stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.parametrize("name", ["one.safetensors", "one-state"])
+def test_without_a_usable_state_resuming_does_not_advise_what_the_files_of_the_run_before_would_stop(folder, name):
+    keep(folder, name)
+    for state in (folder / "out").glob("*/state.pt"):
+        state.write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"has no usable state of one; choose another --output_name, .*--overwrite"):
+        run(folder, "--resume", "latest")
+
+
 def test_names_that_only_begin_alike_stop_nothing_and_stay(folder):
     out = folder / "out"
     for path in list(out.iterdir()):

@@ -1,6 +1,7 @@
 """Damaged and hostile files: a clear error or a correct read, never a crash, a hang, or memory beyond the file."""
 
 import json
+import os
 import pickle
 import struct
 import tracemalloc
@@ -283,3 +284,10 @@ def test_reading_takes_no_more_memory_than_the_file_has_reason_for(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_what_is_there_and_yet_not_a_file_is_not_called_missing(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for read in (read_checkpoint_header, read_file_header, lambda path: read_state_dict(path, "VAE")):
+        with pytest.raises(InputError, match=r"pipe\.safetensors is not a regular file"):
+            read(tmp_path / "pipe.safetensors")

@@ -20,6 +20,8 @@ from utils.files import readable
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.locks import sole_writer
 from utils.run import step
+from utils.run.opening_lines import plan_line
+from utils.run.plan import TrainingPlan
 from utils.selective_finetune import SliceError, slice_indices
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -304,7 +306,7 @@ def test_the_start_tells_what_will_happen(folder):
     saves = ("--save_every_n_epochs", "1", "--max_train_epochs", "4")
     lines = "\n".join(run(folder, *BF16, *saves, "--blocks_to_swap", "1"))
     told = ("16x32x1: 5, 32x16x1: 3", "4,908 of 79,632 parameters train (6.1634 %), in 20 matrices of 2 of 2 blocks")
-    told += ("20 steps: 4 epochs of 5 steps, 8 items in 5 batches", "9 of 10 ids at ff 0.1 are free")
+    told += ("20 steps: 4 epochs of 5 steps, 8 items in 5 batches, 1 batch per step", "9 of 10 ids at ff 0.1 are free")
     size = (folder / "base.safetensors").stat().st_size
     told += (f"will write 4 checkpoints of {readable(size)}", f"{readable(4 * size)} in all", "one on each side of 875")
     told += ("2 blocks (", "stream from the checkpoint file", "base.safetensors: bf16\n")
@@ -404,3 +406,8 @@ def test_a_second_run_of_the_same_name_is_refused_while_one_writes(folder):
         run(folder)
     run(folder, "--max_train_steps", "1")
     assert not list((folder / "out").glob("*.lock"))
+
+
+def test_one_epoch_of_one_step_is_not_told_in_the_plural():
+    line = plan_line(TrainingPlan(1, 1, 1, 1, 1, 1), 1)
+    assert line == "1 step: 1 epoch of 1 step, 1 item in 1 batch, 1 batch per step"

@@ -15,7 +15,7 @@ from wan.configs import SUPPORTED_TASKS, TASKS, WanConfig
 from wan.errors import InputError
 from wan.fp8 import FP8, check_quantisation, dequantised, is_companion, scale_of
 from wan.model import WanModel
-from wan.safetensors_header import TensorEntry, read_file_header
+from wan.safetensors_header import TensorEntry, read_file_header, why_not_a_file
 from wan.stored_tensors import DTYPES, mapped_bytes, mapped_tensor, read_tensor
 
 _PREFIX = re.compile(r"(?:model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)*")
@@ -194,7 +194,7 @@ def _checkpoint_files(path: Path) -> list[Path]:
     if path.is_dir():
         return _checkpoint_files(_only_checkpoint(path))
     if not path.is_file():
-        raise InputError(f"{path} does not exist")
+        raise InputError(f"{path} {why_not_a_file(path)}")
     if path.name.endswith(".index.json"):
         return _indexed_files(path)
     if path.suffix.lower() != ".safetensors":

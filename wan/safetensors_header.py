@@ -75,9 +75,16 @@ def read_bytes(entry: TensorEntry) -> bytes:
         return file.read(entry.stop - entry.start)
 
 
+def why_not_a_file(path: Path) -> str:
+    """Why `path`, for which is_file() is False, is not one, as the end of a sentence."""
+    if path.is_dir():
+        return "is a folder, not a file"
+    return "is not a regular file" if path.exists() else "does not exist"  # a named pipe, a device
+
+
 def _header_text(path: Path) -> tuple[bytes, int]:
     if not path.is_file():
-        raise InputError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
+        raise InputError(f"{path} {why_not_a_file(path)}")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wan.errors import InputError
-from wan.safetensors_header import read_file_header
+from wan.safetensors_header import read_file_header, why_not_a_file
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -23,8 +23,7 @@ def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dic
     """
     path = Path(path)
     if not path.is_file():
-        found = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise InputError(f"{what} {path} {found}")
+        raise InputError(f"{what} {path} {why_not_a_file(path)}")
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path, what)
     if path.suffix.lower() in _PICKLE_SUFFIXES:

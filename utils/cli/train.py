@@ -175,7 +175,7 @@ def _check_required(flags: Namespace) -> None:
     for name in ("dit", "dataset_config", "output_dir", "output_name"):
         if getattr(flags, name) is None:
             raise InputError(f"--{name} is missing")
-    if not flags.output_name or set(flags.output_name) & set('/\\:*?"<>|'):
+    if not flags.output_name.strip(". ") or set(flags.output_name) & set('/\\:*?"<>|'):
         raise InputError(
             f"--output_name {shown(flags.output_name)} must be a file name; give the folder as --output_dir"
         )

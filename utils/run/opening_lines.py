@@ -85,11 +85,11 @@ def inputs_line(blocks: int, size: int) -> str:
 def plan_line(plan: TrainingPlan, processes: int) -> str:
     """Epochs, steps, batches."""
     where = f", {processes} processes" if processes > 1 else ""
-    per_step = "1 batch" if plan.accumulation == 1 else f"{plan.accumulation} batches"
-    return (
-        f"{plan.steps:,} steps: {plan.epochs:,} epochs of {plan.steps_per_epoch:,} steps, "
-        f"{plan.items_per_epoch:,} items in {plan.batches_per_epoch * processes:,} batches, {per_step} per step{where}"
-    )
+    epochs = f"{_counted(plan.epochs, 'epoch')} of {_counted(plan.steps_per_epoch, 'step')}"
+    batches = _counted(plan.batches_per_epoch * processes, "batch", "batches")
+    items = f"{_counted(plan.items_per_epoch, 'item')} in {batches}"
+    per_step = _counted(plan.accumulation, "batch", "batches")
+    return f"{_counted(plan.steps, 'step')}: {epochs}, {items}, {per_step} per step{where}"
 
 
 def saving_lines(use: DiskUse, sizes: Mapping[str, int], folder: Path, free: int) -> list[str]:
@@ -138,8 +138,8 @@ def timestep_lines(config: TimestepConfig, latent_size: tuple[int, int], seed: i
     return lines
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def _counted(count: int, noun: str, plural: str = "") -> str:
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def _tokens(item: Item, model: WanConfig) -> int:

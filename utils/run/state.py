@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.run.save_schedule import SaveConfig, is_state_of
+from utils.run.save_schedule import SaveConfig, files_of, is_state_of
 from utils.slice_saving import whole_file
 from wan.errors import InputError
 
@@ -107,9 +107,13 @@ def seed_of_state(resume: Path, save: SaveConfig) -> int | None:
 
 def no_state(save: SaveConfig) -> InputError:
     """What --resume latest ends with where there is nothing to resume from."""
-    return InputError(
-        f"--resume latest: {save.folder} has no usable state of {save.name}; leave it out to train from the first step"
-    )
+    advice = "leave it out to train from the first step"
+    if files_of(save):  # which stop a run that does not continue them
+        advice = (
+            "choose another --output_name, or give --overwrite instead to delete its states and numbered saves and "
+            "train again"
+        )
+    return InputError(f"--resume latest: {save.folder} has no usable state of {save.name}; {advice}")
 
 
 def check_settings(folder: Path, state: State, settings: Mapping[str, str]) -> None:
