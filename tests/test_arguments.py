@@ -85,7 +85,10 @@ def test_names_of_real_files_may_hold_what_their_system_puts_there(folder):
     assert parse_train([*SHORT, "--ffid", "2", "--output_dir", "my\u00a0runs"]).save.folder.name == "my\u00a0runs"
 
 
-@pytest.mark.parametrize(("value", "named"), [("", "is empty"), (" ", "is empty"), ("\u201cout\u201d", "quotes")])
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [("", "is empty"), (" ", "is empty"), ("out ", "ends with a space"), ("\u201cout\u201d", "quotes")],
+)
 def test_a_path_that_the_shell_left_empty_or_quoted_is_refused(value, named):
     assert named in refusal("--logging_dir", value)
 

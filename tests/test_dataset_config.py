@@ -122,3 +122,23 @@ def test_mistakes_are_named(tmp_path, text, named):
 
 def test_bucketed_resolution_may_be_any_size(tmp_path):
     assert _read(tmp_path, IMAGES + "resolution = 500\nenable_bucket = true").datasets[0].resolution == (500, 500)
+
+
+@pytest.mark.parametrize("other", ["video_directory", "image_jsonl_file", "source_fps", "control_directory"])
+def test_keys_of_every_kind_may_be_left_empty(tmp_path, other):
+    assert _read(tmp_path, f'{IMAGES}{other} = ""\n').datasets == _read(tmp_path, IMAGES).datasets
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [("c\\u200b", "U[+]200B ZERO WIDTH SPACE: delete"), ("c\\u00a0", "U[+]00A0"), ("c ", "ends with a space")],
+)
+def test_what_cannot_be_seen_in_a_path_is_named(tmp_path, typed, named):
+    with pytest.raises(InputError, match=f"number 1: cache_directory: .*{named}"):
+        _read(tmp_path, f'{IMAGES}cache_directory = "{typed}"\n')
+
+
+def test_a_path_may_hold_such_characters_if_it_exists(tmp_path):
+    (tmp_path / "c\u200b").mkdir()
+    [dataset] = _read(tmp_path, f'{IMAGES}cache_directory = "{tmp_path.as_posix()}/c\u200b"\n').datasets
+    assert dataset.cache_directory == tmp_path / "c\u200b"

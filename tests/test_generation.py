@@ -183,12 +183,15 @@ def test_a_seed_gives_the_picture_that_training_samples_show(files, tmp_path):
     assert np.array_equal(made(files, tmp_path, "--negative_prompt", "dark"), wanted)
 
 
-def test_a_prompt_that_is_cut_is_said(files, tmp_path):
-    argv = flags(files, tmp_path, "--prompt", "a fox " * 99, "--infer_steps", "1")
+@pytest.mark.parametrize("kind", ["prompt", "negative_prompt"])
+def test_a_prompt_that_is_cut_is_said(files, tmp_path, kind):
+    texts = {"prompt": "a fox", "negative_prompt": "", kind: "a fox " * 99}
+    argv = flags(files, tmp_path, *(f"--{name}={text}" for name, text in texts.items()), "--infer_steps", "1")
     said = []
     generation.generate(parse_generate(argv), said.append)
     [line] = [line for line in said if "tokens" in line]
-    assert line.startswith("the prompt 'a fox") and line.endswith("the text encoder reads the first 16")
+    assert line.startswith(f"the {kind.replace('_', ' ')} 'a fox")
+    assert line.endswith("the text encoder reads the first 16")
 
 
 def test_weights_that_do_not_fit_when_they_are_cast_are_refused_before_anything_is_encoded(

@@ -181,3 +181,11 @@ def test_what_cannot_be_validated_is_refused(folder, flags, message):
     (folder / "data.toml").write_text((folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0])
     with pytest.raises(InputError, match=message):
         run(folder, *flags)
+
+
+def test_a_share_of_a_single_picture_is_refused(config):
+    dataset = config("0.5")
+    for path in sorted(dataset.datasets[0].image_directory.glob("*.txt"))[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match="validation_split holds out nothing, because no dataset has two files"):
+        build_training_dataset(dataset)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 _SHOWN = 40  # characters of a value in a message
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
+_IN_NAMES = ("U+00A0 NO-BREAK SPACE", "U+202F NARROW NO-BREAK SPACE", "U+3000 IDEOGRAPHIC SPACE")  # macOS writes them
 _CONTROLS = {"\t": "TAB", "\n": "LINE FEED", "\r": "CARRIAGE RETURN (of Windows line ends)", "\0": "NUL"}
 
 
@@ -82,6 +83,25 @@ def invisible(text: str) -> list[str]:
     """The names of the characters in `text` that no editor or console shows: "U+200B ZERO WIDTH SPACE"."""
     hidden = [one for one in text if one != " " and unicodedata.category(one) in _INVISIBLE and one not in _JOINERS]
     return [f"U+{ord(one):04X} {unicodedata.name(one, _CONTROLS.get(one, 'CONTROL'))}" for one in dict.fromkeys(hidden)]
+
+
+def hidden(text: str) -> str:
+    """Which characters of a name or number cannot be seen; empty if all can, or if real names have them."""
+    names = [name for name in invisible(text) if name not in _IN_NAMES or text != text.strip()]
+    return f"{shown(text)} holds {', '.join(names)}" if names else ""
+
+
+def hidden_problem(text: str) -> str | None:
+    """What to do about characters that cannot be seen; None if there are none."""
+    return f"{found}: delete what cannot be seen" if (found := hidden(text)) else None
+
+
+def outer_space_problem(text: str) -> str | None:
+    """What to do about a path that begins or ends with a space; None if it does not."""
+    if text == text.strip(" "):
+        return None
+    where = "begins" if text.startswith(" ") else "ends"
+    return f'"{shown(text)}" {where} with a space: delete it'
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.values import Number, invisible, nearest, shown
+from wan.values import Number, hidden, hidden_problem, nearest, outer_space_problem, shown
 
 DTYPES = {  # of --vae_dtype and --dit_dtype, by torch's names
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
@@ -26,7 +26,6 @@ DTYPES = {  # of --vae_dtype and --dit_dtype, by torch's names
 
 
 _LONG_DASH = re.compile(r"-?([\u2010-\u2015\u2212])[-\u2010-\u2015\u2212]?([A-Za-z]\w*)(=.*)?", re.DOTALL)
-_IN_NAMES = ("U+00A0 NO-BREAK SPACE", "U+202F NARROW NO-BREAK SPACE", "U+3000 IDEOGRAPHIC SPACE")  # macOS writes them
 _QUOTES = "\"'\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 
 FREE_TEXT = "TEXT"  # the metavar of flags that take any characters
@@ -89,7 +88,7 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"{text} begins with {unicodedata.name(found[1])}, where two hyphens belong: {name}")
 
     def _get_value(self, action: argparse.Action, text: str):
-        problem = _path_problem(text) if _is_path(action) else _hidden_problem(text)
+        problem = _path_problem(text) if _is_path(action) else hidden_problem(text)
         if problem and action.metavar != FREE_TEXT:
             raise argparse.ArgumentError(action, problem)
         return super()._get_value(action, text)
@@ -100,26 +99,16 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, unknown_choice(str(value), allowed))
 
     def error(self, message: str):
-        lines = [_hidden(text) for text in self._given if _is_in(text, message)]
-        hidden = "".join(f"; {line}" for line in lines if line and line.partition(" holds ")[2] not in message)
+        lines = [hidden(text) for text in self._given if _is_in(text, message)]
+        found = "".join(f"; {line}" for line in lines if line and line.partition(" holds ")[2] not in message)
         if not message.startswith("argument "):
-            raise InputError(f"{message}{hidden} (--help lists the flags)")
-        raise InputError(message.removeprefix("argument ").replace(": must be", " must be", 1) + hidden)
+            raise InputError(f"{message}{found} (--help lists the flags)")
+        raise InputError(message.removeprefix("argument ").replace(": must be", " must be", 1) + found)
 
 
 def _is_in(text: str, message: str) -> bool:
     """Whether a message is about an argument, or about the flag or the value in it."""
     return any(part and shown(part) in message for part in (text, *text.split("=", 1)))
-
-
-def _hidden(text: str) -> str:
-    """Which characters of an argument cannot be seen; empty if all can."""
-    names = [name for name in invisible(text) if name not in _IN_NAMES or text != text.strip()]
-    return f"{shown(text)} holds {', '.join(names)}" if names else ""
-
-
-def _hidden_problem(text: str) -> str | None:
-    return f"{hidden}: delete what cannot be seen" if (hidden := _hidden(text)) else None
 
 
 def _is_path(action: argparse.Action) -> bool:
@@ -132,7 +121,7 @@ def _path_problem(text: str) -> str | None:
         return "is empty: give a path, or leave the flag out"
     if os.path.lexists(text):
         return None
-    if problem := _hidden_problem(text):
+    if problem := hidden_problem(text) or outer_space_problem(text):
         return problem
     if text[0] in _QUOTES and text[-1] in _QUOTES:
         return f"{shown(text)} has quotes that are part of the name: use plain double quotes"

@@ -21,7 +21,7 @@ from utils.files import file_name, names_text, quoted, readable
 from utils.text_files import escaped_path, read_json, read_toml
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
-from wan.values import nearest
+from wan.values import hidden_problem, nearest, outer_space_problem
 
 _MOST = 1_000_000  # of anything that is counted; batches, repeats and frames stay far below
 _BYTES_OF_A_PIXEL = 12  # as the VAE reads it: three fp32 values
@@ -40,7 +40,8 @@ def read_dataset_config(path: Path) -> DatasetConfig:
         raise InputError(
             f"{path}: unknown {names_text(unknown)}{hint}; a dataset file has [general] and [[datasets]] only"
         )
-    general = _values(_table(tables.get("general", {}), f"{path} [general]"), _GENERAL, f"{path} [general]")
+    shared = _without_empty(_table(tables.get("general", {}), f"{path} [general]"))
+    general = _values(shared, _GENERAL, f"{path} [general]")
     held_out = general.pop("validation_split", 0.0)
     entries = tables.get("datasets", [])
     if not isinstance(entries, list) or not entries:
@@ -61,6 +62,7 @@ def _table(value, where: str) -> dict:
 
 
 def _dataset(table: dict, general: dict, where: str) -> AnyDataset:
+    table = _without_empty(table)
     is_video = bool({"video_directory", "video_jsonl_file"} & set(table))
     kind = "video" if is_video else "image"
     values = {**general, **_values(table, _VIDEO if is_video else _IMAGE, where)}
@@ -94,8 +96,13 @@ def _values(table: Mapping, schema: Mapping[str, Callable], where: str) -> dict:
     for key in table:
         if key not in schema:
             _refuse_key(key, schema, where)
-    # Graphical programs write the keys that are not used with empty texts.
-    return {key: schema[key](value, f"{where}: {key}") for key, value in table.items() if value != ""}
+    return {key: schema[key](value, f"{where}: {key}") for key, value in table.items()}
+
+
+def _without_empty(table: Mapping) -> dict:
+    """The table without known keys that hold an empty text: graphical programs write so those that are not used."""
+    known = {*_GENERAL, *_IMAGE, *_VIDEO, *_UNSUPPORTED}
+    return {key: value for key, value in table.items() if value != "" or key not in known}
 
 
 def _refuse_key(key: str, schema: Mapping[str, Callable], where: str) -> None:
@@ -180,6 +187,8 @@ def _path(value, where: str) -> Path:
         raise InputError(f"{where} cannot be a path: {quoted(value)}")
     if hint := escaped_path(value, in_json=where.partition(" [[datasets]]")[0].lower().endswith(".json")):
         raise InputError(f"{where} is {quoted(value)}: {hint}")
+    if not os.path.lexists(value) and (problem := hidden_problem(value) or outer_space_problem(value)):
+        raise InputError(f"{where}: {problem}")
     return Path(value)
 
 

@@ -158,6 +158,11 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
     if problems:
         raise InputError(_problem_line(problems, config))
     held_out = [item for cached in found for item in _held_out(cached.items, config.validation_split)]
+    if config.validation_split and not held_out and any(cached.items for cached in found):
+        raise InputError(
+            f"{config.path}: validation_split holds out nothing, because no dataset has two files to train on: add "
+            "files, or leave it out"
+        )
     found = [replace(cached, items=tuple(i for i in cached.items if i not in held_out)) for cached in found]
     items = [item for cached in found for item in cached.items]
     if not items:

@@ -84,10 +84,13 @@ def encode_samples(text_encoder: Callable[[list[str]], list[Tensor]], samples: S
 
 def cut_lines(text_encoder: TextEncoder, samples: Sequence[Sample]) -> list[str]:
     """A line for each prompt whose end is not read, because it is longer than the text encoder takes."""
-    lengths = {sample.prompt: text_encoder.count_tokens(sample.prompt) for sample in samples}
+    kinds = {sample.prompt: "prompt" for sample in samples}
+    kinds = {sample.negative_prompt: "negative prompt" for sample in samples} | kinds
+    lengths = {text: text_encoder.count_tokens(text) for text in kinds}
     return [
-        f"the prompt {quoted(prompt)} has {tokens} tokens; the text encoder reads the first {text_encoder.text_len}"
-        for prompt, tokens in lengths.items()
+        f"the {kinds[text]} {quoted(text)} has {tokens} tokens; the text encoder reads the first "
+        f"{text_encoder.text_len}"
+        for text, tokens in lengths.items()
         if tokens > text_encoder.text_len
     ]
 
