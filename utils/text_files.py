@@ -105,6 +105,9 @@ def _parsed(parse, text: str, problem: str):
         return parse(text)
     except RecursionError:
         raise InputError(f"{problem}: it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise InputError(f"{problem}: it holds half a character ({half}), which cannot be part of a text") from None
     except ValueError as error:
         # Python's own words on long numbers advise to change Python.
         reason = "a number has too many digits" if "integer string conversion" in str(error) else error
