@@ -107,7 +107,18 @@ def test_a_long_dash_in_a_comment_is_text():
 DEFAULTS = SamplePrompt("")
 
 
-@pytest.mark.parametrize("option", ["\u2014w 64", "\u2013fs 2.5", "-\u2014d 1", "\u2212s 20", "\u2014n blurry"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "\u2014w 64",
+        "\u2013fs 2.5",
+        "-\u2014d 1",
+        "\u2212s 20",
+        "\u2014n blurry",
+        "\u2013\u2013w 64",
+        "\uff0d\uff0dw 64",
+    ],
+)
 def test_a_long_dash_before_an_option_of_a_prompt_is_noticed(option):
     with pytest.raises(InputError, match=r"line 1: .* begins with .*, where two hyphens belong: --"):
         parse_prompt_line(f"owl {option}", DEFAULTS, "line 1")

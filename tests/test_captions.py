@@ -203,7 +203,7 @@ def test_a_state_of_other_captions_is_refused(files):
     text = (files / "data.toml").read_text(encoding="utf-8")
     (files / "data.toml").write_text(text.replace("rate = 0.3", "rate = 0.4"), encoding="utf-8")
     try:
-        with pytest.raises(InputError, match="another run: dataset_sha256"):
+        with pytest.raises(InputError, match="dataset_sha256 is different, so the pictures, captions or settings"):
             run(files, "--resume", "latest", "--save_as", "slice")
     finally:
         (files / "data.toml").write_text(text, encoding="utf-8")

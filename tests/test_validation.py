@@ -161,6 +161,11 @@ def test_a_dataset_of_its_own_is_validated_on_unless_it_is_trained(folder):
     with pytest.raises(InputError, match=r"is in --dataset_config and in --validation_dataset_config"):
         run(folder, "--validation_dataset_config", str(folder / "data.toml"))
     other = write_dataset(folder / "other", "other")
+    whole = other.read_text(encoding="utf-8")
+    other.write_text(f"{whole}\n[general]\nvalidation_split = 0.5\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"validation_split is for --dataset_config: leave it out of .*data.toml"):
+        run(folder, "--validation_dataset_config", str(other))
+    other.write_text(whole, encoding="utf-8")
     told = run(folder, "--validation_dataset_config", str(other), "--max_train_epochs", "1")
     assert [line.partition(" (")[0].rpartition(" ")[0] for line in told if line.startswith("step")] == [
         "step 0: validation loss", "step 5: validation loss"

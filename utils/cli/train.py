@@ -288,8 +288,14 @@ def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | 
             return None
         if flags.t5 is None:
             raise InputError(f"there is nothing to validate: {_VALIDATE_ON}, or --t5, which measures forgetting")
+    validated = flags.validation_dataset_config and read_dataset_config(flags.validation_dataset_config)
+    if validated and validated.validation_split:
+        raise InputError(
+            f"validation_split is for --dataset_config: leave it out of {validated.path}, which is validated on as a "
+            "whole"
+        )
     return ValidationConfig(
-        dataset=flags.validation_dataset_config and read_dataset_config(flags.validation_dataset_config),
+        dataset=validated,
         every_n_steps=every_n_steps,
         every_n_epochs=every_n_epochs or (None if every_n_steps else 1),
         save_best=flags.save_best,

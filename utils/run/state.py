@@ -121,6 +121,11 @@ def check_settings(folder: Path, state: State, settings: Mapping[str, str]) -> N
     if missing := settings.keys() - state.settings.keys():
         raise damaged_state(folder, f"it does not say with which {min(missing)} it was made")
     different = [key for key in settings if state.settings[key] != settings[key]]
+    if different == ["dataset_sha256"]:
+        raise InputError(
+            f"--resume {folder} is the state of another run: dataset_sha256 is different, so the pictures, captions or "
+            "settings of the dataset have changed since; restore them, or leave out --resume"
+        )
     if different:
         shown = ", ".join(f"{key} {_short(state.settings[key])} (now {settings[key]})" for key in different[:4])
         raise InputError(

@@ -53,7 +53,8 @@ _SPACE = r"[\s\u200b\u2060\ufeff]+"
 _BEFORE_OPTION = re.compile(_SPACE + r"--(?=[A-Za-z])")
 # What word processors make of two hyphens; before an option's letter and a value it was one.
 _LONG_DASH = re.compile(
-    r"(?:(?<=\s)|(?<=[\u200b\u2060\ufeff]))-?([\u2010-\u2015\u2212])-?([whfdslg](?=\s+[-+.\d])|fs(?=\s+[+.\d])|n(?=\s))",
+    r"(?:(?<=\s)|(?<=[\u200b\u2060\ufeff]))-?([\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe63\uff0d]?"
+    r"([whfdslg](?=\s+[-+.\d])|fs(?=\s+[+.\d])|n(?=\s))",
     re.I,
 )
 _PICTURE_INPUTS = (
