@@ -7,5 +7,5 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if hasattr(os, "register_at_fork"):
-    # A child that freed a video decoder of an earlier test would wait for the decoder's threads, which it does not have.
+    # A child that freed a video decoder of an earlier test would wait for threads that it does not have.
     os.register_at_fork(after_in_child=gc.disable)
