@@ -73,9 +73,9 @@ def _run(checkout: Path, folder: str, count: int) -> float:
 
 def _seconds(folder: Path, count: int) -> float:
     try:
-        from utils.data.pictures import read_image
+        from utils.pixels.pictures import read_image
     except ImportError:  # a checkout from before that module
-        from utils.data.media import read_image
+        from utils.pixels.media import read_image
     try:
         from utils.data.origins import read_origin
     except ImportError:  # a checkout whose caches did not say what they were made of

@@ -17,7 +17,7 @@ import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from utils.data import clips
 from utils.data.cache_files import write_latents, write_text
-from utils.data.pictures import read_image
+from utils.pixels.pictures import read_image
 from wan.errors import InputError
 from wan.vae import load_vae
 

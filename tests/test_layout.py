@@ -16,7 +16,7 @@ STEPS = (
     {"utils.preserve"},
     {"utils.swap"},
     {"utils.data", "utils.sampling", "utils.slices"},
-    {"utils.learning", "utils.text_files"},
+    {"utils.learning", "utils.text_files", "utils.pixels"},
     {"utils.locks"},
     {"utils.files", "utils.devices", "utils.interrupts", "utils.musubi_network"},
     {"utils.slice_saving"},

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image, ImageCms
 from png_files import chunk, write_png
 
-from utils.data.pictures import image_size, read_image, stored_size
-from utils.data.remarks import BROKEN_PROFILE, HDR, NO_FIXED_RANGE, SEVERAL_FRAMES, TRANSPARENT
-from utils.data.tone_mapping import compressed_nits
+from utils.pixels.pictures import image_size, read_image, stored_size
+from utils.pixels.remarks import BROKEN_PROFILE, HDR, NO_FIXED_RANGE, SEVERAL_FRAMES, TRANSPARENT
+from utils.pixels.tone_mapping import compressed_nits
 from wan.errors import InputError
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.pictures import image_size, read_image
-from utils.data.resizing import resize_and_crop
-from utils.data.turning import exif_turn
-from utils.data.videos import count_frames, read_video, video_size
+from utils.pixels.pictures import image_size, read_image
+from utils.pixels.resizing import resize_and_crop
+from utils.pixels.turning import exif_turn
+from utils.pixels.videos import count_frames, read_video, video_size
 from wan.errors import InputError
 
 RNG = np.random.default_rng(0)

@@ -5,11 +5,12 @@ import pytest
 from PIL import Image
 from video_files import set_matrix, write_video
 
-from utils.data.rates import own_rate, rate_lines
-from utils.data.remarks import HDR, TRANSPARENT, VARIABLE_RATE
+from utils.data.cache_summary import rate_lines
 from utils.data.sources import VideoDataset
-from utils.data.tone_mapping import compressed_nits
-from utils.data.videos import count_frames, read_video, stored_video_size, video_size
+from utils.pixels.rates import own_rate
+from utils.pixels.remarks import HDR, TRANSPARENT, VARIABLE_RATE
+from utils.pixels.tone_mapping import compressed_nits
+from utils.pixels.videos import count_frames, read_video, stored_video_size, video_size
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 # The matrix that turns what is stored, and how an upright picture is stored for it.

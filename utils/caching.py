@@ -25,11 +25,9 @@ from utils.data.cache_files import (
     write_latents,
     write_text,
 )
-from utils.data.cache_summary import Caching, after_latents, after_text, summary_lines
+from utils.data.cache_summary import Caching, after_latents, after_text, rate_lines, summary_lines
 from utils.data.clips import Clip, batched_units, batches, how_to_read, read_ahead
 from utils.data.origins import weights_identity
-from utils.data.rates import own_rate, rate_lines
-from utils.data.remarks import count_and_names, remark_lines
 from utils.data.sizes import SizedSource, sized_sources
 from utils.data.sources import (
     AnyDataset,
@@ -44,6 +42,8 @@ from utils.data.sources import (
 from utils.devices import cpu_line
 from utils.files import writable_folder
 from utils.locks import sole_writer
+from utils.pixels.rates import own_rate
+from utils.pixels.remarks import count_and_names, remark_lines
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.text_encoder import TextEncoder, load_text_encoder

@@ -1,4 +1,4 @@
-"""What a caching command says at its end: what it did, which captions were cut, and what to run next."""
+"""What a caching command says: rates that differ; at its end what it did, which captions were cut, what to run next."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from utils.data.cache_files import latents_files, text_path
 from utils.data.commands import caching_command, training_command
-from utils.data.remarks import count_and_names
-from utils.data.sources import AnyDataset, DatasetConfig, Sources
+from utils.data.sources import AnyDataset, DatasetConfig, Sources, VideoDataset
+from utils.pixels.rates import FILE_RATE, WAN_FPS, Rate, is_close
+from utils.pixels.remarks import count_and_names
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,23 @@ def after_text(config: DatasetConfig) -> str:
     """The next command for the user once captions are cached."""
     has_latents = all(latents_files(dataset.cache_directory, dataset.recursive) for dataset in config.datasets)
     return f"next: {training_command(config.path) if has_latents else caching_command('latents', config.path)}"
+
+
+def rate_lines(dataset: VideoDataset, rates: Mapping[Path, Rate]) -> list[str]:
+    """A line if files have other rates than the dataset file says, or if it says none."""
+    if dataset.source_fps == FILE_RATE:
+        return []
+    wanted = dataset.source_fps or WAN_FPS
+    differing = {path: rate for path, rate in rates.items() if not is_close(rate.fps, wanted)}
+    if not differing:
+        return []
+    first = next(iter(differing.values()))
+    fps = f"{first.fps:.4g}"
+    files = f"{count_and_names(differing)} (the first has {fps} frames a second{', varying' if first.varies else ''})"
+    each = f'source_fps = {fps}, or "{FILE_RATE}" for each file\'s own rate'
+    if dataset.source_fps is None:
+        return [
+            f"videos of another rate than Wan's {WAN_FPS:g} frames a second: {files}; source_fps is not set, so every "
+            f"frame is used and their motion changes its speed; to keep it, set {each}"
+        ]
+    return [f"videos of another rate than source_fps = {dataset.source_fps:g}: {files}; if they are right, set {each}"]

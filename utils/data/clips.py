@@ -25,11 +25,11 @@ from utils.data.cache_files import (
 from utils.data.items import is_plain
 from utils.data.masks import mask_settings, read_mask
 from utils.data.origins import Origin, clip_settings, dataset_settings, read_origin
-from utils.data.pictures import read_image
-from utils.data.remarks import TRANSPARENT
 from utils.data.sizes import SizedSource, clip_windows, frames_needed
 from utils.data.sources import AnyDataset, VideoDataset
-from utils.data.videos import read_video
+from utils.pixels.pictures import read_image
+from utils.pixels.remarks import TRANSPARENT
+from utils.pixels.videos import read_video
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import psutil
 from utils.data.sizes import STEP, nearest_multiples
 from utils.data.sources import (
     CAPTION_MODES,
-    FILE_RATE,
     FRAME_EXTRACTIONS,
     AnyDataset,
     DatasetConfig,
@@ -18,6 +17,7 @@ from utils.data.sources import (
     VideoDataset,
 )
 from utils.files import file_name, names_text, quoted, readable
+from utils.pixels.rates import FILE_RATE
 from utils.text_files import escaped_path, read_json, read_toml
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from utils.data.media import SIDECAR_SUFFIXES, how_to_read, is_hidden
-from utils.data.remarks import count_and_names
 from utils.files import file_problem, folder_entries
+from utils.pixels.media import SIDECAR_SUFFIXES, how_to_read, is_hidden
+from utils.pixels.remarks import count_and_names
 
 _MOST_COUNTED = 100_000
 _KINDS_NAMED = 6

@@ -21,8 +21,6 @@ from utils.data.cache_files import (
 )
 from utils.data.masks import is_masked, mask_settings, wants_masks
 from utils.data.origins import clip_settings, dataset_settings, size_text
-from utils.data.pictures import is_plain_picture, stored_size
-from utils.data.remarks import count_and_names
 from utils.data.sizes import SizedSource, choose_bucket, clip_windows, frames_needed, longest_full_clip, sized_sources
 from utils.data.sources import (
     AnyDataset,
@@ -33,8 +31,10 @@ from utils.data.sources import (
     list_sources,
     texts_to_encode,
 )
-from utils.data.videos import count_frames, is_plain_video, stored_video_size
 from utils.files import folder_entries
+from utils.pixels.pictures import is_plain_picture, stored_size
+from utils.pixels.remarks import count_and_names
+from utils.pixels.videos import count_frames, is_plain_video, stored_video_size
 from wan.configs import WAN_2_1_VAE
 
 # Opening files waits for the disk, so threads help on one core too.

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from utils.data.folders import FROM_HERE
-from utils.data.media import IMAGE_SUFFIXES, is_hidden
 from utils.files import file_problem, folder_entries
+from utils.pixels.media import IMAGE_SUFFIXES, is_hidden
 from wan.errors import InputError
 
 

@@ -10,9 +10,9 @@ import torch
 from einops import rearrange
 
 from utils.data.origins import content_hash, size_text
-from utils.data.pictures import image_size, read_alpha, read_image
 from utils.data.sizes import SizedSource
 from utils.data.sources import AnyDataset, ImageDataset, Source
+from utils.pixels.pictures import image_size, read_alpha, read_image
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from utils.data.media import IMAGE_SUFFIXES, pictures_in
-from utils.data.remarks import colour_name
 from utils.data.sources import AnyDataset, VideoDataset
+from utils.pixels.media import IMAGE_SUFFIXES, pictures_in
+from utils.pixels.remarks import colour_name
 
 PIXEL_RULES = "1"  # to be raised when a file that was readable before gives other pixels
 _KEYS = _SOURCE, _MADE_BY = "source_file", "made_by"  # musubi-tuner ignores metadata that it does not know

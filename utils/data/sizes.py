@@ -8,9 +8,9 @@ from math import isqrt
 
 import numpy as np
 
-from utils.data.pictures import image_size
 from utils.data.sources import AnyDataset, ImageDataset, Source, VideoDataset
-from utils.data.videos import video_size
+from utils.pixels.pictures import image_size
+from utils.pixels.videos import video_size
 from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 

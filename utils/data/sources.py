@@ -9,14 +9,13 @@ from pathlib import Path
 
 from utils.data.folders import FROM_HERE, media_files
 from utils.data.mask_files import find_masks
-from utils.data.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from utils.data.remarks import count_and_names
 from utils.files import file_problem, names_text, path_text
+from utils.pixels.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from utils.pixels.remarks import count_and_names
 from utils.text_files import escaped_path, parse_json, read_text, text_lines
 from wan.errors import InputError
 
 _LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
-FILE_RATE = "file"  # the source_fps that takes each file's own rate
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 CAPTION_MODES = ("whole", "lines")  # what of a caption file is a caption
 

@@ -9,7 +9,7 @@ from math import ceil
 import numpy as np
 from PIL import Image
 
-from utils.data.turning import UPRIGHT, Turn
+from utils.pixels.turning import UPRIGHT, Turn
 
 # New rows, and new columns, that are computed at once: what they are made of fits in the processor's cache.
 _ROWS, _COLUMNS = 32, 8

@@ -7,8 +7,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageChops, ImageCms
 
-from utils.data.remarks import BROKEN_PROFILE, HDR, NO_FIXED_RANGE
-from utils.data.tone_mapping import Light, to_srgb_pixels
+from utils.pixels.remarks import BROKEN_PROFILE, HDR, NO_FIXED_RANGE
+from utils.pixels.tone_mapping import Light, to_srgb_pixels
 
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # TIFF tags
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1

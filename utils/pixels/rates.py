@@ -1,15 +1,14 @@
 """Frame rates of videos: what a file says, and which frames remain at Wan's rate."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from utils.data.media import opened_video
-from utils.data.remarks import count_and_names
-from utils.data.sources import FILE_RATE, VideoDataset
+from utils.pixels.media import opened_video
 
 WAN_FPS = 16.0
+FILE_RATE = "file"  # the source_fps that takes each file's own rate
 _TOLERANCE = 0.03  # 29.97 is 30, and a phone's 29.5 as well; 24 is not 25
 _MOST_PACKETS = 2_000  # a minute, so that long files are not read whole
 
@@ -87,23 +86,3 @@ def _by_time(frames: Iterable, fps: float, usual_step: float) -> Iterator:
         while tick / fps < ends:
             yield shown
             tick += 1
-
-
-def rate_lines(dataset: VideoDataset, rates: Mapping[Path, Rate]) -> list[str]:
-    """A line if files have other rates than the dataset file says, or if it says none."""
-    if dataset.source_fps == FILE_RATE:
-        return []
-    wanted = dataset.source_fps or WAN_FPS
-    differing = {path: rate for path, rate in rates.items() if not is_close(rate.fps, wanted)}
-    if not differing:
-        return []
-    first = next(iter(differing.values()))
-    fps = f"{first.fps:.4g}"
-    files = f"{count_and_names(differing)} (the first has {fps} frames a second{', varying' if first.varies else ''})"
-    each = f'source_fps = {fps}, or "{FILE_RATE}" for each file\'s own rate'
-    if dataset.source_fps is None:
-        return [
-            f"videos of another rate than Wan's {WAN_FPS:g} frames a second: {files}; source_fps is not set, so every "
-            f"frame is used and their motion changes its speed; to keep it, set {each}"
-        ]
-    return [f"videos of another rate than source_fps = {dataset.source_fps:g}: {files}; if they are right, set {each}"]

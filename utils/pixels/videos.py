@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from utils.data.media import opened_video, pictures_in
-from utils.data.pictures import WHITE, Pixels, image_size, is_plain_picture, on_background, read_image, stored_size
-from utils.data.rates import at_wan_rate, own_rate
-from utils.data.remarks import HDR, TRANSPARENT, VARIABLE_RATE
-from utils.data.resizing import resize_and_crop
-from utils.data.tone_mapping import Light, coded_light, to_srgb_pixels
-from utils.data.turning import UPRIGHT, Turn, matrix_turn
+from utils.pixels.media import opened_video, pictures_in
+from utils.pixels.pictures import WHITE, Pixels, image_size, is_plain_picture, on_background, read_image, stored_size
+from utils.pixels.rates import at_wan_rate, own_rate
+from utils.pixels.remarks import HDR, TRANSPARENT, VARIABLE_RATE
+from utils.pixels.resizing import resize_and_crop
+from utils.pixels.tone_mapping import Light, coded_light, to_srgb_pixels
+from utils.pixels.turning import UPRIGHT, Turn, matrix_turn
 from wan.errors import InputError
 
 if TYPE_CHECKING:

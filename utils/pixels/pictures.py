@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.data.colours import Encoding, is_plain, read_encoding, to_srgb
-from utils.data.media import readable_media
-from utils.data.remarks import SEVERAL_FRAMES, TRANSPARENT
-from utils.data.resizing import resize_and_crop
-from utils.data.tone_mapping import Light, coded_light
-from utils.data.turning import UPRIGHT, Turn, exif_turn
+from utils.pixels.colours import Encoding, is_plain, read_encoding, to_srgb
+from utils.pixels.media import readable_media
+from utils.pixels.remarks import SEVERAL_FRAMES, TRANSPARENT
+from utils.pixels.resizing import resize_and_crop
+from utils.pixels.tone_mapping import Light, coded_light
+from utils.pixels.turning import UPRIGHT, Turn, exif_turn
 
 WHITE = (255, 255, 255)
 _BITS, _ORIENTATION = 258, 274  # TIFF tags

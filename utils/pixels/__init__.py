@@ -1,0 +1,1 @@
+"""From a picture or video file to pixels as viewers show them."""
