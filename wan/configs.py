@@ -36,11 +36,15 @@ class WanConfig:
 
 @dataclass(frozen=True)
 class LatentLayout:
-    """How a VAE lays out a video: the channels of a latent, and what one latent value covers in time and space."""
+    """How a VAE lays out a video: the channels of a latent, and what one latent value covers in time and space.
+
+    `fps` is the frame rate of the videos that the models with this VAE were trained on.
+    """
 
     channels: int
     frame_stride: int
     pixel_stride: int
+    fps: int
 
     @property
     def pixel_multiple(self) -> int:
@@ -60,8 +64,21 @@ class LatentLayout:
         return (frames - 1) // self.frame_stride * self.frame_stride + 1
 
 
-WAN_2_1_VAE = LatentLayout(16, 4, 8)
-WAN_2_2_VAE = LatentLayout(48, 4, 16)  # of ti2v-5B
+WAN_2_1_VAE = LatentLayout(16, 4, 8, fps=16)
+WAN_2_2_VAE = LatentLayout(48, 4, 16, fps=24)  # of ti2v-5B
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a model is given beside noisy latents and text: pictures of the clip, as latents and as CLIP tokens."""
+
+    pictures: int = 0  # 1: the first frame, 2: the first and the last, joined to the latents as y
+    clip: bool = False  # and CLIP tokens of each
+
+
+NO_CONDITIONS = Conditions()
+# ti2v reads a first frame too, but as a part of its noisy latents.
+_PICTURES = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2}
 
 _720P = ((1280, 720), (720, 1280))
 _480P = ((832, 480), (480, 832))
@@ -85,9 +102,17 @@ class WanTask:
     guidance_scale: float = 5.0
     guidance_scale_high: float | None = None
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    fps: int = 16
     video_length: int = 81
     sizes: tuple[tuple[int, int], ...] = _720P + _480P
+
+    @property
+    def fps(self) -> int:
+        return self.latents.fps
+
+    @property
+    def conditions(self) -> "Conditions":
+        """What is cached beside the latents of a clip that is trained on."""
+        return Conditions(_PICTURES[self.config.model_type], self.config.image_dim is not None)
 
     def shift_at(self, width: int, height: int) -> float:
         """The default flow shift of a video of this size."""
@@ -128,7 +153,7 @@ TASKS: dict[str, WanTask] = {
         WanTask(
             "flf2v-14B", _FLF2V_14B, flow_shift=16.0, negative_prompt=_TWO_PICTURES_PREFIX + DEFAULT_NEGATIVE_PROMPT
         ),
-        WanTask("ti2v-5B", _TI2V_5B, WAN_2_2_VAE, fps=24, video_length=121, sizes=((1280, 704), (704, 1280))),
+        WanTask("ti2v-5B", _TI2V_5B, WAN_2_2_VAE, video_length=121, sizes=((1280, 704), (704, 1280))),
     )
 }
 
