@@ -156,6 +156,3 @@ TASKS: dict[str, WanTask] = {
         WanTask("ti2v-5B", _TI2V_5B, WAN_2_2_VAE, video_length=121, sizes=((1280, 704), (704, 1280))),
     )
 }
-
-# Caching, training and generation refuse the others, which only load.
-SUPPORTED_TASKS = tuple(task.name for task in TASKS.values() if task.config.model_type == "t2v")

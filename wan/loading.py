@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan.configs import SUPPORTED_TASKS, TASKS, WanConfig
+from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.fp8 import FP8, check_quantisation, dequantised, is_companion, scale_of
 from wan.model import WanModel
@@ -37,12 +37,7 @@ _OTHER_MODELS = {
     "face_adapter.": "an Animate model",
     "audio_proj.": "a model driven by audio",
 }
-_MODEL_TYPES = {
-    "i2v": "an image-to-video model",
-    "flf2v": "a first-and-last-frame model",
-    "ti2v": "a text-and-image-to-video model",
-}
-_SUPPORTED = f"which is not supported; supported are the models of --task {', '.join(SUPPORTED_TASKS)}"
+_SUPPORTED = f"which is not supported; supported are the models of --task {', '.join(TASKS)}"
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ def check_fits_task(header: CheckpointHeader, task_name: str) -> None:
     A file with `num_heads` in its metadata is not a released model; it fits any task of its kind.
     """
     if task_name not in TASKS:
-        raise InputError(f"--task {task_name} is unknown; allowed are {', '.join(SUPPORTED_TASKS)}")
+        raise InputError(f"--task {task_name} is unknown; allowed are {', '.join(TASKS)}")
     config = config_from_header(header)
     kinds = {name: task.config for name, task in TASKS.items() if _kind(task.config) == _kind(config)}
     fits = [name for name, known in kinds.items() if replace(config, text_len=known.text_len) == known]
@@ -129,8 +124,6 @@ def check_fits_task(header: CheckpointHeader, task_name: str) -> None:
         fits = list(kinds)
     if task_name in fits:
         return
-    if not any(name in SUPPORTED_TASKS for name in kinds):
-        raise InputError(f"{header.files[0]} is {_MODEL_TYPES[config.model_type]}, {_SUPPORTED}")
     widths = f"width {config.dim}, {config.num_layers} blocks, {config.in_dim} input channels"
     advice = f"use --task {' or '.join(fits)}" if fits else "no task has a model of this size"
     raise InputError(f"{header.files[0]} ({widths}) does not fit --task {task_name}: {advice}")

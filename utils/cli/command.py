@@ -172,13 +172,10 @@ def device(text: str):
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def text_to_video_task(text: str) -> str:
-    """An argparse type: the name of a task that is supported."""
-    allowed = [task.name for task in TASKS.values() if task.config.model_type == "t2v"]
-    if text in TASKS and text not in allowed:
-        raise argparse.ArgumentTypeError(f"{text} is not a text-to-video model: use one of {', '.join(allowed)}")
-    if text not in allowed:
-        raise argparse.ArgumentTypeError(unknown_choice(text, allowed))
+def task(text: str) -> str:
+    """An argparse type: the name of a task."""
+    if text not in TASKS:
+        raise argparse.ArgumentTypeError(unknown_choice(text, list(TASKS)))
     return text
 
 

@@ -16,7 +16,7 @@ from utils.cli.command import (
     number,
     one_strength_each,
     refuse_flags,
-    text_to_video_task,
+    task,
 )
 from utils.cli.swap_flags import add_swap_flags, read_swap
 from utils.cli.unsupported import GENERATION
@@ -100,7 +100,7 @@ def _add_files(parser: Parser) -> None:
     add = parser.add_argument_group("input files").add_argument
     add(
         "--task",
-        type=text_to_video_task,
+        type=task,
         default="t2v-14B",
         metavar="TASK",
         help="the kind of model, which sets the sampling defaults: t2v-A14B, t2v-14B, t2v-1.3B or t2i-14B "

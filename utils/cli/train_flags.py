@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli.command import DTYPES, dtype, number, text_to_video_task
+from utils.cli.command import DTYPES, dtype, number, task
 from utils.cli.learning_flags import add_learning_flags
 from utils.cli.swap_flags import add_swap_flags
 from utils.run.save_schedule import KINDS
@@ -69,7 +69,7 @@ def _add_files(parser: ArgumentParser) -> None:
     )
     add(
         "--task",
-        type=text_to_video_task,
+        type=task,
         default="t2v-14B",
         metavar="TASK",
         help="the kind of model: t2v-A14B, t2v-14B, t2v-1.3B or t2i-14B (default: %(default)s)",
