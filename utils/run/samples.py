@@ -4,7 +4,7 @@ Shapes: T frames, H W height and width in pixels, S text tokens, D text width.
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from utils.sampling.defaults import SampleDefaults
-from utils.sampling.denoising import Sample, cut_lines, decode_latent, encode_samples, resolve_sample, sample_prompt
+from utils.sampling.denoising import (
+    Denoising,
+    Sample,
+    cut_lines,
+    decode_latent,
+    encode_samples,
+    resolve_sample,
+    sample_prompt,
+)
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.sample_metadata import sample_settings
 from utils.sampling.writers import NO_SETTINGS, save_sample
@@ -48,6 +56,10 @@ class PreparedSamples:
     texts: Mapping[str, Tensor]
     vae: WanVAE
     fps: int
+
+    def denoisings(self) -> list[Denoising]:
+        """The samples at their starts, for models that draw them together."""
+        return [Denoising(sample) for sample in self.samples]
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,18 @@ def draw_samples(
     """
     source = "the model in training"
     latents = [sample_prompt(model, sample, prepared.texts, device, on_step, source) for sample in prepared.samples]
+    return save_drawn(prepared, latents, device, folder, stem, weights)
+
+
+def save_drawn(
+    prepared: PreparedSamples,
+    latents: Sequence[Tensor],
+    device: torch.device,
+    folder: Path,
+    stem: str,
+    weights: Mapping[str, object] | None,
+) -> list[SavedSample]:
+    """Decodes the latents of all samples on `device`, and saves them as draw_samples does."""
     prepared.vae.to(device)
     time = datetime.now().strftime("%Y%m%d%H%M%S")
     saved = []

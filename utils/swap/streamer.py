@@ -119,6 +119,11 @@ class WeightStreamer:
         self._drain()
         if self.store is not None:
             self.store.close()
+        # Whoever still holds the streamer does not hold the memory.
+        self.weights, self._in_use = (), None
+        self._lanes.clear()
+        self._lane_of.clear()
+        self._slot_of.clear()
 
     def begin_pass(self, kind: Hashable) -> None:
         """A forward pass begins; passes of one kind use the weights in the same order."""

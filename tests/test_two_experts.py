@@ -1,0 +1,192 @@
+"""Both experts in one run: each is the run that it would have been alone, whatever turns they take."""
+
+import os
+import re
+import shutil
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import run, write_dit, write_inputs, write_sample_models
+
+from utils import training
+from wan.errors import InputError
+
+# Accumulated steps and a schedule; three steps an epoch.
+COMMON = ("--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine")
+SIDES = {"high_noise": ("high", "--min_timestep=875"), "low_noise": ("base", "--max_timestep=875")}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = write_inputs(tmp_path_factory.mktemp("run"))
+    write_dit(folder / "high.safetensors", seed=5)
+    return folder
+
+
+@pytest.fixture
+def folder(files):
+    yield files
+    for name in ("out", "alone"):
+        shutil.rmtree(files / name, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_both(folder, *more, every=2):
+    both = ("--dit_high_noise", str(folder / "high.safetensors"), "--switch_expert_every", str(every))
+    return run(folder, *COMMON, *both, *more)
+
+
+def run_alone(folder, *more):
+    """A run of each expert, as both of them in one run are to come out."""
+    for expert, (dit, side) in SIDES.items():
+        own = ("--dit", str(folder / f"{dit}.safetensors"), "--output_name", f"one-{expert}", side)
+        run(folder, *COMMON, "--preserve_distribution_shape", *own, "--output_dir", str(folder / "alone"), *more)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "sample")
+
+
+def differing(folder):
+    """The files of weights that are not those of the runs alone; which files there are has to agree."""
+    assert names(folder / "out") == names(folder / "alone") != []
+    files = [name for name in names(folder / "out") if name.endswith(".safetensors")]
+    return [name for name in files if read_tensors(folder / "out" / name) != read_tensors(folder / "alone" / name)]
+
+
+def read_tensors(path):
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+@contextmanager
+def interrupted(monkeypatch, at):
+    """Ctrl-C in step number `at` of both together."""
+    steps, update = [0], training.update
+
+    def counted(*given):
+        steps[0] += 1
+        if steps[0] == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "update", counted)
+        yield
+
+
+def test_each_expert_writes_the_files_of_a_run_alone(folder):
+    saves = (
+        "--save_every_n_steps",
+        "2",
+        "--save_every_n_epochs",
+        "1",
+        "--save_state",
+        "--save_as",
+        "checkpoint",
+        "slice",
+    )
+    lines = run_both(folder, *saves)
+    run_alone(folder, *saves)
+    assert differing(folder) == []
+    assert (
+        load_file(folder / "out" / "one-high_noise.safetensors").keys() == load_file(folder / "high.safetensors").keys()
+    )
+    for expert in SIDES:
+        states = [torch.load(folder / out / f"one-{expert}-state" / "state.pt") for out in ("out", "alone")]
+        assert same([state["state"] for state in states]) and states[0]["settings"] == states[1]["settings"]
+    assert any("as one-high_noise and " in line and "as one-low_noise to" in line for line in lines)
+
+
+def same(pair):
+    one, other = pair
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same((one[key], other[key])) for key in one)
+    return one == other
+
+
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_stopped_in_either_turn_both_go_on_to_the_same_end(folder, monkeypatch, at):
+    """Turns of two steps: high 1-2, low 1-2, high 3-4, ..."""
+    with interrupted(monkeypatch, at):
+        lines = run_both(folder)
+    places = {
+        1: "high_noise after step 1 and low_noise after step 0",
+        4: "high_noise after step 2 and low_noise after step 2",
+    }
+    places[7] = "high_noise after step 4 and low_noise after step 3"
+    assert lines[-1].startswith(f"stopped {places[at]}; to continue, run the same command with --resume latest")
+    run_both(folder, "--resume", "latest", every=5)
+    run_alone(folder)
+    for path in (folder / "out").glob("*-state"):
+        shutil.rmtree(path)
+    assert differing(folder) == []
+
+
+def test_the_idle_expert_does_not_move(folder, monkeypatch):
+    seen, update = {}, training.update
+
+    def watched(run, *given):
+        for other in seen.keys() - {run.config.expert}:
+            trained, optimizer, before = seen[other]
+            assert same((snapshot(trained, optimizer), before))
+        result = update(run, *given)
+        seen[run.config.expert] = (run.trained, run.optimizer, snapshot(run.trained, run.optimizer))
+        return result
+
+    def snapshot(trained, optimizer):
+        states = {i: dict(own) for i, own in enumerate(optimizer.state.values())}
+        return {key: clone(value) for key, value in {"t": trained.state_dict(), "s": states}.items()}
+
+    def clone(value):
+        return {key: clone(own) for key, own in value.items()} if isinstance(value, dict) else value.clone()
+
+    monkeypatch.setattr(training, "update", watched)
+    run_both(folder, "--optimizer_args", "weight_decay=0.5")
+    assert seen.keys() == SIDES.keys()
+
+
+@pytest.mark.parametrize("swap", ["--blocks_to_swap=2", "--blocks_to_swap=1 --host_weights=staged"])
+def test_swapped_experts_write_the_files_of_resident_ones(folder, swap):
+    run_both(folder, "--gradient_checkpointing", *swap.split(), every=1)
+    run_alone(folder)
+    assert differing(folder) == []
+
+
+def test_samples_show_both_experts_after_as_many_steps(folder):
+    more = [*write_sample_models(folder), "--vae_dtype", "fp32", "--sample_every_n_steps", "2", "--sample_at_first"]
+    lines = run_both(folder, *more, "--sample_every_n_epochs", "1", every=100)
+    drawn = {re.sub(r"_\d{14}.*", "", path.name) for path in (folder / "out" / "sample").glob("one_*_0*")}
+    turns = ("e000000", "000002", "e000001", "000004", "e000002")
+    assert drawn == {f"one_{turn}_{number:02d}" for turn in turns for number in range(2)}
+    assert any(line.startswith("sampled") for line in lines)
+    run_alone(folder)
+    assert differing(folder) == []
+
+
+REFUSED = {
+    "--min_timestep 10": "with --dit_high_noise leave them out",
+    "--max_timestep 900": "with --dit_high_noise leave them out",
+    "--task t2v-14B": "needs --timestep_boundary",
+    "--timestep_boundary 1000": "leaves one expert without timesteps",
+    "--dit {folder}/high.safetensors": "are the same file",
+    "--resume {folder}/none-state": "give both of their states",
+}
+
+
+@pytest.mark.parametrize("given", REFUSED)
+def test_what_two_experts_cannot_do_is_refused_with_what_to_use(folder, given):
+    with pytest.raises(InputError, match=re.escape(REFUSED[given])):
+        run_both(folder, *given.format(folder=folder).split())
