@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ class Case:
     ring_blocks: int = 2
     offload_inputs: bool = False
     limit: float | None = None  # GB, the figure to reach
+    experts: int = 1  # 2: both of A14B, of which one has trained and left the device
 
 
 CASES = (
@@ -50,6 +52,8 @@ CASES = (
     Case("512x512x1, S = 40, one block-sized buffer", IMAGE, 40, ring_blocks=1, limit=1.8),
     Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, limit=13.0),
     Case("832x480x81, S = 40", CLIP, 40),
+    Case("512x512x1, S = 24, two experts", IMAGE, 24, limit=13.1, experts=2),
+    Case("512x512x1, S = 40, ring of 2 blocks, two experts", IMAGE, 40, limit=2.8, experts=2),
 )
 
 
@@ -130,18 +134,18 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40, steps: int = 3) -> 
     config = TASKS["t2v-14B"].config
     config = wan.model.WanConfig(**{**vars(config), "num_layers": blocks})
     with META:
-        model = wan.model.WanModel(config).bfloat16().requires_grad_(False)
-    count = DeviceBytes([parameter.data for parameter in model.parameters()])
+        models = [wan.model.WanModel(config).bfloat16().requires_grad_(False) for _ in range(case.experts)]
+    count = DeviceBytes([parameter.data for model in models for parameter in model.parameters()])
     backend = MetaBackend(count)
     real_attention, wan.model.attention = wan.model.attention, flash_like_attention
     try:
         with count:
-            trained = attach_slice(model, ff, 1, device=META)
             inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
-            checkpoint_blocks(model, inputs)
-            swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
-            placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
-            optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+            experts = [set_up(model, case, ff, inputs, backend) for model in models]
+            for model, own in list(zip(models, experts, strict=True))[:-1]:
+                train_and_leave(model, *own, case.latents, count)
+            model, (trained, optimizer, place) = models[-1], experts[-1]
+            placement = place()
             count.add(*model.parameters())
             placed = count.live
             traffic = placement.streamer.traffic if placement.streamer else Traffic()
@@ -153,6 +157,23 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40, steps: int = 3) -> 
     finally:
         wan.model.attention = real_attention
     return Peaks(placed, forward, backward, update, sampling, copied)
+
+
+def set_up(model, case: Case, ff: str, inputs: BlockInputs | None, backend: MetaBackend):
+    """The slice, its optimizer, and what places the model."""
+    trained = attach_slice(model, ff, 1, device=META)
+    checkpoint_blocks(model, inputs)
+    swap = SwapConfig(min(case.blocks_to_swap, len(model.blocks)), case.ring_blocks)
+    loaded = LoadedWeights(mapped=True, returns=case.experts > 1)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+    return trained, optimizer, partial(place_model, model, META, swap, trained, loaded, backend)
+
+
+def train_and_leave(model, trained, optimizer, place, latents, count: DeviceBytes) -> None:
+    """An expert's turn, after which its slice and its optimizer's state stay on the device."""
+    with place():
+        count.add(*model.parameters())
+        step(model, trained, optimizer, latents, count)
 
 
 def step(model, trained, optimizer, latents, count: DeviceBytes) -> tuple[int, int, int]:
