@@ -9,9 +9,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import run, write_dit, write_inputs, write_sample_models
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import flags, run, write_dit, write_inputs, write_sample_models
 
 from utils import training
+from utils.cli.train import parse_train
+from utils.run.experts import expert_configs
 from wan.errors import InputError
 
 # Accumulated steps and a schedule; three steps an epoch.
@@ -174,6 +177,69 @@ def test_samples_show_both_experts_after_as_many_steps(folder):
     assert any(line.startswith("sampled") for line in lines)
     run_alone(folder)
     assert differing(folder) == []
+
+
+def both_flags(folder, *more):
+    return flags(folder, *COMMON, "--dit_high_noise", str(folder / "high.safetensors"), *more)
+
+
+def configs(folder, *more):
+    """What each expert is asked for, by its name."""
+    return {own.expert: own for own in expert_configs(parse_train(both_flags(folder, *more)))}
+
+
+def test_slices_and_reference_predictions_go_to_the_expert_that_they_were_made_on(folder):
+    preserve = (
+        *write_sample_models(folder)[1:3],
+        "--preserve_prompts",
+        str(folder / "prompts.txt"),
+        "--preserve_every=2",
+    )
+    run_both(folder, *preserve, "--save_as", "slice", "--max_train_epochs", "1")
+    out = [folder / "out" / f"one-{expert}" for expert in ("low_noise", "high_noise")]
+    slices = [str(path.with_name(f"{path.name}.slice.safetensors")) for path in out]
+    answers = [str(path.with_name(f"{path.name}.answers.safetensors")) for path in out]
+    more = (*preserve, "--ffid", "3", "--output_name", "two", "--slices", *slices, "--preserve_answers", *answers)
+    for expert, own in configs(folder, *more).items():
+        assert [path.name for path in own.slices] == [f"one-{expert}.slice.safetensors"]
+        assert own.preserve.answers.name == f"one-{expert}.answers.safetensors"
+    lines = run_both(folder, *more, "--max_train_epochs", "1")
+    assert sum("on top of" in line for line in lines) == 2
+    with pytest.raises(InputError, match="give one file of each expert"):
+        configs(folder, *preserve, "--preserve_answers", answers[0], answers[0])
+
+
+def test_states_are_told_apart_and_one_name_stands_for_both(folder):
+    run_both(folder, "--save_state", "--max_train_epochs", "1")
+    states = {expert: folder / "out" / f"one-{expert}-state" for expert in SIDES}
+    low, high = str(states["low_noise"]), str(states["high_noise"])
+    for given in ([low, high], [high, low], [str(folder / "out" / "one-state")]):
+        assert {name: own.resume for name, own in configs(folder, "--resume", *given).items()} == states
+    for given, told in (([high, high], "one state of each expert"), ([high], "give both of their states")):
+        with pytest.raises(InputError, match=told):
+            configs(folder, "--resume", *given)
+    shutil.rmtree(states["low_noise"])
+    lines = run_both(folder, "--resume", "latest", "--max_train_epochs", "2")
+    assert "one-low_noise has no usable state, so it begins at its first step" in lines
+    assert any(line.startswith("high_noise: continues from") for line in lines)
+    run_alone(folder)
+    begun_again = [read_tensors(folder / out / "one-low_noise.safetensors") for out in ("out", "alone")]
+    assert begun_again[0] == begun_again[1]
+    shutil.rmtree(states["high_noise"])
+    with pytest.raises(InputError, match="has no usable state of one"):
+        run_both(folder, "--resume", "latest")
+
+
+def test_the_bar_and_the_trackers_show_a_loss_of_each(folder, capfd):
+    run_both(folder, "--logging_dir", str(folder / "logs"), "--max_train_epochs", "1")
+    (log,) = (folder / "logs").glob("*/network_train")
+    events = EventAccumulator(str(log)).Reload()
+    for expert in SIDES:
+        assert [event.step for event in events.Scalars(f"loss/current/{expert}")] == [1, 2, 3]
+    assert "loss/current" not in events.Tags()["scalars"]
+    shown = capfd.readouterr().err
+    assert re.search(r"6/6 .*high_noise=\d\.\d{4} \(average \d\.\d{4}\), low_noise=\d\.\d{4}", shown)
+    shutil.rmtree(folder / "logs")
 
 
 REFUSED = {

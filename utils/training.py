@@ -81,7 +81,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
                 say("\n".join(timestep_lines(own.timesteps, size, given.seed)))
         return True
     with only_run_of_its_names(config, asked, accelerator), Stage() as stage:
-        plans = check_all(asked, inputs, accelerator, say)
+        plans = check_all(config, asked, inputs, accelerator, say)
         samples = _encode_samples(config, inputs[-1], accelerator, say)
         encoded = [_encode_prompts(*own, accelerator, say) for own in zip(asked, inputs, plans, strict=True)]
         block_inputs = _block_inputs(config, inputs[0], accelerator.device)

@@ -33,7 +33,7 @@ from utils.slices.ledger import own_entry, read_ledger
 from utils.slices.lora import lora_bytes
 from utils.slices.on_base import SlicesOnBase, read_below, units_of
 from utils.swap.memory_checks import StepNeeds, check_memory
-from utils.swap.placement import check_swap
+from utils.swap.placement import check_swap, sizes_of
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import (
@@ -44,6 +44,7 @@ from wan.loading import (
     is_fp8,
     read_checkpoint_header,
 )
+from wan.memory import available_bytes, check_room
 from wan.stored_tensors import dtype_name
 
 _STATE_BYTES = 12  # a value: the difference, two of AdamW
@@ -165,18 +166,27 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
 
 
 def check_all(
-    asked: Sequence[TrainConfig], inputs: Sequence[Inputs], accelerator: Accelerator, say: Callable[[str], None]
+    config: TrainConfig,
+    asked: Sequence[TrainConfig],
+    inputs: Sequence[Inputs],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
 ) -> list[RunPlan]:
-    """The plan of a run, or of each expert of one; InputError if both have nothing to resume from."""
-    plans = [check(config, own, accelerator, say) for config, own in zip(asked, inputs, strict=True)]
-    if asked[0].expert:
-        for line in inputs[0].dataset.describe():
-            say(line)
-        for config, plan in zip(asked, plans, strict=True):
-            if config.resume and plan.resume is None:
-                say(f"{config.save.name} has no usable state, so it begins at its first step")
-        if asked[0].resume and not any(plan.resume for plan in plans):
-            raise no_state(asked[0].save)
+    """The plans of what is `asked` for by `config`: of a run, or of each expert; InputError if one could not work."""
+    plans = [check(own, given, accelerator, say) for own, given in zip(asked, inputs, strict=True)]
+    if config.experts is None:
+        return plans
+    for line in inputs[0].dataset.describe():
+        say(line)
+    if asked[0].resume and not any(plan.resume for plan in plans):
+        raise no_state(config.save)
+    for own, plan in zip(asked, plans, strict=True):
+        if own.resume and plan.resume is None:
+            say(f"{own.save.name} has no usable state, so it begins at its first step")
+    if config.samples:
+        writable_folder(config.save.folder / "sample", "the folder of samples")
+        if accelerator.is_main_process:
+            remove_unfinished(config.save)
     return plans
 
 
@@ -334,6 +344,9 @@ def check_run_memory(
         trained += values * (dtype.itemsize + _STATE_BYTES)
     usable = stored.itemsize <= dtype.itemsize and not (stored == torch.float16 and device.type == "cpu")
     lighter = f"use --mixed_precision {flag}" if usable else f"use a {dtype_name(dtype)} file as --dit"
+    if config.expert and stored != dtype:  # read in place, they would stay in their files
+        both = {"the weights of both experts": 2 * sizes_of(model, dtype).all}
+        check_room(both, available_bytes(), "RAM", lighter)
     step = StepNeeds(trained, block_input, config.offload_block_inputs)
     check_memory(header, model, dtype, device, config.swap, f"{lighter}, so that the weights are read in place", step)
 
