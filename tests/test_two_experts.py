@@ -4,12 +4,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resuming import run_two
 from tiny_run import flags, run, write_dit, write_inputs, write_sample_models
 
 from utils import training
@@ -125,12 +127,11 @@ def test_stopped_in_either_turn_both_go_on_to_the_same_end(folder, monkeypatch, 
     """Turns of two steps: high 1-2, low 1-2, high 3-4, ..."""
     with interrupted(monkeypatch, at):
         lines = run_both(folder)
-    places = {
-        1: "high_noise after step 1 and low_noise after step 0",
-        4: "high_noise after step 2 and low_noise after step 2",
-    }
-    places[7] = "high_noise after step 4 and low_noise after step 3"
-    assert lines[-1].startswith(f"stopped {places[at]}; to continue, run the same command with --resume latest")
+    high, low = {1: (1, 0), 4: (2, 2), 7: (4, 3)}[at]
+    where = f"high_noise after step {high} and low_noise after step {low}"
+    assert lines[-1] == f"stopped {where}; to continue, run the same command with --resume latest"
+    kept = {f"one-high_noise-step{high:08d}-state", *([f"one-low_noise-step{low:08d}-state"] if low else [])}
+    assert set(names(folder / "out")) == kept
     run_both(folder, "--resume", "latest", every=5)
     run_alone(folder)
     for path in (folder / "out").glob("*-state"):
@@ -256,3 +257,22 @@ REFUSED = {
 def test_what_two_experts_cannot_do_is_refused_with_what_to_use(folder, given):
     with pytest.raises(InputError, match=re.escape(REFUSED[given])):
         run_both(folder, *given.format(folder=folder).split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
+def test_two_processes_take_the_same_turns(folder):
+    more = [*write_sample_models(folder), "--vae_dtype", "fp32", "--sample_every_n_steps", "1"]
+    both = ("--dit_high_noise", str(folder / "high.safetensors"), "--switch_expert_every", "2")
+    run_two(folder, unused_port(), *COMMON, *both, *more)
+    for expert, (dit, side) in SIDES.items():
+        own = ("--dit", str(folder / f"{dit}.safetensors"), "--output_name", f"one-{expert}", side)
+        more = ("--preserve_distribution_shape", *own, "--output_dir", str(folder / "alone"))
+        run_two(folder, unused_port(), *COMMON, *more)
+    assert differing(folder) == []
+
+
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -99,7 +99,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
                 say(line)
         start_trackers([expert.run for expert in experts])
         with StopRequest() as stop:
-            _train(config, experts, samples and shared_samples(config, inputs[0], samples), stage, stop, say)
+            _train(config, experts, shared_samples(config, inputs[0], samples), stage, stop, say)
         accelerator.end_training()
         return all(expert.place.step == expert.run.plan.steps for expert in experts)
 

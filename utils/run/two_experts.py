@@ -39,15 +39,15 @@ class SharedSamples:
     """The samples that both experts draw together, the high-noise one down to timestep `boundary`."""
 
     config: SampleConfig
-    prepared: PreparedSamples
+    prepared: PreparedSamples | None  # None: another process draws them
     save: SaveConfig  # of the names without an expert's
     boundary: float
     guidance_scale_high: float | None  # None: the sample's
 
 
-def shared_samples(config: TrainConfig, high: Inputs, prepared: PreparedSamples) -> SharedSamples | None:
-    """The samples of a run that trains two experts; `high` is what the high-noise one is given."""
-    if config.experts is None:
+def shared_samples(config: TrainConfig, high: Inputs, prepared: PreparedSamples | None) -> SharedSamples | None:
+    """The samples of a run that trains two experts, if it draws any; `high` is what the high-noise one is given."""
+    if config.experts is None or config.samples is None:
         return None
     suggested = read_sample_defaults(high.header.metadata, config.experts.dit_high_noise).guidance_scale
     scale = TASKS[config.task].guidance_scale_high if suggested is None else suggested
