@@ -43,6 +43,8 @@ def tiny_inputs(config):
     if config.model_type == "ti2v":
         return x, torch.where(torch.arange(24) < 12, torch.tensor([[0.0], [800.0]]), t[:, None]), context
     y = torch.randn(2, config.in_dim - config.out_dim, 2, 6, 8, generator=draw)
+    if config.image_dim is None:
+        return x, t, context, y
     pictures = 2 if config.model_type == "flf2v" else 1
     return x, t, context, y, torch.randn(2, pictures * PICTURE_TOKENS, config.image_dim, generator=draw)
 
