@@ -1,8 +1,8 @@
 """How much device memory does a training step of Wan 14B take? Counted, not measured, so that no GPU is needed.
 
 The full-size model runs on the `meta` device, where tensors have shapes but no bytes, through the same placing,
-streaming and training code; the live storages are added up. Attention is a stand-in that keeps what a flash
-kernel keeps.
+streaming and training code; the live storages are added up. Attention and RMS norm are stand-ins that keep what
+the kernels on a GPU keep.
 A GPU adds its context (0.3-0.6 GB) and scratch memory inside kernels.
 """
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -133,8 +134,10 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40, steps: int = 3) -> 
         model = wan.model.WanModel(config).bfloat16().requires_grad_(False)
     count = DeviceBytes([parameter.data for parameter in model.parameters()])
     backend = MetaBackend(count)
-    real_attention, wan.model.attention = wan.model.attention, flash_like_attention
-    try:
+    with (
+        mock.patch.object(wan.model, "attention", flash_like_attention),
+        mock.patch.object(torch.nn.RMSNorm, "forward", fused_like_rms_norm),
+    ):
         with count:
             trained = attach_slice(model, ff, 1, device=META)
             inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
@@ -150,8 +153,6 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40, steps: int = 3) -> 
                 forward, backward, update = step(model, trained, optimizer, case.latents, count)
             copied = traffic.bytes - before
             sampling = peak_of(count, lambda: sample(model, case.latents))
-    finally:
-        wan.model.attention = real_attention
     return Peaks(placed, forward, backward, update, sampling, copied)
 
 
@@ -203,6 +204,23 @@ class _FlashLike(torch.autograd.Function):
 
 def flash_like_attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
     return _FlashLike.apply(q_BLNK, k_BSNK, v_BSNK).flatten(2)
+
+
+class _FusedLike(torch.autograd.Function):
+    """Keeps the input and one float32 per token; other devices than CUDA keep a float32 copy of the input."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+def fused_like_rms_norm(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
+    return _FusedLike.apply(x, norm.weight)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wan.configs import WanConfig
 from wan.errors import InputError
 
+_TOKENS_TOGETHER = 4096  # in the feed-forward, whose hidden values would otherwise be most of what a step holds
 PICTURE_TOKENS = 257  # of CLIP: 16 x 16 patches and one for the whole picture
 
 
@@ -61,14 +62,55 @@ class LinearFloat32(nn.Linear):
         return torch.cat([F.linear(x, w.float(), b.float()) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
 
+class _ModulatedNorm(torch.autograd.Function):
+    """Keeps the input in its own dtype and each token's statistics, where autograd would keep float32 copies."""
+
+    @staticmethod
+    def forward(ctx, x_BLD, shift, scale, eps):
+        wide_BLD = x_BLD.float()
+        normed_BLD, mean, rstd = torch.native_layer_norm(wide_BLD, wide_BLD.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x_BLD, shift, scale, mean, rstd)
+        return torch.addcmul(shift, normed_BLD, 1 + scale)
+
+    @staticmethod
+    def backward(ctx, grad_BLD):
+        x_BLD, shift, scale, mean, rstd = ctx.saved_tensors
+        dx = dshift = dscale = None
+        wide_BLD = x_BLD.float()
+        if ctx.needs_input_grad[1]:
+            dshift = grad_BLD.sum_to_size(shift.shape)
+        if ctx.needs_input_grad[2]:
+            dscale = (grad_BLD * (wide_BLD - mean) * rstd).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[0]:
+            rest = (wide_BLD.shape[-1:], mean, rstd, None, None, [True, False, False])
+            dx = torch.ops.aten.native_layer_norm_backward(grad_BLD * (1 + scale), wide_BLD, *rest)[0].to(x_BLD.dtype)
+        return dx, dshift, dscale, None
+
+
 def modulated_norm(x_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """float32 layer norm of `x_BLD` without weights, scaled by 1 + scale and shifted (both [B, T, D])."""
-    return torch.addcmul(shift, F.layer_norm(x_BLD.float(), x_BLD.shape[-1:], eps=eps), 1 + scale)
+    return _ModulatedNorm.apply(x_BLD, shift, scale, eps)
+
+
+class _GatedResidual(torch.autograd.Function):
+    """Passes the gradient on in the dtype it came in, where autograd would make float32 ones for both terms first."""
+
+    @staticmethod
+    def forward(ctx, x_BLD, y_BLD, gate):
+        ctx.save_for_backward(gate, y_BLD if ctx.needs_input_grad[2] else None)
+        ctx.dtype = y_BLD.dtype
+        return (x_BLD + y_BLD * gate).to(x_BLD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_BLD):
+        gate, y_BLD = ctx.saved_tensors
+        dgate = (grad_BLD * y_BLD.float()).sum_to_size(gate.shape) if ctx.needs_input_grad[2] else None
+        return grad_BLD, (grad_BLD * gate).to(ctx.dtype), dgate
 
 
 def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate: Tensor) -> Tensor:
     """x + y * gate: the float32 gate [B, T, D] promotes both operations, so the result is rounded only once."""
-    return (x_BLD + y_BLD * gate).to(x_BLD.dtype)
+    return _GatedResidual.apply(x_BLD, y_BLD, gate)
 
 
 def attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
@@ -153,14 +195,27 @@ class WanBlock(nn.Module):
         With `times_BL`, it is [1, U, 6, D], and each token takes the row that its number in `times_BL` names.
         """
 
-        def row(number: int) -> Tensor:  # one at a time: per token, each is as large as x_BLD in float32
-            return at_tokens(self.modulation.float()[:, number] + e0[:, :, number], times_BL)
-
-        y_BLD = modulated_norm(x_BLD, row(0), row(1), self.eps).to(x_BLD.dtype)
-        x_BLD = gated_residual(x_BLD, self.self_attn(y_BLD, freqs), row(2))
+        attended_BLD = self.self_attn(self.modulated(x_BLD, e0, 0, times_BL), freqs)
+        x_BLD = gated_residual(x_BLD, attended_BLD, self.row(e0, 2, times_BL))
+        del attended_BLD  # as large as x_BLD
         x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), context_BSD, picture_BPD)
-        y_BLD = modulated_norm(x_BLD, row(3), row(4), self.eps).to(x_BLD.dtype)
-        return gated_residual(x_BLD, self.ffn(y_BLD), row(5))
+        parts = x_BLD.split(_TOKENS_TOGETHER, dim=1)
+        times = [None] * len(parts) if times_BL is None else times_BL.split(_TOKENS_TOGETHER, dim=1)
+        return torch.cat([self.feed_forward(*part, e0) for part in zip(parts, times, strict=True)], dim=1)
+
+    def feed_forward(self, x_BLD: Tensor, times_BL: Tensor | None, e0: Tensor) -> Tensor:
+        """Some of the tokens after their feed-forward; they do not depend on each other."""
+        y_BLD = self.ffn(self.modulated(x_BLD, e0, 3, times_BL))
+        return gated_residual(x_BLD, y_BLD, self.row(e0, 5, times_BL))
+
+    def modulated(self, x_BLD: Tensor, e0: Tensor, first: int, times_BL: Tensor | None) -> Tensor:
+        """The norm of `x_BLD` with row number `first` as its shift and the next one as its scale, in x's dtype."""
+        shift, scale = (self.row(e0, number, times_BL) for number in (first, first + 1))
+        return modulated_norm(x_BLD, shift, scale, self.eps).to(x_BLD.dtype)
+
+    def row(self, e0: Tensor, number: int, times_BL: Tensor | None) -> Tensor:
+        """One at a time: per token, each is as large as x_BLD in float32."""
+        return at_tokens(self.modulation.float()[:, number] + e0[:, :, number], times_BL)
 
 
 class Head(nn.Module):
