@@ -137,22 +137,22 @@ def measure(case: Case, ff: str = "0.001", blocks: int = 40, steps: int = 3) -> 
     with (
         mock.patch.object(wan.model, "attention", flash_like_attention),
         mock.patch.object(torch.nn.RMSNorm, "forward", fused_like_rms_norm),
+        count,
     ):
-        with count:
-            trained = attach_slice(model, ff, 1, device=META)
-            inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
-            checkpoint_blocks(model, inputs)
-            swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
-            placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
-            optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
-            count.add(*model.parameters())
-            placed = count.live
-            traffic = placement.streamer.traffic if placement.streamer else Traffic()
-            for _ in range(steps):
-                before = traffic.bytes
-                forward, backward, update = step(model, trained, optimizer, case.latents, count)
-            copied = traffic.bytes - before
-            sampling = peak_of(count, lambda: sample(model, case.latents))
+        trained = attach_slice(model, ff, 1, device=META)
+        inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
+        checkpoint_blocks(model, inputs)
+        swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
+        placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+        count.add(*model.parameters())
+        placed = count.live
+        traffic = placement.streamer.traffic if placement.streamer else Traffic()
+        for _ in range(steps):
+            before = traffic.bytes
+            forward, backward, update = step(model, trained, optimizer, case.latents, count)
+        copied = traffic.bytes - before
+        sampling = peak_of(count, lambda: sample(model, case.latents))
     return Peaks(placed, forward, backward, update, sampling, copied)
 
 
