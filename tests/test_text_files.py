@@ -103,15 +103,15 @@ def test_empty_texts_in_a_dataset_file_are_as_if_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        ("a = \u201cx\u201d", 'U+201C LEFT DOUBLE QUOTATION MARK stands there: write plain quotes, "'),
+        ("a = \u201cx\u201d", 'U+201C LEFT DOUBLE QUOTATION MARK stands there: write plain quotes (")'),
         ("a = \u2018x\u2019", "U+2018 LEFT SINGLE QUOTATION MARK stands there: write plain quotes"),
         ("a\u2014b = 1", "U+2014 EM DASH stands there: write a plain hyphen or ="),
         ("a\u00a0= 1", "U+00A0 NO-BREAK SPACE stands there: delete it"),
         ("a\u200b = 1", "U+200B ZERO WIDTH SPACE stands there: delete it"),
         ("\x1a", "U+001A CONTROL stands there: delete it"),
         ("a = True", "write true or false in small letters"),
-        ("a = /train/owl", "text stands in quotes there"),
-        ("a = character1", "text stands in quotes there"),
+        ("a = /train/owl", "text must be in quotes"),
+        ("a = character1", "text must be in quotes"),
     ],
 )
 def test_what_makes_toml_invalid_is_named_if_it_shows(tmp_path, line, hint):

@@ -88,12 +88,12 @@ def _toml_hint(line: str, column: int) -> str:
     if stranger:
         [name] = character_names(stranger)
         is_quote, is_dash = unicodedata.category(stranger) in ("Pi", "Pf"), unicodedata.category(stranger) == "Pd"
-        instead = 'write plain quotes, "' if is_quote else "write a plain hyphen or =" if is_dash else "delete it"
+        instead = 'write plain quotes (")' if is_quote else "write a plain hyphen or =" if is_dash else "delete it"
         return f"; {name} stands there: {instead}"
     if re.match(r"(true|false)\b", rest, re.I):
         return "; write true or false in small letters"
     if re.match(r"[A-Za-z_/~.]", rest) and "=" in line[:column]:
-        return "; text stands in quotes there"
+        return "; text must be in quotes"
     return ""
 
 
