@@ -146,10 +146,11 @@ def texts_to_encode(dataset: AnyDataset, source: Source) -> tuple[str, ...]:
 
 
 def _with_masks(sources: Sources, folder: Path) -> Sources:
-    masks = find_masks(folder, [source.stem for source in sources.found])
+    masks, others = find_masks(folder, [source.stem for source in sources.found])
     found = tuple(replace(source, mask=mask) for source, mask in zip(sources.found, masks, strict=True))
     whole = [source.path for source in found if source.mask is None]
     notes = [f"without a mask in {folder}, trained on as a whole: {count_and_names(whole)}"] if whole else []
+    notes += [f"masks of no file that is trained on: {count_and_names(others)}"] if others else []
     return replace(sources, found=found, notes=(*sources.notes, *notes))
 
 
