@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from utils.data.media import IMAGE_SUFFIXES
-from utils.data.pictures import image_size, read_image
+from utils.data.pictures import image_size, is_plain_picture, read_alpha, read_image
+from utils.data.remarks import NO_FIXED_RANGE
 from wan.errors import InputError
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 32), np.uint8)
@@ -16,14 +17,14 @@ ALPHA = GREY[::-1].copy()
 STORED = {5: GREY.swapaxes(0, 1), 6: np.rot90(GREY), 7: np.rot90(GREY, 2).swapaxes(0, 1), 8: np.rot90(GREY, -1)}
 
 
-def write_tiff(path, samples_HWC, planes=False, kind=1, extra=None):
+def write_tiff(path, samples_HWC, planes=False, kind=1, extra=None, more=None):
     """An uncompressed little-endian TIFF of any samples, in one strip, or a strip for each plane."""
     height, width, count = samples_HWC.shape
     bits = samples_HWC.itemsize * 8
     strips = list(np.moveaxis(samples_HWC, -1, 0)) if planes else [samples_HWC]
     tags = {256: [width], 257: [height], 258: [bits] * count, 259: [1], 262: [{1: 1, 2: 1, 3: 2, 4: 5}[count]]}
     tags |= {273: [0] * len(strips), 277: [count], 278: [height], 279: [strip.nbytes for strip in strips]}
-    tags |= {284: [2 if planes else 1], 339: [kind] * count} | ({} if extra is None else {338: [extra]})
+    tags |= {284: [2 if planes else 1], 339: [kind] * count} | ({} if extra is None else {338: [extra]}) | (more or {})
     start = 8 + 2 + 12 * len(tags) + 4
     data = start + sum(4 * len(values) for values in tags.values() if len(values) > 1)
     tags[273] = [data + sum(strip.nbytes for strip in strips[:number]) for number in range(len(strips))]
@@ -64,12 +65,44 @@ def test_premultiplied_grey_is_not_darkened_twice(tmp_path):
     assert np.abs(read(tmp_path / "a.tif") - expected).max() <= 1
 
 
+FLOATS = np.stack([GREY, ALPHA, np.full_like(GREY, 51)], -1) / np.float32(255)
+
+
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("brightest", [1, 255, 4])
+def test_floating_point_colours_are_never_clipped(tmp_path, planes, brightest):
+    samples = FLOATS / FLOATS.max() * np.float32(brightest)
+    write_tiff(tmp_path / "a.tif", samples, planes, kind=3)
+    picture = read_image(tmp_path / "a.tif", image_size(tmp_path / "a.tif"))
+    assert np.abs(picture.values - 255.0 * samples / brightest).max() <= 0.51
+    assert picture.remarks == (set() if brightest == 1 else {NO_FIXED_RANGE})
+    assert not is_plain_picture(tmp_path / "a.tif")
+
+
+def test_floating_point_colours_stand_upright(tmp_path):
+    write_tiff(tmp_path / "a.tif", np.rot90(FLOATS), kind=3, more={274: [6]})
+    assert np.array_equal(read(tmp_path / "a.tif"), np.rint(FLOATS * 255))
+
+
+def test_grey_of_16_bits_with_alpha_is_mixed_with_the_background(tmp_path):
+    write_tiff(tmp_path / "a.tif", np.stack([GREY, ALPHA], -1).astype(np.uint16) * 257, extra=2)
+    expected = rounded(GREY / 255 * ALPHA + 255.0 - ALPHA)
+    assert np.abs(read(tmp_path / "a.tif") - expected).max() <= 1
+    mask = read_alpha(tmp_path / "a.tif", image_size(tmp_path / "a.tif"))
+    assert np.array_equal(mask, ALPHA)
+
+
 UNREADABLE = {
     "the planes of LA": lambda path: write_tiff(path, np.stack([GREY, ALPHA], -1), planes=True, extra=2),
     "the planes of premultiplied LA": lambda path: write_tiff(path, np.stack([GREY, ALPHA], -1), True, extra=1),
     "the planes of CMYK": lambda path: write_tiff(path, np.stack([GREY.astype(np.uint16)] * 4, -1), planes=True),
     "signed samples of 8 bits": lambda path: write_tiff(path, GREY.view(np.int8)[..., None], kind=2),
     "a TIFF with 3 floating-point samples of 64 bits": lambda path: write_tiff(path, np.ones((9, 9, 3)), kind=3),
+    "a TIFF with 3 floating-point samples of 32 bits": lambda path: write_tiff(path, FLOATS, kind=3, more={317: [3]}),
+    "a TIFF with 3 floating-point samples of 32 bits a pixel": lambda path: write_tiff(
+        path, FLOATS, kind=3, more={322: [32], 323: [24]}
+    ),
+    "a TIFF with 2 whole samples of 16 bits": lambda path: write_tiff(path, np.ones((9, 9, 2), np.uint16), extra=1),
     "a TIFF with 2 whole samples of 32 bits": lambda path: write_tiff(path, np.ones((9, 9, 2), np.uint32), extra=2),
 }
 

@@ -128,6 +128,6 @@ def _what_it_is(path: Path) -> str:
     hint = _PLUGINS.get(path.suffix.lower())
     if hint:
         return f"it needs a library, {hint}"
-    if head[:2] in (b"II", b"MM") and (kind := kind_of(path)):
+    if kind := kind_of(path):
         return f"it is a TIFF with {kind}, which is not supported: {SAVE_AS_PNG}"
     return f"what it holds is not a picture of a kind that is known: {SAVE_AS_PNG}"

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from utils.data import tiffs
 from utils.data.colours import Encoding, is_plain, read_encoding, to_srgb
 from utils.data.media import readable_media
-from utils.data.remarks import SEVERAL_FRAMES, TRANSPARENT
+from utils.data.remarks import NO_FIXED_RANGE, SEVERAL_FRAMES, TRANSPARENT
 from utils.data.resizing import resize_and_crop
 from utils.data.tone_mapping import Light, coded_light
 from utils.data.turning import UPRIGHT, Turn, exif_turn
@@ -47,7 +47,8 @@ def is_plain_picture(path: Path) -> bool:
     with readable_media(path), _opened(path) as image:
         turn = tiffs.turn_of(image) if image.format == "TIFF" else _turn(image, path)
         encoding = read_encoding(image, _coded_light(path, image.format))
-        return turn == UPRIGHT and not image.has_transparency_data and is_plain(image.mode, encoding)
+        is_deep = image.format is None  # see tiffs.read_deep
+        return not is_deep and turn == UPRIGHT and not image.has_transparency_data and is_plain(image.mode, encoding)
 
 
 def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, int] = WHITE) -> Pixels:
@@ -55,6 +56,7 @@ def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, in
     with readable_media(path), _opened(path) as image:
         encoding = read_encoding(image, _coded_light(path, image.format))
         remarks = {SEVERAL_FRAMES} if _has_frames(image) else set()
+        remarks |= set() if image.info.get("has_range", True) else {NO_FIXED_RANGE}
         image.load()  # which turns a TIFF upright, and its orientation to 1
         turn = _turn(image, path)
         colours, alpha = _without_alpha(image, encoding)
@@ -79,7 +81,12 @@ def read_alpha(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _opened(path: Path) -> Image.Image:
-    image = Image.open(path)
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:
+        if (deep := tiffs.read_deep(path)) is None:
+            raise
+        return deep
     if image.format == "TIFF":
         tiffs.prepare(image)
     return image
