@@ -51,6 +51,7 @@ _PLUGINS = {
     ".heif": "pip install pillow-heif",
     ".hif": "pip install pillow-heif",
 }
+_EMPTY = "it is empty (0 bytes)"
 # Where and how files of these kinds begin. Phones and web pages give them other names.
 _HEADS = {
     **{(4, b"ftyp" + brand): ".heic" for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")},
@@ -113,6 +114,8 @@ def opened_video(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]
 def _reason(path: Path, error: Exception) -> str:
     if "cannot identify" in str(error):
         return _what_it_is(path)
+    if "Invalid data found" in str(error):  # FFmpeg's words, with a number of nine digits
+        return "it is damaged, or what it holds is not a video" if path.stat().st_size else _EMPTY
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
@@ -121,7 +124,7 @@ def _what_it_is(path: Path) -> str:
     with open(path, "rb") as file:
         head = file.read(12)
     if not head:
-        return "it is empty (0 bytes)"
+        return _EMPTY
     suffix = next((suffix for start, suffix in _HEADS.items() if head[start[0] :].startswith(start[1])), None)
     if suffix and suffix != path.suffix.lower():
         return f"whatever its name says, it is {suffix[1:].upper()}, and {how_to_read(suffix)}"
