@@ -1,11 +1,14 @@
 """Validation: the loss on held-out pictures at fixed noise, and how far predictions at general captions have moved."""
 
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import CONFIG, run, write_dataset, write_inputs, write_sample_models
 
+from utils.data import origins
 from utils.data.cache_files import read_latents, read_text
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset
@@ -17,6 +20,7 @@ from utils.run.validation import LEVELS, validation_sums
 from utils.slice_saving import read_header, read_ledger
 from wan.errors import InputError
 from wan.model import WanModel
+from wan.safetensors_header import read_file_header
 
 CPU = torch.device("cpu")
 UNIFORM = TimestepConfig(sampling="uniform")
@@ -170,6 +174,44 @@ def test_a_dataset_of_its_own_is_validated_on_unless_it_is_trained(folder):
     assert [line.partition(" (")[0].rpartition(" ")[0] for line in told if line.startswith("step")] == [
         "step 0: validation loss", "step 5: validation loss"
     ]  # fmt: skip
+
+
+def _made_by(folder, vae, text_encoder, content=str):
+    """Lets the caches of a dataset say what they were made of and by; `content` gives a picture's hash by its stem."""
+    for path in sorted((folder / "pics").glob("*_wan*.safetensors")):
+        made_by, is_text = {"vae": vae, "text_encoder": text_encoder}, path.name.endswith("_te.safetensors")
+        stem = path.name.split("_")[0]
+        state = origins.file_state(folder / "pics" / f"{stem}.png")
+        origin = origins.Origin(state, content(stem), made_by)
+        tensors, metadata = load_file(path), read_file_header(path)[1]
+        save_file(tensors, path, {**metadata, **(origins.made_by_metadata(made_by) if is_text else origin.metadata())})
+
+
+def test_datasets_that_were_cached_with_different_vaes_are_told(tmp_path):
+    tables = [write_dataset(tmp_path / name, name).read_text(encoding="utf-8") for name in "ab"]
+    (tmp_path / "both.toml").write_text("\n".join(tables), encoding="utf-8")
+    _made_by(tmp_path / "a", "one", "one", content=str)
+    _made_by(tmp_path / "b", "two", "one")
+    told = build_training_dataset(read_dataset_config(tmp_path / "both.toml")).describe()
+    line = (
+        "latent caches made with another VAE than the others (cache them again to make them alike): 8, such as bhigh0"
+    )
+    assert [found[: len(line)] for found in told if "made with" in found] == [line]
+
+
+def test_what_is_validated_on_is_told_and_compared_with_what_trains(folder, tmp_path):
+    shutil.copytree(folder[0], tmp_path / "run")
+    data, other = write_dataset(tmp_path / "a"), write_dataset(tmp_path / "b", "other")
+    _made_by(tmp_path / "a", "one", "one")
+    _made_by(tmp_path / "b", "two", "two")
+    flags = ["--dataset_config", str(data), "--validation_dataset_config", str(other), "--max_train_steps", "1"]
+    told = [line for line in run(tmp_path / "run", *flags) if line.startswith("validation")]
+    assert told[0].startswith("validation dataset 1: 8 pictures (16x32x1: 5, 32x16x1: 3)")
+    assert told[1].startswith("validation: latent caches made with another VAE than those that are trained on")
+    assert told[2].startswith("validation: text caches made with another text encoder than those that are trained on")
+    _made_by(tmp_path / "b", "one", "one", content=lambda stem: stem.removeprefix("other"))
+    with pytest.raises(InputError, match=r"otherhigh0\.png is in --dataset_config and in --validation_dataset_config"):
+        run(tmp_path / "run", *flags, "--overwrite")
 
 
 @pytest.mark.parametrize(

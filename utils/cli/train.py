@@ -26,7 +26,7 @@ from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
 from utils.text_files import escaped_path, read_toml
 from wan.errors import InputError
-from wan.values import nearest, shown
+from wan.values import nearest, outer_space_problem, quotes_problem, shown
 
 _LEVELS = 8  # of noise, at which reference predictions of a prompt are recorded
 _LONGEST_NAME = 200  # bytes, of the 255 that a file name may have; a sample's adds up to 50
@@ -175,6 +175,8 @@ def _check_required(flags: Namespace) -> None:
     for name in ("dit", "dataset_config", "output_dir", "output_name"):
         if getattr(flags, name) is None:
             raise InputError(f"--{name} is missing")
+    if problem := outer_space_problem(flags.output_name) or quotes_problem(flags.output_name):
+        raise InputError(f"--output_name {problem}")
     if not flags.output_name.strip(". ") or set(flags.output_name) & set('/\\:*?"<>|'):
         raise InputError(
             f"--output_name {shown(flags.output_name)} must be a file name; give the folder as --output_dir"

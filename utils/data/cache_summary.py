@@ -38,7 +38,7 @@ def summary_lines(what: str, done: Caching, text_len: int | None = None) -> list
     parts = [f"{done.made} cached"]
     parts += [f"{done.current} current and skipped (--recache makes them again)"] if done.current else []
     parts += [f"{done.left_out} left out"] if done.left_out else []
-    gone = "deleted, because their sources are not in this dataset (--keep_cache keeps them)"
+    gone = "deleted, because this dataset does not use them (--keep_cache keeps them)"
     parts += [f"{done.deleted} {gone}"] if done.deleted else []
     lines = [f"{what}: {', '.join(parts)}"]
     if done.untold:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.data.cache_files import read_latents, read_mask, read_text
 from utils.data.commands import caching_command
-from utils.data.items import CachedItems, Item, Problem, cached_items
+from utils.data.items import CachedItems, Item, Problem, cached_items, made_otherwise
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset
 from utils.interrupts import ignore_interrupts
 from utils.learning.flow_matching import draw_generator
@@ -176,6 +176,7 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
         for number, (dataset, cached) in enumerate(zip(config.datasets, found, strict=True), 1)
         for line in _describe(number, dataset, cached)
     ]
+    lines += made_otherwise([*items, *held_out])
     if held_out:
         lines.append(f"{len(held_out)} more items are held out for validation (validation_split)")
     return TrainingDataset(items, _buckets(config.datasets, found), lines, held_out)

@@ -13,6 +13,7 @@ from utils.data.cache_files import (
     latents_files,
     latents_origin,
     latents_problem,
+    made_by_of,
     parse_clip_name,
     parse_image_name,
     text_path,
@@ -50,7 +51,7 @@ _NOT_PLAIN = (
     "some of these files are turned, transparent, or not 8-bit sRGB, which other programs and older versions read "
     "differently (cache them again to be sure): {files}"
 )
-_OTHER_VAE = "latent caches made with another VAE than the others (cache them again to make them alike): {files}"
+_OTHER_ENCODER = "{kind} caches made with another {encoder} than {usual} (cache them again to make them alike): {files}"
 
 
 @dataclass(frozen=True)
@@ -182,19 +183,46 @@ def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Se
 
 
 def _origin_notes(dataset: AnyDataset, items: Sequence[Item], sources: Sequence[Source]) -> list[str]:
-    """Lines about caches that do not say what they were made of, or that were made by several VAEs."""
+    """Lines about caches that do not say what they were made of."""
     origins = {item.latents: latents_origin(item.latents) for item in items}
     untold = [path for path, origin in origins.items() if origin is None]
-    vaes = {path: origin.made_by.get("vae") for path, origin in origins.items() if origin is not None}
     notes = [_UNTOLD.format(files=count_and_names(untold))] if untold else []
     if untold:
         texts = {item.text for item in items if origins[item.latents] is None}
         doubtful = [source.path for source in sources if text_path(dataset.cache_directory, source.stem) in texts]
         odd = [path for path in doubtful if not is_plain(dataset, path)]
         notes += [_NOT_PLAIN.format(files=count_and_names(odd))] if odd else []
-    usual = Counter(vaes.values()).most_common(1)
-    others = [path for path, vae in vaes.items() if vae != usual[0][0]]
-    return notes + ([_OTHER_VAE.format(files=count_and_names(others))] if others else [])
+    return notes
+
+
+def made_otherwise(items: Sequence[Item], others: Sequence[Item] | None = None) -> list[str]:
+    """Lines about caches made with another VAE or text encoder than most of `others`, or of the items themselves."""
+    usual, notes = "the others" if others is None else "those that are trained on", []
+    for kind, encoder, key in (("latent", "VAE", "vae"), ("text", "text encoder", "text_encoder")):
+        own, compared = _encoders(items, key), _encoders(items if others is None else others, key)
+        most = Counter(compared.values()).most_common(1)
+        odd = [path for path, identity in own.items() if most and identity != most[0][0]]
+        line = _OTHER_ENCODER.format(kind=kind, encoder=encoder, usual=usual, files=count_and_names(odd))
+        notes += [line] if odd else []
+    return notes
+
+
+def trained_too(items: Sequence[Item], others: Sequence[Item]) -> list[str]:
+    """The names of those items that show the same as one of `others`, whatever their files are called."""
+    caches = {item.latents.resolve() for item in others}
+    shown = {key for item in others if (key := _content_key(item))}
+    return [item.name for item in items if item.latents.resolve() in caches or _content_key(item) in shown]
+
+
+def _content_key(item: Item) -> tuple[str, str] | None:
+    origin = latents_origin(item.latents)
+    return None if origin is None else (origin.content, origin.made_by.get("frames", ""))
+
+
+def _encoders(items: Sequence[Item], key: str) -> dict[Path, str]:
+    """The encoder of each cache that says it, by its `key` in made_by."""
+    paths = sorted({item.latents if key == "vae" else item.text for item in items})
+    return {path: found[key] for path in paths if key in (found := made_by_of(path))}
 
 
 def is_plain(dataset: AnyDataset, source: Path) -> bool:

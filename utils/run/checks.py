@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.data.dataset import TrainingDataset, build_training_dataset
-from utils.data.items import Item
+from utils.data.items import Item, made_otherwise, trained_too
 from utils.files import writable_folder
 from utils.learning.flow_matching import check_timesteps
 from utils.learning.lr_schedules import check_schedule
@@ -91,21 +91,24 @@ def read_inputs(config: TrainConfig, accelerator: Accelerator, say: Callable[[st
     below = read_below(config.dit, header, config.slices, own, dtype, config.continue_slice, config.allow_overlap)
     dataset = build_training_dataset(config.dataset)
     check_dataset(dataset, model_config, config)
-    validated = _validated_items(config, dataset, model_config)
+    validated = _validated_items(config, dataset, model_config, say)
     return Inputs(header, model_config, below, dataset, validated, _agree_on_seed(config, say))
 
 
-def _validated_items(config: TrainConfig, dataset: TrainingDataset, model: WanConfig) -> Sequence[Item]:
+def _validated_items(
+    config: TrainConfig, dataset: TrainingDataset, model: WanConfig, say: Callable[[str], None]
+) -> Sequence[Item]:
     if config.validation is None or config.validation.dataset is None:
         return dataset.held_out
     other = build_training_dataset(config.validation.dataset)
     check_dataset(other, model, replace(config, dataset=config.validation.dataset))
-    trained = {item.latents.resolve() for item in dataset.items}
-    if both := [item.name for item in other.items if item.latents.resolve() in trained]:
+    if both := trained_too(other.items, dataset.items):
         raise InputError(
             f"{both[0]} is in --dataset_config and in --validation_dataset_config: validate on pictures that are not "
             "trained on"
         )
+    for line in [*other.describe(), *made_otherwise(other.items, dataset.items)]:
+        say(f"validation {line}" if line.startswith("dataset") else f"validation: {line}")
     return other.items
 
 
