@@ -27,7 +27,7 @@ from utils.run.finite import check_start_is_finite
 from utils.run.forgetting import Probe, ProbedOn, encode_probe, start_probe
 from utils.run.opening_lines import opening_lines, timestep_lines
 from utils.run.plan import first_items
-from utils.run.progress import StepBar
+from utils.run.progress import StepBar, StepTimer
 from utils.run.run import Place, Run, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
 from utils.run.save_schedule import SaveConfig, remove_overwritten, save_after_epoch, save_after_step, save_at_end
@@ -204,7 +204,7 @@ def prepare(
     say: Callable[[str], None],
 ) -> Run:
     """Everything that the loop works with; records the reference predictions that the run preserves."""
-    model, trained = placed.model, placed.trained
+    model, trained, streamer = placed.model, placed.trained, placed.placement.streamer
     optimizer = build_optimizer(config.optimizer, trained.parameters())
     settings = {**plan.settings, **start_hash(trained)}
     replaces = config.save.overwrite or plan.continues
@@ -231,6 +231,7 @@ def prepare(
         validation=_validation(config, inputs, plan, probed, model, accelerator.device),
         debug=TrainingDebug(trained, len(model.blocks), inputs.header.files, applied) if watches else None,
         say=say,
+        timer=StepTimer(streamer.time_waits().take if streamer else None),
     )
 
 
