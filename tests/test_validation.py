@@ -1,14 +1,18 @@
 """Validation: the loss on held-out pictures at fixed noise, and how far predictions at general captions have moved."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_run import CONFIG, run, write_dataset, write_inputs, write_sample_models
 
-from utils.data.cache_files import read_latents, read_text
+from utils.data.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset
+from utils.data.held_out import held_out
+from utils.data.items import Item
+from utils.data.origins import Origin, read_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.general_captions import general_captions
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
@@ -46,6 +50,48 @@ def test_a_share_of_the_sources_is_held_out_and_never_trained(config, share, hel
     trained = {dataset.items[entry].name for batch in dataset.epoch_batches(1, 0) for entry in batch}
     assert len(dataset.held_out) == held_out and len(trained) == 8 - held_out
     assert trained.isdisjoint(item.name for item in dataset.held_out)
+
+
+def items_of(folder, names, content=None):
+    """Items with caches in a folder of their own, made of a file of that content."""
+    made = []
+    for name in names:
+        path, size = image_latents_path(folder, name, (16, 16)), (16, 16)
+        origin = content and Origin("", content[name], {"vae": "v"})
+        write_latents(path, torch.zeros(16, 1, 2, 2), size, origin=origin)
+        made.append(Item(f"{name}.png", path, text_path(folder, name), size, 1, (16, 1, 2, 2), (3, 48), ("a",)))
+    return made
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_held_out_picture_is_trained_in_no_other_dataset(tmp_path, order):
+    """The second dataset lists some of the same files, the third has copies of them under other names."""
+    contents = [f"{number}" for number in range(9)]
+    first = items_of(tmp_path / "a", [f"a{number}" for number in contents], {f"a{n}": n for n in contents})
+    first = [replace(item, source=tmp_path / item.name) for item in first]
+    again = items_of(tmp_path / "b", [f"a{number}" for number in contents[3:]])
+    again = [replace(item, source=tmp_path / item.name) for item in again]
+    copies = items_of(tmp_path / "c", [f"c{number}" for number in contents], {f"c{n}": n for n in contents})
+    chosen = held_out([first, again, copies][::order], 0.3)
+    numbers = {item.name[1] for item in chosen}
+    assert len(numbers) >= 3
+    assert {item.latents for item in chosen} == {
+        item.latents for item in (*first, *again, *copies) if item.name[1] in numbers
+    }
+
+
+def test_pictures_of_one_name_in_subfolders_are_held_out_by_their_paths(tmp_path):
+    names = [f"{folder}/IMG_0001" for folder in "hgfedcba"]
+    assert [item.text.parent.name for item in held_out([items_of(tmp_path, names)], 0.2)] == ["b", "a"]
+
+
+def test_copies_of_one_picture_leave_nothing_to_train_on(config):
+    dataset = config("0.5")
+    for item in build_training_dataset(config("0")).items:  # two black pictures, each several times
+        origin = read_origin(item.source, {"vae": "v"})
+        write_latents(item.latents, read_latents(item.latents), item.bucket, origin=origin)
+    with pytest.raises(InputError, match="leaves nothing to train on, because all files are copies of one another"):
+        build_training_dataset(dataset)
 
 
 @pytest.mark.parametrize("share", ["1", "-0.1", "true", '"a"', "nan"])
@@ -158,7 +204,9 @@ def test_without_a_text_encoder_or_pictures_the_other_is_measured(folder, tmp_pa
 def test_a_dataset_of_its_own_is_validated_on_unless_it_is_trained(folder):
     folder, _ = folder
     (folder / "data.toml").write_text((folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0])
-    with pytest.raises(InputError, match=r"is in --dataset_config and in --validation_dataset_config"):
+    with pytest.raises(
+        InputError, match=r"and 7 more files are in --dataset_config and in --validation_dataset_config"
+    ):
         run(folder, "--validation_dataset_config", str(folder / "data.toml"))
     other = write_dataset(folder / "other", "other")
     whole = other.read_text(encoding="utf-8")

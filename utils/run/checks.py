@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.data.dataset import TrainingDataset, build_training_dataset
+from utils.data.held_out import same_pictures
 from utils.data.items import Item
 from utils.files import writable_folder
 from utils.learning.flow_matching import check_timesteps
@@ -100,10 +101,10 @@ def _validated_items(config: TrainConfig, dataset: TrainingDataset, model: WanCo
         return dataset.held_out
     other = build_training_dataset(config.validation.dataset)
     check_dataset(other, model, replace(config, dataset=config.validation.dataset))
-    trained = {item.latents.resolve() for item in dataset.items}
-    if both := [item.name for item in other.items if item.latents.resolve() in trained]:
+    if both := list(dict.fromkeys(item.name for item in same_pictures(dataset.items, other.items))):
+        files = f"{both[0]} is" if len(both) == 1 else f"{both[0]} and {len(both) - 1} more files are"
         raise InputError(
-            f"{both[0]} is in --dataset_config and in --validation_dataset_config: validate on pictures that are not "
+            f"{files} in --dataset_config and in --validation_dataset_config: validate on pictures that are not "
             "trained on"
         )
     return other.items
