@@ -16,7 +16,7 @@ from utils.data.origins import Origin, read_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.general_captions import general_captions
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
-from utils.run.noise_bins import curves
+from utils.run.noise_bins import SEED, curves
 from utils.run.validation import LEVELS, validation_sums
 from utils.slice_saving import read_header, read_ledger
 from wan.errors import InputError
@@ -108,21 +108,21 @@ def test_the_loss_is_that_of_each_picture_at_each_noise_level_in_plain_arithmeti
         latents, text = read_latents(item.latents).float(), read_text(item.text)
         for level in range(LEVELS):
             sigma = torch.tensor([(level + 0.5) / LEVELS])
-            noise = torch.randn(latents.shape, generator=draw_generator(5, "validation", item.name, level))
+            noise = torch.randn(latents.shape, generator=draw_generator(SEED, "validation", item.name, level))
             with torch.no_grad():
                 predicted = model(((1 - sigma) * latents + sigma * noise)[None], 1000 * sigma, [text])[0]
             loss = (predicted.float() - (noise - latents)).square().mean().item()
             low = 250 * (level // 2)
             for place in ("", f" t {low}-{low + 250}"):
                 by_bin.setdefault(place, []).append(loss)
-    found = curves("loss", validation_sums(model, items, UNIFORM, 5, most_values, CPU))
+    found = curves("loss", validation_sums(model, items, UNIFORM, most_values, CPU))
     expected = {f"validation/loss{place}": sum(losses) / len(losses) for place, losses in by_bin.items()}
     assert len(items) == 2 and found == pytest.approx(expected, rel=1e-5)
 
 
 def probe_of(model, items, most_values=10**6):
     texts = [torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3)]
-    return start_probe(ProbedOn(texts, items, UNIFORM, 5), model, most_values, CPU)
+    return start_probe(ProbedOn(texts, items, UNIFORM), model, most_values, CPU)
 
 
 def test_forgetting_is_the_squared_distance_from_the_start(config, model):
@@ -191,6 +191,33 @@ def test_a_resumed_run_is_validated_as_the_uninterrupted_one(folder):
     assert len((folder / "out" / "one-best.slice.safetensors").read_bytes()) == len(best)
 
 
+def test_every_run_starts_from_the_same_numbers_whatever_its_seed_and_batches(folder):
+    folder, t5 = folder
+    starts = []
+    for more in (("--seed", "3"), ("--seed", "4"), ("--seed", "4", "--gradient_accumulation_steps", "2")):
+        told = run(folder, *t5, *more, "--validate_every_n_steps", "99", "--max_train_epochs", "1", "--overwrite")
+        starts.append(validated(told)[0])
+    assert len(set(starts)) == 1
+
+
+def test_a_resumed_run_may_be_the_first_to_measure_forgetting(folder):
+    folder, t5 = folder
+    flags = ("--save_state", "--max_train_epochs", "1")
+    whole = validated(run(folder, *t5, *flags, "--max_train_epochs", "2", "--output_name", "whole"))
+    run(folder, *flags)
+    resumed = validated(run(folder, *t5, *flags, "--max_train_epochs", "2", "--resume", "latest"))
+    assert list(resumed) == [6] and resumed[6] == whole[6] and resumed[6][1] > 0
+
+
+def test_where_every_general_caption_is_preserved_forgetting_is_not_measured_and_that_is_said(folder):
+    folder, t5 = folder
+    (folder / "all.txt").write_text("\n".join(general_captions()), encoding="utf-8")
+    preserve = ("--preserve_prompts", str(folder / "all.txt"), "--preserve_levels", "1", "--preserve_every", "1")
+    told = run(folder, *t5, *preserve, "--max_train_epochs", "1")
+    assert [line for line in told if line.startswith("note: forgetting is not measured, because the run trains or")]
+    assert not validated(told) and [line for line in told if line.startswith("step 3: validation loss")]
+
+
 def test_without_a_text_encoder_or_pictures_the_other_is_measured(folder, tmp_path):
     folder, t5 = folder
     told = run(folder, "--validate_every_n_epochs", "2")
@@ -204,9 +231,7 @@ def test_without_a_text_encoder_or_pictures_the_other_is_measured(folder, tmp_pa
 def test_a_dataset_of_its_own_is_validated_on_unless_it_is_trained(folder):
     folder, _ = folder
     (folder / "data.toml").write_text((folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0])
-    with pytest.raises(
-        InputError, match=r"and 7 more files are in --dataset_config and in --validation_dataset_config"
-    ):
+    with pytest.raises(InputError, match="and 7 more files are in --dataset_config and in --validation_dataset_config"):
         run(folder, "--validation_dataset_config", str(folder / "data.toml"))
     other = write_dataset(folder / "other", "other")
     whole = other.read_text(encoding="utf-8")
