@@ -90,6 +90,18 @@ def test_swapped_weights_stay_on_the_host():
     assert all(parameter.device.type == "cuda" for parameter in trained.parameters())
 
 
+def test_the_wait_for_a_copy_is_told_in_seconds_once_it_is_over():
+    backend = CudaBackend(torch.device("cuda"))
+    source, target = torch.empty(1 << 30, dtype=torch.uint8).pin_memory(), torch.empty(1 << 30, dtype=torch.uint8)
+    target = target.to("cuda")
+    began = backend.moment()
+    backend.wait(backend.copy(target, source, backend.mark()))
+    ended = backend.moment()
+    assert backend.seconds(began, ended) is None  # 1 GiB takes milliseconds, and the host has waited for nothing
+    torch.cuda.synchronize()
+    assert 1e-3 < backend.seconds(began, ended) < 10
+
+
 def test_page_locked_memory_is_seen_as_such_and_a_failure_leaves_no_error():
     backend = CudaBackend(torch.device("cuda"))
     memory = LockedMemory(backend)

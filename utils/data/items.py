@@ -72,6 +72,7 @@ class Item:
     captions: tuple[str, ...]
     dropout: float = 0.0
     masked: bool = False  # its latent cache holds a mask for the loss
+    source: Path | None = None  # None where only its caches are left
 
     @property
     def caption(self) -> str:
@@ -135,8 +136,8 @@ def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) ->
         source = Source(Path(stem), first, further=tuple(further))
         entry = SizedSource(replace(source, path=Path(source.path.name), subfolder=source.path.parent), bucket, bucket)
         _sort_out(dataset, entry, [(path, frames, latents_problem(path, None, frames, bucket))], items, problems)
-    if wants_masks(dataset):  # their files are gone or not, but the caches hold them
-        items = [replace(item, masked=has_mask(item.latents)) for item in items]
+    masks = wants_masks(dataset)  # their files are gone or not, but the caches hold them
+    items = [replace(item, masked=masks and has_mask(item.latents), source=None) for item in items]
     notes = [f"{reason}; trained on what its cache folder holds"]
     notes += [f"latent caches without a text cache, left out: {count_and_names(captionless)}"] if captionless else []
     return CachedItems(tuple(items), tuple(problems), (), tuple(notes))
@@ -205,18 +206,6 @@ def made_otherwise(items: Sequence[Item], others: Sequence[Item] | None = None) 
         line = _OTHER_ENCODER.format(kind=kind, encoder=encoder, usual=usual, files=count_and_names(odd))
         notes += [line] if odd else []
     return notes
-
-
-def trained_too(items: Sequence[Item], others: Sequence[Item]) -> list[str]:
-    """The names of those items that show the same as one of `others`, whatever their files are called."""
-    caches = {item.latents.resolve() for item in others}
-    shown = {key for item in others if (key := _content_key(item))}
-    return [item.name for item in items if item.latents.resolve() in caches or _content_key(item) in shown]
-
-
-def _content_key(item: Item) -> tuple[str, str] | None:
-    origin = latents_origin(item.latents)
-    return None if origin is None else (origin.content, origin.made_by.get("frames", ""))
 
 
 def _encoders(items: Sequence[Item], key: str) -> dict[Path, str]:
@@ -331,5 +320,5 @@ def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item],
         for cache, frames, _ in found:
             latent_shape = WAN_2_1_VAE.shape(frames, height, width)
             masked = is_masked(dataset, source)
-            rest = (text_shape, source.captions, dataset.caption_dropout_rate, masked)
+            rest = (text_shape, source.captions, dataset.caption_dropout_rate, masked, source.path)
             items.append(Item(source.path.name, cache, text, entry.bucket, frames, latent_shape, *rest))

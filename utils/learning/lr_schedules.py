@@ -75,8 +75,11 @@ def build_scheduler(config: ScheduleConfig, optimizer: Optimizer, steps: int) ->
     try:
         factor = _factor(config, name, steps, optimizer.defaults["lr"], arguments)
         _check_factor(factor, name, steps)
+    except InputError:
+        raise
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"--lr_scheduler {name} with {dict(arguments)}: {error}") from None
+        given = f" --lr_scheduler_args {' '.join(config.args)}" if config.args else ""
+        raise InputError(f"--lr_scheduler {name}{given}: {error}") from None
     return LambdaLR(optimizer, factor)
 
 
@@ -117,7 +120,7 @@ def steps_of(text: str, steps: int, flag: str) -> int:
         raise InputError(f"{flag} {shown(text)} must be {_STEPS_AND_SHARES}")
     count = int(value * steps) if is_share else int(value)
     if count > steps:
-        raise InputError(f"{flag} {text}: the run has only {steps} steps")
+        raise InputError(f"{flag} {text}: the run has only {steps} steps; take fewer, or a share of them such as 5%")
     return count
 
 
@@ -298,7 +301,8 @@ def _build_class(path: str, optimizer: Optimizer, arguments: Mapping) -> LRSched
     try:
         scheduler = found(optimizer, **arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(f"--lr_scheduler_type {path} with {dict(arguments)}: {error}") from None
+        given = f" with {dict(arguments)}" if arguments else ""
+        raise InputError(f"--lr_scheduler_type {path}{given}: {error}") from None
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
         raise InputError(f"--lr_scheduler_type {path} is not a schedule over steps of torch.optim.lr_scheduler")
     return scheduler

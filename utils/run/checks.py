@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.data.dataset import TrainingDataset, build_training_dataset
-from utils.data.items import Item, made_otherwise, trained_too
+from utils.data.held_out import same_pictures
+from utils.data.items import Item, made_otherwise
 from utils.files import writable_folder
 from utils.learning.flow_matching import check_timesteps
 from utils.learning.lr_schedules import check_schedule
@@ -24,7 +25,14 @@ from utils.run.earlier_run import Replaced, check_earlier_run
 from utils.run.fingerprint import base_settings, deciding_settings
 from utils.run.opening_lines import expert_line, input_bytes, saving_lines
 from utils.run.plan import TrainingPlan, plan_training
-from utils.run.save_schedule import check_saves, disk_use, planned_saves, remove_unfinished
+from utils.run.save_schedule import (
+    best_file,
+    check_saves,
+    disk_use,
+    planned_files,
+    planned_saves,
+    remove_unfinished,
+)
 from utils.run.state import choose_state, seed_of_state
 from utils.run.state_check import check_state, expected_state
 from utils.selective_finetune import check_slice
@@ -102,9 +110,10 @@ def _validated_items(
         return dataset.held_out
     other = build_training_dataset(config.validation.dataset)
     check_dataset(other, model, replace(config, dataset=config.validation.dataset))
-    if both := trained_too(other.items, dataset.items):
+    if both := list(dict.fromkeys(item.name for item in same_pictures(dataset.items, other.items))):
+        files = f"{both[0]} is" if len(both) == 1 else f"{both[0]} and {len(both) - 1} more files are"
         raise InputError(
-            f"{both[0]} is in --dataset_config and in --validation_dataset_config: validate on pictures that are not "
+            f"{files} in --dataset_config and in --validation_dataset_config: validate on pictures that are not "
             "trained on"
         )
     for line in [*other.describe(), *made_otherwise(other.items, dataset.items)]:
@@ -247,13 +256,16 @@ def check_plan(
     inputs, others = [*header.files, *config.inputs], {}
     if asking:
         others[asking.path] = asking.size
+    if config.validation and config.validation.save_best:
+        others[best_file(config.save)] = every["slice"]
     check_saves(saves, config.save, inputs, sizes, others)
     if config.samples:
         writable_folder(config.save.folder / "sample", "the folder of samples")
     if config.log.trackers and config.log.folder:
         writable_folder(config.log.folder, "--logging_dir")
     own = own_entry(config.ff, config.ffid, config.save.name)
-    replaced = check_earlier_run(config.save, saves, own, [*inputs, *filter(None, [resume])], continues)
+    planned = [*planned_files(saves), *(path for path in others if path == best_file(config.save))]
+    replaced = check_earlier_run(config.save, planned, own, [*inputs, *filter(None, [resume])], continues)
     free = shutil.disk_usage(config.save.folder).free
     use = disk_use(saves, sizes, values * _STATE_BYTES)
     return replaced, [*replaced.lines, *saving_lines(use, sizes, config.save.folder, free)]

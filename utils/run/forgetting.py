@@ -4,7 +4,7 @@ Shapes: N predictions, C latent channels, F H W latent frames, height, width, S 
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,12 @@ from torch import Tensor
 from utils.data.cache_files import read_latents
 from utils.data.items import Item
 from utils.learning.flow_matching import TimestepConfig, add_noise, draw_generator
-from utils.preserve.general_captions import general_captions
-from utils.run.noise_bins import add_to, levels, no_sums, parts
+from utils.run.noise_bins import SEED, add_to, levels, no_sums, parts
 from wan.configs import WanConfig
 from wan.model import WanModel
 from wan.text_encoder import load_text_encoder
 
-CAPTIONS = 16
+CAPTIONS = 16  # at most
 LEVELS = 4  # noise levels at which each caption is asked
 
 
@@ -33,7 +32,6 @@ class ProbedOn:
     texts: Sequence[Tensor]
     items: Sequence[Item]
     timesteps: TimestepConfig
-    seed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +59,13 @@ class Probe:
 
 
 def encode_probe(
-    t5: Path, tokenizer: Path | None, without: Collection[str], model: WanConfig, accelerator: Accelerator
+    t5: Path, tokenizer: Path | None, captions: Sequence[str], model: WanConfig, accelerator: Accelerator
 ) -> list[Tensor]:
-    """General captions, [S, D] each, that are not among `without`."""
+    """The captions, [S, D] each."""
     texts = [[]]
     if accelerator.is_main_process:  # the text encoder of 14B models takes 11 GB
         where = {"device": accelerator.device, "text_len": model.text_len, "text_dim": model.text_dim}
         encoder = load_text_encoder(t5, tokenizer, **where)
-        captions = general_captions(without)[:CAPTIONS]
         texts = [[encoder([caption])[0].bfloat16().cpu() for caption in captions]]
     broadcast_object_list(texts)
     return texts[0]
@@ -76,12 +73,12 @@ def encode_probe(
 
 def start_probe(asked: ProbedOn, model: WanModel, most_values: int, device: torch.device) -> Probe:
     """A probe that starts from the model as it is now."""
-    noisy, t, texts = probe_inputs(asked.texts, asked.items, asked.timesteps, asked.seed)
+    noisy, t, texts = probe_inputs(asked.texts, asked.items, asked.timesteps)
     return Probe(noisy, t, texts, predictions(model, noisy, t, texts, most_values, device))
 
 
 def probe_inputs(
-    texts: Sequence[Tensor], items: Sequence[Item], timesteps: TimestepConfig, seed: int
+    texts: Sequence[Tensor], items: Sequence[Item], timesteps: TimestepConfig
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Noisy latents [N, C, 1, H, W], timesteps [N] and texts: every caption at each noise level of a smallest picture.
 
@@ -91,7 +88,7 @@ def probe_inputs(
     latents_CFHW = read_latents(item.latents)[:, :1].float()
     sigmas = levels(timesteps, LEVELS, tuple(latents_CFHW.shape[-2:]))
     places = [(number, level) for number in range(len(texts)) for level in range(LEVELS)]
-    generators = [draw_generator(seed, "forgetting probe", *place) for place in places]
+    generators = [draw_generator(SEED, "forgetting probe", *place) for place in places]
     noise_NCFHW = torch.stack([torch.randn(latents_CFHW.shape, generator=own) for own in generators])
     sigma_N = sigmas[[level for _, level in places]]
     noisy_NCFHW, t_N, _ = add_noise(latents_CFHW.expand_as(noise_NCFHW), noise_NCFHW, sigma_N)

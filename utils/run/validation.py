@@ -18,7 +18,7 @@ from utils.data.items import Item
 from utils.data.sources import DatasetConfig
 from utils.learning.flow_matching import TimestepConfig, add_noise, draw_generator, sample_losses
 from utils.run.forgetting import Probe, forgetting_sums
-from utils.run.noise_bins import add_to, curves, levels, no_sums, parts
+from utils.run.noise_bins import SEED, add_to, curves, levels, no_sums, parts
 from wan.model import WanModel
 
 LEVELS = 8  # noise levels at which each held-out picture is validated
@@ -50,7 +50,6 @@ class Validation:
     config: ValidationConfig
     items: Sequence[Item]
     timesteps: TimestepConfig
-    seed: int
     most_values: int  # of latents, in a batch
     probe: Probe | None
     best: float = math.inf
@@ -62,7 +61,7 @@ class Validation:
         sums = {}
         if self.items:
             own = self.items[rank::world]
-            sums["loss"] = validation_sums(model, own, self.timesteps, self.seed, self.most_values, device)
+            sums["loss"] = validation_sums(model, own, self.timesteps, self.most_values, device)
         if self.probe:
             sums["forgetting"] = forgetting_sums(model, self.probe.share(rank, world), self.most_values, device)
         values = {}
@@ -84,7 +83,6 @@ def validation_sums(
     model: WanModel,
     items: Sequence[Item],
     timesteps: TimestepConfig,
-    seed: int,
     most_values: int,
     device: torch.device,
 ) -> Tensor:
@@ -98,7 +96,7 @@ def validation_sums(
         mask = read_mask(item.latents)[None, None, None] if item.masked else None
         sigmas = levels(timesteps, LEVELS, tuple(latents_CFHW.shape[-2:]))
         for numbers in parts(range(LEVELS), most_values // latents_CFHW.numel()):
-            generators = [draw_generator(seed, "validation", item.name, number) for number in numbers]
+            generators = [draw_generator(SEED, "validation", item.name, number) for number in numbers]
             noise_BCFHW = torch.stack([torch.randn(latents_CFHW.shape, generator=own) for own in generators])
             sigma_B = sigmas[list(numbers)]
             noisy_BCFHW, t_B, target_BCFHW = add_noise(latents_CFHW.expand_as(noise_BCFHW), noise_BCFHW, sigma_B)
