@@ -250,9 +250,10 @@ def _validation(
     if saved and saved["probe"]:
         probe = Probe.from_state(saved["probe"])
     else:
-        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps, inputs.seed)
+        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps, inputs.seed, config.pictures)
         probe = start_probe(asked, model, most_values, device) if probed else None
-    return Validation(config.validation, inputs.validated, config.timesteps, inputs.seed, most_values, probe)
+    rest = (inputs.seed, most_values, probe, config.pictures)
+    return Validation(config.validation, inputs.validated, config.timesteps, *rest)
 
 
 def _start_trackers(run: Run) -> None:

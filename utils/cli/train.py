@@ -13,7 +13,7 @@ from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
-from utils.data.sources import DatasetConfig
+from utils.data.sources import DatasetConfig, VideoDataset
 from utils.files import existing_file
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, LogConfig, MetadataConfig, TrainConfig
@@ -25,9 +25,11 @@ from utils.sampling.prompts import read_prompt_file
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
 from utils.text_files import escaped_path, read_toml
+from wan.configs import TASKS
 from wan.errors import InputError
 from wan.values import nearest, shown
 
+_I2V_SHARE = 0.5  # of ti2v-5B's clips
 _LEVELS = 8  # of noise, at which reference predictions of a prompt are recorded
 _LONGEST_NAME = 200  # bytes, of the 255 that a file name may have; a sample's adds up to 50
 
@@ -41,7 +43,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     _check_text(flags)
     _check_slice(flags)
     _check_required(flags)
-    save, dataset = _save(flags), read_dataset_config(flags.dataset_config)
+    save, dataset = _save(flags), _dataset(flags, flags.dataset_config)
     return TrainConfig(
         task=flags.task,
         dit=flags.dit,
@@ -57,6 +59,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         samples=_samples(flags),
         preserve=_preserve(flags),
         validation=_validation(flags, dataset),
+        i2v_share=_i2v_share(flags, dataset),
         vae=flags.vae,
         inputs=_inputs(flags),
         mixed_precision=_mixed_precision(flags),
@@ -190,9 +193,46 @@ def _check_required(flags: Namespace) -> None:
         )
 
 
+def _dataset(flags: Namespace, path: Path) -> DatasetConfig:
+    task = TASKS[flags.task]
+    return read_dataset_config(path, task.latents, task.conditions)
+
+
+def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
+    """The share of clips that start from their first frame, where there is a choice."""
+    has_clips = any(isinstance(own, VideoDataset) for own in dataset.datasets)
+    has_choice = TASKS[flags.task].config.starts_from_latents
+    if flags.i2v_share is None:
+        return _I2V_SHARE if has_choice and has_clips else 0.0
+    if not has_choice:
+        names = [name for name, task in TASKS.items() if task.config.starts_from_latents]
+        raise InputError(
+            f"--i2v_share has no effect with --task {flags.task}: it is for {', '.join(names)}, the model that makes "
+            "videos with and without a first frame; leave it out"
+        )
+    if not has_clips:
+        raise InputError(
+            f"--i2v_share has no effect on pictures, which train as text-to-video, and {flags.dataset_config} has no "
+            "videos; leave it out"
+        )
+    return flags.i2v_share
+
+
+def _clip(flags: Namespace) -> Path | None:
+    """The CLIP of samples, if the model reads its tokens."""
+    reads_clip = TASKS[flags.task].conditions.clip
+    if flags.clip and not reads_clip:
+        names = [name for name, task in TASKS.items() if task.conditions.clip]
+        raise InputError(
+            f"--clip has no effect with --task {flags.task}, whose model reads no CLIP tokens (those of "
+            f"{', '.join(names)} do); leave it out"
+        )
+    return flags.clip and existing_file(flags.clip, "--clip")
+
+
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
     named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts, flags.preserve_answers]
-    named.append(flags.validation_dataset_config)
+    named += [flags.validation_dataset_config, flags.clip]
     named += [*flags.slices, *map(Path, flags.preserve_prompts or []), flags.config_file, flags.log_tracker_config]
     return tuple(path for path in named if path)
 
@@ -246,6 +286,7 @@ def _metadata(flags: Namespace) -> MetadataConfig:
 
 
 def _samples(flags: Namespace) -> SampleConfig | None:
+    clip = _clip(flags)
     turns = {
         "--sample_every_n_epochs": flags.sample_every_n_epochs,
         "--sample_every_n_steps": flags.sample_every_n_steps,
@@ -258,13 +299,15 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         return None
     if not given:
         raise InputError(f"--sample_prompts needs one of {', '.join(turns)}")
-    missing = [f"--{name}" for name in ("vae", "t5") if getattr(flags, name) is None]
+    needed = ("vae", "t5", *(["clip"] if TASKS[flags.task].conditions.clip else []))
+    missing = [f"--{name}" for name in needed if getattr(flags, name) is None]
     if missing:
         raise InputError(f"--sample_prompts needs {' and '.join(missing)} to draw samples")
     return SampleConfig(
         prompts=tuple(read_prompt_file(flags.sample_prompts)),
         vae=existing_file(flags.vae, "--vae"),
         t5=existing_file(flags.t5, "--t5"),
+        clip=clip,
         tokenizer=flags.tokenizer,
         vae_dtype=flags.vae_dtype,
         every_n_epochs=flags.sample_every_n_epochs,
@@ -288,7 +331,7 @@ def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | 
             return None
         if flags.t5 is None:
             raise InputError(f"there is nothing to validate: {_VALIDATE_ON}, or --t5, which measures forgetting")
-    validated = flags.validation_dataset_config and read_dataset_config(flags.validation_dataset_config)
+    validated = flags.validation_dataset_config and _dataset(flags, flags.validation_dataset_config)
     if validated and validated.validation_split:
         raise InputError(
             f"validation_split is for --dataset_config: leave it out of {validated.path}, which is validated on as a "

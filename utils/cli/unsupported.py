@@ -8,7 +8,6 @@ _ONE_EXPERT = (
     "each of the two experts is trained by its own run: give that expert's file as --dit and its timesteps as "
     "--min_timestep and --max_timestep"
 )
-_PICTURES = "only text-to-video models can be trained; leave it out"
 _HUB = "nothing is uploaded; upload the files in --output_dir yourself"
 _DDP = "the slice's gradients are averaged without DDP; leave it out"
 
@@ -25,7 +24,6 @@ _TRAINING_TOGETHER = {
         *("--compile_cache_size_limit", "--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
     ),
     _ONE_EXPERT: ("--dit_high_noise", "--timestep_boundary", "--offload_inactive_dit"),
-    _PICTURES: ("--clip", "--one_frame"),
     _HUB: (
         *("--huggingface_repo_id", "--huggingface_repo_type", "--huggingface_path_in_repo", "--huggingface_token"),
         *("--huggingface_repo_visibility", "--save_state_to_huggingface", "--resume_from_huggingface"),
@@ -35,6 +33,8 @@ _TRAINING_TOGETHER = {
 }
 TRAINING = {
     **{flag: reason for reason, flags in _TRAINING_TOGETHER.items() for flag in flags},
+    "--i2v": "it is for wan_cache_latents.py; here --task says which kind of model is trained; leave it out",
+    "--one_frame": "models are trained on whole clips, and on pictures where they make videos from text; leave it out",
     "--img_in_txt_in_offloading": "it is for HunyuanVideo; use --blocks_to_swap",
     "--guidance_scale": "it is for HunyuanVideo; a sample's guidance scale is --l in its line of --sample_prompts",
     "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",

@@ -34,6 +34,9 @@ _FORMAT = {"architecture": "wan", "format_version": "1.0.1"}
 _LATENTS_NAME = re.compile(r"(.+)_([0-9]{4,6})x([0-9]{4,6})_wan\.safetensors", re.DOTALL)
 _CLIP_STEM = re.compile(r"(.+)_([0-9]{5,6})-([0-9]{3,5})", re.DOTALL)
 _LATENTS_KEY = re.compile(r"latents_(\d+)x(\d+)x(\d+)_\w+")
+# What image-to-video models read besides: the given pictures as latents, and their CLIP tokens.
+_CONDITION_KEY = re.compile(r"latents_image_(\d+)x(\d+)x(\d+)_\w+")
+_CLIP_KEY = re.compile(r"clip_\w+")
 _TEXT_KEY = re.compile(r"varlen_t5_\w+")
 # Captions after the first. musubi-tuner reads them into its batches too, where nothing looks at them; "varlen" keeps it
 # from stacking them.
@@ -115,21 +118,30 @@ def write_latents(
     frame_count: int | None = None,
     origin: Origin | None = None,
     mask_HW: torch.Tensor | None = None,
+    condition_CFHW: torch.Tensor | None = None,
+    clip_PI: torch.Tensor | None = None,
 ) -> None:
     """Writes one item's latents in their dtype; `size` is the one in the name, `frame_count` is for videos.
 
-    `mask_HW` weights the loss of each latent pixel. InputError if a file that is not a cache is in the way.
+    `mask_HW` weights the loss of each latent pixel; `condition_CFHW` and `clip_PI` are the given pictures, as latents
+    after their mask and as CLIP tokens. InputError if a file that is not a cache is in the way.
     """
     _refuse_others_file(path, _LATENTS_KEY)
     frames, height, width = latents_CFHW.shape[1:]
-    key = f"latents_{frames}x{height}x{width}_{_dtype_name(latents_CFHW)}"
+    size_and_dtype = f"{frames}x{height}x{width}_{_dtype_name(latents_CFHW)}"
+    tensors = {f"latents_{size_and_dtype}": latents_CFHW}
+    if condition_CFHW is not None:
+        tensors[f"latents_image_{size_and_dtype}"] = condition_CFHW
+    if clip_PI is not None:
+        tensors[f"clip_{_dtype_name(latents_CFHW)}"] = clip_PI  # the latents' dtype there too, whatever its own is
+    if mask_HW is not None:
+        tensors[f"varlen_loss_mask_{_dtype_name(mask_HW)}"] = mask_HW
     metadata = {**_FORMAT, "width": str(size[0]), "height": str(size[1])}
     if frame_count is not None:
         metadata["frame_count"] = str(frame_count)
     if origin is not None:
         metadata |= origin.metadata()
-    masks = {} if mask_HW is None else {f"varlen_loss_mask_{_dtype_name(mask_HW)}": mask_HW}
-    _write(path, {key: latents_CFHW, **masks}, metadata)
+    _write(path, tensors, metadata)
 
 
 def write_text(
@@ -157,6 +169,17 @@ def write_text(
 def read_latents(path: Path) -> torch.Tensor:
     """[C, F, H, W] in the file's dtype; InputError names a file that is damaged or holds NaN or infinity."""
     return _read(path, _latents_entry(path)[0])
+
+
+def read_condition(path: Path) -> torch.Tensor:
+    """[4 + C, F, H, W] in the file's dtype: a mask, then the latents of the given pictures. Errors as read_latents."""
+    entry = _only_entry(path, _header(path)[0], _CONDITION_KEY, "latents_image", "[channels, frames, height, width]")
+    return _read(path, entry)
+
+
+def read_clip(path: Path) -> torch.Tensor:
+    """[P, I] in the file's dtype: the CLIP tokens of the given pictures. Errors as read_latents."""
+    return _read(path, _only_entry(path, _header(path)[0], _CLIP_KEY, "clip", _TEXT_AXES))
 
 
 def read_mask(path: Path) -> torch.Tensor:
@@ -190,6 +213,12 @@ def read_text(path: Path, caption: str | None = None) -> torch.Tensor:
 def latents_shape(path: Path) -> tuple[int, ...]:
     """(C, F, H, W) from the file's header; InputError if that is not a latent to train on."""
     return _latents_entry(path)[0].shape
+
+
+def clip_shape(path: Path) -> tuple[int, ...] | None:
+    """The shape of read_clip from the file's header, None if it holds none; errors as latents_shape."""
+    entries = _header(path)[0]
+    return next((entry.shape for key, entry in entries.items() if _CLIP_KEY.fullmatch(key)), None)
 
 
 def text_shapes(path: Path) -> list[tuple[str | None, tuple[int, ...]]]:

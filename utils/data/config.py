@@ -19,7 +19,7 @@ from utils.data.sources import (
 from utils.files import file_name, names_text, quoted, readable
 from utils.pixels.rates import FILE_RATE
 from utils.text_files import escaped_path, read_json, read_toml
-from wan.configs import WAN_2_1_VAE
+from wan.configs import NO_CONDITIONS, WAN_2_1_VAE, Conditions, LatentLayout
 from wan.errors import InputError
 from wan.values import hidden_problem, nearest, outer_space_problem
 
@@ -27,7 +27,9 @@ _MOST = 1_000_000  # of anything that is counted; batches, repeats and frames st
 _BYTES_OF_A_PIXEL = 12  # as the VAE reads it: three fp32 values
 
 
-def read_dataset_config(path: Path) -> DatasetConfig:
+def read_dataset_config(
+    path: Path, latents: LatentLayout = WAN_2_1_VAE, conditions: Conditions = NO_CONDITIONS
+) -> DatasetConfig:
     """All datasets of the file; a key that a dataset lacks comes from [general], else from the defaults.
 
     InputError names the table and the key, and says what is allowed there.

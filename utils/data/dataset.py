@@ -119,6 +119,8 @@ class TrainingDataset(Dataset):
             "names": [item.name for item in items],
             "entries": list(batch.entries),
             "mask": _masks(items),
+            "y": None,
+            "clip": None,
         }
 
     def _item(self, entry: int) -> Item:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from utils.data.cache_files import clip_shape
 from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.data.items import Item
 from utils.files import writable_folder
@@ -124,7 +125,7 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
     answers = config.save.folder / f"{config.save.name}{ENDING}"
-    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed)
+    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed, config.pictures)
     asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
     replaced, lines = check_plan(config, header, steps, asking, resume, continues)
     kept = asking.largest_kept if asking else ()
@@ -195,6 +196,7 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
 def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
     """InputError if the caches were made for another kind of model, or hold texts that are too long for this one."""
     path = config.dataset.path
+    _check_latents(dataset, model, config)
     if dataset.text_width != model.text_dim:
         raise InputError(
             f"the text caches of {path} are {dataset.text_width} wide, {config.dit} reads {model.text_dim}: make them "
@@ -206,6 +208,25 @@ def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfi
             "shorten it, then run wan_cache_text_encoder_outputs.py again"
         )
     check_timesteps(config.timesteps, latent_sizes(dataset))
+
+
+def _check_latents(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
+    """InputError if latents or CLIP tokens are not as wide as the model reads them."""
+    path = config.dataset.path
+    again = f"make them again (wan_cache_latents.py) with the VAE and CLIP of --task {config.task}"
+    if wrong := next((item for item in dataset.items if item.latent_shape[0] != model.out_dim), None):
+        raise InputError(
+            f"the latent caches of {path} have {wrong.latent_shape[0]} channels, {config.dit} reads {model.out_dim}: "
+            f"{again}"
+        )
+    if model.image_dim is None:
+        return
+    for item in dataset.items:
+        if (width := clip_shape(item.latents)[1]) != model.image_dim:
+            raise InputError(
+                f"the CLIP tokens of {item.name} in {path} are {width} wide, {config.dit} reads {model.image_dim}: "
+                f"{again}"
+            )
 
 
 def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:

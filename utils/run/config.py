@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from utils.data.given_pictures import GivenPictures
 from utils.data.sources import DatasetConfig
 from utils.learning.flow_matching import TimestepConfig
 from utils.learning.lr_schedules import ScheduleConfig
@@ -16,6 +17,7 @@ from utils.run.samples import SampleConfig
 from utils.run.save_schedule import SaveConfig
 from utils.run.validation import ValidationConfig
 from utils.swap.plan import SwapConfig
+from wan.configs import TASKS
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
 
@@ -65,6 +67,7 @@ class TrainConfig:
     samples: SampleConfig | None = None
     preserve: PreserveConfig | None = None
     validation: ValidationConfig | None = None
+    i2v_share: float = 0.0  # of the clips of ti2v-5B: those that start from their first frame
     vae: Path | None = None  # named in the metadata
     mixed_precision: str = "no"
     inputs: tuple[Path, ...] = ()  # all files that flags name beside dit: no output may replace one
@@ -87,3 +90,8 @@ class TrainConfig:
     allow_tf32: bool = False
     cudnn_benchmark: bool = False
     process_timeout: timedelta | None = None
+
+    @property
+    def pictures(self) -> GivenPictures:
+        """How the model is given pictures, in training and wherever it is measured."""
+        return GivenPictures(TASKS[self.task].conditions, self.i2v_share)

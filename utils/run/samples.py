@@ -37,6 +37,7 @@ class SampleConfig:
     every_n_epochs: int | None = None
     every_n_steps: int | None = None
     at_first: bool = False
+    clip: Path | None = None  # the image encoder, for tasks that read pictures through it
 
 
 @dataclass(frozen=True)
