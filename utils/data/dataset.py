@@ -320,9 +320,8 @@ def _problem_line(problems: Sequence[Problem], config: DatasetConfig) -> str:
     more = len(problems) - len(named)
     named += [f"and {more} more"] if more else []
     caches = sorted({problem.cache for problem in problems})
-    commands = " ; then ".join(
-        caching_command(cache, config.path, config.latents, config.conditions) for cache in caches
-    )
+    model = (config.latents, config.conditions)
+    commands = " ; then ".join(caching_command(cache, config.path, *model) for cache in caches)
     return f"{'; '.join(named)}. Run: {commands}"
 
 
