@@ -80,12 +80,10 @@ GENERATION = {
     "--trim_tail_frames": "videos are saved whole; --video_length sets the number of frames",
 }
 
-_ONLY_TEXT = "this caches for text-to-video, which needs the latents alone; leave it out"
 _NO_PREVIEW = "cached latents are not displayed; open the pictures themselves"
 _HUNYUAN_VAE = "it is for HunyuanVideo's VAE; to save memory use a smaller --batch_size, or --device cpu"
 
 CACHING_LATENTS = {
-    **dict.fromkeys(("--i2v", "--clip"), _ONLY_TEXT),
     **dict.fromkeys(("--debug_mode", "--console_width", "--console_back", "--console_num_images"), _NO_PREVIEW),
     **dict.fromkeys(("--vae_chunk_size", "--vae_spatial_tile_sample_min_size"), _HUNYUAN_VAE),
     "--one_frame": "one-frame training is for image-to-video models; use a dataset of pictures",
