@@ -7,7 +7,7 @@ import torch
 from fake_device import FakeDevice
 from tiny_models import MODELS, tiny_batch, tiny_model, tiny_step
 
-from utils.data.given_pictures import GivenPictures, given_to_batch
+from utils.data.given_pictures import given_to_batch
 from utils.learning.flow_matching import draw_generator
 from utils.preserve.answers_file import Answer, OldPrompt, Pictures
 from utils.preserve.old_prompts import Preservation
@@ -43,8 +43,8 @@ def loss_by_hand(model, batch, starts=(False, False)):
     return torch.stack(losses).mean()
 
 
-def step_of(model, task, batch, i2v_share=0.0, batches_of_step=1, epoch=0):
-    run = tiny_step(model, task, i2v_share)
+def step_of(model, batch, i2v_share=0.0, batches_of_step=1, epoch=0):
+    run = tiny_step(model, i2v_share)
     return backward(run, batch, epoch, 0, batches_of_step, preserves=False)[0]
 
 
@@ -57,7 +57,7 @@ def trainable(task):
 @pytest.mark.parametrize("task", KINDS)
 def test_the_loss_is_that_of_the_batchs_own_pictures(task):
     batch = tiny_batch(task)
-    torch.testing.assert_close(step_of(trainable(task), task, batch), loss_by_hand(tiny_model(task), batch))
+    torch.testing.assert_close(step_of(trainable(task), batch), loss_by_hand(tiny_model(task), batch))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -67,39 +67,37 @@ def test_clean_first_frames_are_at_timestep_0_and_leave_the_loss(masked):
         batch["mask"] = torch.rand(2, 1, 1, 2, 4, generator=torch.Generator().manual_seed(2))
     model = tiny_model("ti2v-5B")
     for share, starts in ((1.0, (True, True)), (0.0, (False, False))):
-        loss = step_of(trainable("ti2v-5B"), "ti2v-5B", batch, share)
+        loss = step_of(trainable("ti2v-5B"), batch, share)
         torch.testing.assert_close(loss, loss_by_hand(model, batch, starts))
 
 
 def test_a_mixed_batch_has_both_kinds_of_loss():
-    pictures = GivenPictures(clean_share=0.5)
-    epoch = next(epoch for epoch in range(50) if starts_of(pictures, tiny_batch("ti2v-5B"), epoch) == [True, False])
+    share = 0.5
+    epoch = next(epoch for epoch in range(50) if starts_of(share, tiny_batch("ti2v-5B"), epoch) == [True, False])
     batch = tiny_batch("ti2v-5B")
-    run = tiny_step(trainable("ti2v-5B"), "ti2v-5B", 0.5)
+    run = tiny_step(trainable("ti2v-5B"), 0.5)
     mixed = backward(run, batch, epoch, 0, 1, preserves=False)[0]
-    halves = [step_of(trainable("ti2v-5B"), "ti2v-5B", batch, share, epoch=epoch) for share in (0.0, 1.0)]
+    halves = [step_of(trainable("ti2v-5B"), batch, share, epoch=epoch) for share in (0.0, 1.0)]
     assert min(halves) < mixed < max(halves)
 
 
-def starts_of(pictures, batch, epoch, seed=3):
-    starts = given_to_batch(batch, pictures, seed, epoch).starts_clean_B
+def starts_of(share, batch, epoch, seed=3):
+    starts = given_to_batch(batch, share, seed, epoch).starts_clean_B
     return None if starts is None else starts.tolist()
 
 
 def test_the_share_of_the_clips_that_start_clean_is_drawn_for_each_entry_and_epoch():
-    batch, pictures = tiny_batch("ti2v-5B", entries=tuple(range(400))), GivenPictures(clean_share=0.3)
-    first, second = (starts_of(pictures, batch, epoch) for epoch in range(2))
-    assert 90 < sum(first) < 150 and first != second and first == starts_of(pictures, batch, 0)
+    batch, share = tiny_batch("ti2v-5B", entries=tuple(range(400))), 0.3
+    first, second = (starts_of(share, batch, epoch) for epoch in range(2))
+    assert 90 < sum(first) < 150 and first != second and first == starts_of(share, batch, 0)
     alone = {**batch, "entries": batch["entries"][7:], "latents": batch["latents"][7:]}
-    assert starts_of(pictures, alone, 0) == first[7:]
+    assert starts_of(share, alone, 0) == first[7:]
 
 
 def test_pictures_never_start_clean():
-    assert starts_of(GivenPictures(clean_share=1.0), tiny_batch("ti2v-5B", frames=1), 0) is None
+    assert starts_of(1.0, tiny_batch("ti2v-5B", frames=1), 0) is None
     batch = tiny_batch("ti2v-5B", frames=1)
-    torch.testing.assert_close(
-        step_of(trainable("ti2v-5B"), "ti2v-5B", batch, 1.0), loss_by_hand(tiny_model("ti2v-5B"), batch)
-    )
+    torch.testing.assert_close(step_of(trainable("ti2v-5B"), batch, 1.0), loss_by_hand(tiny_model("ti2v-5B"), batch))
 
 
 @pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
@@ -107,7 +105,7 @@ def test_pictures_never_start_clean():
 def test_another_picture_is_another_loss(task, key):
     batch = tiny_batch(task)
     other = {**batch, key: batch[key].flip(0)}
-    assert abs(step_of(trainable(task), task, batch) - step_of(trainable(task), task, other)) > 1e-4
+    assert abs(step_of(trainable(task), batch) - step_of(trainable(task), other)) > 1e-4
 
 
 @pytest.mark.parametrize("swapped", [0, 2])
@@ -123,7 +121,7 @@ def test_accumulated_gradients_equal_those_of_whole_weights_in_every_mode(task, 
     place_model(model, "cpu", SwapConfig(swapped), trained, backend=FakeDevice() if swapped else None)
     for own in (whole, model):
         for batch in batches:
-            step_of(own, task, batch, i2v_share=0.5 if task == "ti2v-5B" else 0.0, batches_of_step=2)
+            step_of(own, batch, i2v_share=0.5 if task == "ti2v-5B" else 0.0, batches_of_step=2)
     for name, matrix in trained.matrices.items():
         own = expected[name].grad.flatten()[slice_indices(name, expected[name].shape, "0.05", 3)]
         torch.testing.assert_close(matrix.difference.grad, own, rtol=1e-4, atol=1e-7)
@@ -141,7 +139,7 @@ def preserved(task, starts=False):
 def test_reference_predictions_are_pulled_to_at_their_own_pictures(task, starts):
     torch.manual_seed(4)
     kept, answer, old = preserved(task, starts)
-    run = tiny_step(trainable(task), task, preserved=kept)
+    run = tiny_step(trainable(task), preserved=kept)
     t = torch.full((1, 2, 2), 600.0)
     t[:, : int(starts)] = 0
     predicted = tiny_model(task)(

@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from tiny_run import CONFIG
 from torch import nn
 
-from utils.data.given_pictures import GivenPictures
 from utils.learning.flow_matching import TimestepConfig
 from wan.configs import TASKS
 from wan.model import PICTURE_TOKENS, WanModel
@@ -57,11 +56,9 @@ def tiny_batch(task, frames=2, seed=1, entries=(0, 5)):
     }
 
 
-def tiny_step(model, task, i2v_share=0.0, seed=3, preserved=None, **timesteps):
+def tiny_step(model, i2v_share=0.0, seed=3, preserved=None, **timesteps):
     """What `backward` reads of a run, around a model."""
-    config = SimpleNamespace(
-        timesteps=TimestepConfig("uniform", **timesteps), pictures=GivenPictures(TASKS[task].conditions, i2v_share)
-    )
+    config = SimpleNamespace(timesteps=TimestepConfig("uniform", **timesteps), i2v_share=i2v_share)
     return SimpleNamespace(
         accelerator=SimpleNamespace(device=torch.device("cpu")),
         config=config,

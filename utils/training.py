@@ -250,9 +250,9 @@ def _validation(
     if saved and saved["probe"]:
         probe = Probe.from_state(saved["probe"])
     else:
-        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps, inputs.seed, config.pictures)
+        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps, inputs.seed, config.i2v_share)
         probe = start_probe(asked, model, most_values, device) if probed else None
-    rest = (inputs.seed, most_values, probe, config.pictures)
+    rest = (inputs.seed, most_values, probe, config.i2v_share)
     return Validation(config.validation, inputs.validated, config.timesteps, *rest)
 
 

@@ -1,7 +1,6 @@
 """What a run gives the model of its items' pictures: y and CLIP tokens from their caches, or a clean first frame."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,44 +9,29 @@ from utils.data.cache_files import read_clip, read_condition
 from utils.data.items import Item
 from utils.learning.conditions import Conditioning
 from utils.learning.flow_matching import draw_generator
-from wan.configs import NO_CONDITIONS, Conditions
 
 
-@dataclass(frozen=True)
-class GivenPictures:
-    """How a task's model is given pictures.
+def starts_clean(i2v_share: float, frames: int, seed: int, *place: int | str) -> bool:
+    """Whether what has `frames` latent frames starts from a clean one, drawn for a `place` of the run.
 
-    `conditions` are what the caches of every item hold; `clean_share` is the share of the clips of ti2v-5B that start
-    from their first frame, which is 0 for all other tasks.
+    `i2v_share` is the share of clips that do, 0 but for ti2v-5B. A picture never does: nothing would be left of it.
     """
-
-    conditions: Conditions = NO_CONDITIONS
-    clean_share: float = 0.0
-
-    def starts_clean(self, frames: int, seed: int, *place: int | str) -> bool:
-        """Whether what has `frames` latent frames starts from a clean one, drawn for a `place` of the run.
-
-        Never a picture, of which nothing would be left to predict.
-        """
-        if not self.clean_share or frames == 1:
-            return False
-        return torch.rand((), generator=draw_generator(seed, *place), dtype=torch.float64).item() < self.clean_share
+    if not i2v_share or frames == 1:
+        return False
+    return torch.rand((), generator=draw_generator(seed, *place), dtype=torch.float64).item() < i2v_share
 
 
-NO_PICTURES = GivenPictures()
-
-
-def given_to_batch(batch: Mapping, pictures: GivenPictures, seed: int, epoch: int) -> Conditioning:
+def given_to_batch(batch: Mapping, i2v_share: float, seed: int, epoch: int) -> Conditioning:
     """What the samples of a training batch start from; each entry draws for itself in every epoch."""
     frames, entries = batch["latents"].shape[2], batch["entries"]
-    starts = [pictures.starts_clean(frames, seed, "first frame", epoch, entry) for entry in entries]
+    starts = [starts_clean(i2v_share, frames, seed, "first frame", epoch, entry) for entry in entries]
     return Conditioning(batch["y"], batch["clip"], clean_starts(starts))
 
 
-def given_to_item(item: Item, conditions: Conditions) -> tuple[Tensor | None, Tensor | None]:
+def given_to_item(item: Item) -> tuple[Tensor | None, Tensor | None]:
     """y [C, F, H, W] and CLIP tokens [P, I] of an item, in float32, where the model reads them."""
-    y_CFHW = read_condition(item.latents).float() if conditions.pictures else None
-    return y_CFHW, read_clip(item.latents).float() if conditions.clip else None
+    y_CFHW = read_condition(item.latents).float() if item.conditions.pictures else None
+    return y_CFHW, read_clip(item.latents).float() if item.conditions.clip else None
 
 
 def clean_starts(starts: Sequence[bool]) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.data.cache_files import latents_shape, read_latents
-from utils.data.given_pictures import NO_PICTURES, GivenPictures, given_to_item
+from utils.data.given_pictures import given_to_item, starts_clean
 from utils.data.items import Item
 from utils.files import readable
 from utils.learning.conditions import predict, with_clean_start
@@ -38,7 +38,7 @@ from utils.preserve.answers_file import (
 from utils.preserve.old_prompts import OldPrompts, Preservation, PreserveConfig, encoded, given_for, old_prompts
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import Entry
-from wan.configs import Conditions, WanConfig
+from wan.configs import WanConfig
 from wan.errors import InputError
 from wan.model import WanModel
 
@@ -59,7 +59,7 @@ class TrainedOn:
     batches: Sequence[Sequence[int]]  # of an epoch, as entries
     timesteps: TimestepConfig
     seed: int
-    pictures: GivenPictures = NO_PICTURES
+    i2v_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,10 @@ class CachedPictures:
     """What the caches of an item hold of its pictures, in fp16 as the file keeps it."""
 
     item: Item
-    conditions: Conditions
     shapes: tuple[tuple[int, ...], tuple[int, ...] | None]
 
     def read(self) -> Pictures:
-        return Pictures(*(None if own is None else own.half() for own in given_to_item(self.item, self.conditions)))
+        return Pictures(*(None if own is None else own.half() for own in given_to_item(self.item)))
 
 
 @dataclass(frozen=True)
@@ -177,15 +176,15 @@ def _questions(
     text: str, items: Sequence[tuple[Item, tuple[int, ...]]], levels: int, trained_on: TrainedOn, model: WanConfig
 ) -> tuple[Question, ...]:
     """At noise levels spread evenly over those that are trained, each with one of the items and its pictures."""
-    seed, given, questions = trained_on.seed, trained_on.pictures, []
+    seed, questions = trained_on.seed, []
     for number in range(levels):
         generator = draw_generator(seed, "question", text, number)
         item, shape = items[int(torch.randint(len(items), (), generator=generator))]
         u_B = (number + torch.rand(1, generator=generator, dtype=torch.float64)) / levels
         sigma = sigmas_of(trained_on.timesteps, u_B.clamp(2.0**-53, 1 - 2.0**-53), shape[-2:])
         shapes = picture_shapes(model, shape)
-        pictures = None if shapes is None else CachedPictures(item, given.conditions, shapes)
-        starts = given.starts_clean(shape[1], seed, "question's first frame", text, number)
+        pictures = None if shapes is None else CachedPictures(item, shapes)
+        starts = starts_clean(trained_on.i2v_share, shape[1], seed, "question's first frame", text, number)
         questions.append(Question(item, shape, sigma, (seed, "question's noise", text, number), pictures, starts))
     return tuple(sorted(questions, key=lambda question: question.shape))
 

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from utils.data.cache_files import clip_shape
 from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.data.items import Item
 from utils.files import writable_folder
@@ -125,7 +124,7 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
     answers = config.save.folder / f"{config.save.name}{ENDING}"
-    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed, config.pictures)
+    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed, config.i2v_share)
     asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
     replaced, lines = check_plan(config, header, steps, asking, resume, continues)
     kept = asking.largest_kept if asking else ()
@@ -219,14 +218,10 @@ def _check_latents(dataset: TrainingDataset, model: WanConfig, config: TrainConf
             f"the latent caches of {path} have {wrong.latent_shape[0]} channels, {config.dit} reads {model.out_dim}: "
             f"{again}"
         )
-    if model.image_dim is None:
-        return
-    for item in dataset.items:
-        if (width := clip_shape(item.latents)[1]) != model.image_dim:
-            raise InputError(
-                f"the CLIP tokens of {item.name} in {path} are {width} wide, {config.dit} reads {model.image_dim}: "
-                f"{again}"
-            )
+    if dataset.clip_width != model.image_dim:
+        raise InputError(
+            f"the CLIP tokens of {path} are {dataset.clip_width} wide, {config.dit} reads {model.image_dim}: {again}"
+        )
 
 
 def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:

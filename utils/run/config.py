@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from utils.data.given_pictures import GivenPictures
 from utils.data.sources import DatasetConfig
 from utils.learning.flow_matching import TimestepConfig
 from utils.learning.lr_schedules import ScheduleConfig
@@ -17,7 +16,6 @@ from utils.run.samples import SampleConfig
 from utils.run.save_schedule import SaveConfig
 from utils.run.validation import ValidationConfig
 from utils.swap.plan import SwapConfig
-from wan.configs import TASKS
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
 
@@ -90,8 +88,3 @@ class TrainConfig:
     allow_tf32: bool = False
     cudnn_benchmark: bool = False
     process_timeout: timedelta | None = None
-
-    @property
-    def pictures(self) -> GivenPictures:
-        """How the model is given pictures, in training and wherever it is measured."""
-        return GivenPictures(TASKS[self.task].conditions, self.i2v_share)

@@ -21,7 +21,7 @@ from utils.selective_finetune import TrainedSlice, exact_fraction
 from utils.slice_saving import base_identity, slice_digest, value_digest
 from utils.slices.ledger import KEY
 from utils.slices.on_base import SlicesOnBase
-from wan.configs import TASKS, Conditions
+from wan.configs import TASKS
 from wan.loading import CheckpointHeader
 
 
@@ -70,7 +70,7 @@ def deciding_settings(
         "preserve_every": config.preserve and config.preserve.every,
         "preserve_weight": config.preserve and config.preserve.weight,
         "num_train_items": len(dataset.items),
-        "dataset_sha256": _dataset_hash(dataset, config.pictures.conditions),
+        "dataset_sha256": _dataset_hash(dataset),
     }
     if TASKS[config.task].config.starts_from_latents:
         values["i2v_share"] = config.i2v_share
@@ -112,20 +112,20 @@ def _plain_share(ff: str) -> str:
     return f"{decimal.normalize():f}" if Fraction(decimal) == exact else str(exact)
 
 
-def _dataset_hash(dataset: TrainingDataset, conditions: Conditions) -> str:
+def _dataset_hash(dataset: TrainingDataset) -> str:
     """The SHA-256 of what the run sees and in which order; not of files, whose metadata have no fixed order."""
-    items = [_identity(item, conditions) for item in dataset.items]
+    items = [_identity(item) for item in dataset.items]
     latents = [value_digest(read_latents(item.latents)).hex() for item in dataset.items]
     shown = dict.fromkeys((item.text, caption) for item in dataset.items for caption in _texts(item))
     texts = [value_digest(read_text(path, caption)).hex() for path, caption in shown]
     return hashlib.sha256(json.dumps([items, latents, texts, dataset.epoch_batches(0, 0)]).encode()).hexdigest()
 
 
-def _identity(item: Item, conditions: Conditions) -> tuple:
+def _identity(item: Item) -> tuple:
     own = (item.name, item.bucket, item.frames, item.text_shape, *item.captions)
     # Only what there is, so that states of earlier versions stay valid.
     mask = [value_digest(read_mask(item.latents)).hex()] if item.masked else []
-    given = [value_digest(tensor).hex() for tensor in given_to_item(item, conditions) if tensor is not None]
+    given = [value_digest(tensor).hex() for tensor in given_to_item(item) if tensor is not None]
     return (*own, *([item.dropout] if item.dropout else []), *mask, *given)
 
 

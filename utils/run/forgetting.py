@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from utils.data.cache_files import read_latents
-from utils.data.given_pictures import NO_PICTURES, GivenPictures, given_to_item, repeated
+from utils.data.given_pictures import given_to_item, repeated, starts_clean
 from utils.data.items import Item
 from utils.learning.conditions import loss_mask, predict, with_clean_start
 from utils.learning.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sample_losses
@@ -36,7 +36,7 @@ class ProbedOn:
     items: Sequence[Item]
     timesteps: TimestepConfig
     seed: int
-    pictures: GivenPictures = NO_PICTURES
+    i2v_share: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,18 +106,17 @@ def probe_inputs(asked: ProbedOn) -> ProbeInputs:
     Where it starts from pictures, the first and the last one are taken: at a frame that is given whole there would be
     nothing to predict.
     """
-    pictures, seed = asked.pictures, asked.seed
     item = min(asked.items, key=lambda item: (math.prod(item.latent_shape), item.name))
     latents_CFHW = read_latents(item.latents).float()
     places = [(number, level) for number in range(len(asked.texts)) for level in range(LEVELS)]
-    place = (seed, "forgetting probe's first frame")
-    starts = [pictures.starts_clean(latents_CFHW.shape[1], *place, *own) for own in places]
-    y_CFHW, clip_PI = given_to_item(item, pictures.conditions)
+    draw = (asked.i2v_share, latents_CFHW.shape[1], asked.seed, "forgetting probe's first frame")
+    starts = [starts_clean(*draw, *own) for own in places]
+    y_CFHW, clip_PI = given_to_item(item)
     frames = [0] if y_CFHW is None and not any(starts) else [0, -1]
     latents_CFHW = latents_CFHW[:, frames]
     y_CFHW = None if y_CFHW is None else y_CFHW[:, frames]
     sigmas = levels(asked.timesteps, LEVELS, tuple(latents_CFHW.shape[-2:]))
-    generators = [draw_generator(seed, "forgetting probe", *own) for own in places]
+    generators = [draw_generator(asked.seed, "forgetting probe", *own) for own in places]
     noise_NCFHW = torch.stack([torch.randn(latents_CFHW.shape, generator=own) for own in generators])
     sigma_N, clean_NCFHW = sigmas[[level for _, level in places]], latents_CFHW.expand_as(noise_NCFHW)
     noisy_NCFHW, t_N, _ = add_noise(clean_NCFHW, noise_NCFHW, sigma_N)

@@ -30,7 +30,7 @@ def backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_s
     u_B = draw_uniforms(timesteps, generators, run.seed, first_item)
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
     noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
-    given = given_to_batch(batch, run.config.pictures, run.seed, epoch)
+    given = given_to_batch(batch, run.config.i2v_share, run.seed, epoch)
     noisy_BCFHW, t_B, target_BCFHW = add_noise(latents_BCFHW, noise_BCFHW, sigma_B)
     # All of it before the forward: a copy between it and backward would have the host wait for the device.
     moved = (started(noisy_BCFHW, latents_BCFHW, given), t_B, target_BCFHW, sigma_B)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from utils.data.cache_files import read_latents, read_mask, read_text
-from utils.data.given_pictures import NO_PICTURES, GivenPictures, given_to_item, repeated
+from utils.data.given_pictures import given_to_item, repeated, starts_clean
 from utils.data.items import Item
 from utils.data.sources import DatasetConfig
 from utils.learning.conditions import loss_mask, predict, started
@@ -55,7 +55,7 @@ class Validation:
     seed: int
     most_values: int  # of latents, in a batch
     probe: Probe | None
-    pictures: GivenPictures = NO_PICTURES
+    i2v_share: float = 0.0
     best: float = math.inf
     measured_at: int = -1  # step
 
@@ -65,7 +65,7 @@ class Validation:
         sums = {}
         if self.items:
             own = self.items[rank::world]
-            rest = (self.timesteps, self.seed, self.most_values, device, self.pictures)
+            rest = (self.timesteps, self.seed, self.most_values, device, self.i2v_share)
             sums["loss"] = validation_sums(model, own, *rest)
         if self.probe:
             sums["forgetting"] = forgetting_sums(model, self.probe.share(rank, world), self.most_values, device)
@@ -91,7 +91,7 @@ def validation_sums(
     seed: int,
     most_values: int,
     device: torch.device,
-    pictures: GivenPictures = NO_PICTURES,
+    i2v_share: float = 0.0,
 ) -> Tensor:
     """[2, 1 + bins] float64: summed losses and their number, over all noise levels, then by bin of them.
 
@@ -101,7 +101,7 @@ def validation_sums(
     for item in items:
         latents_CFHW, text_SD = read_latents(item.latents).float(), read_text(item.text, item.caption)
         mask = read_mask(item.latents)[None, None, None] if item.masked else None
-        y_CFHW, clip_PI = given_to_item(item, pictures.conditions)
+        y_CFHW, clip_PI = given_to_item(item)
         sigmas = levels(timesteps, LEVELS, tuple(latents_CFHW.shape[-2:]))
         for numbers in parts(range(LEVELS), most_values // latents_CFHW.numel()):
             generators = [draw_generator(seed, "validation", item.name, number) for number in numbers]
@@ -110,7 +110,7 @@ def validation_sums(
             clean_BCFHW = latents_CFHW.expand_as(noise_BCFHW)
             noisy_BCFHW, t_B, target_BCFHW = add_noise(clean_BCFHW, noise_BCFHW, sigma_B)
             place = ("validation's first frame", item.name)
-            starts = [pictures.starts_clean(latents_CFHW.shape[1], seed, *place, number) for number in numbers]
+            starts = [starts_clean(i2v_share, latents_CFHW.shape[1], seed, *place, number) for number in numbers]
             given = repeated(y_CFHW, clip_PI, starts)
             noisy_BCFHW = started(noisy_BCFHW, clean_BCFHW, given).to(device)
             context = [text_SD.to(device)] * len(numbers)
