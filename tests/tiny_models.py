@@ -4,20 +4,25 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import save_file
-from tiny_run import CONFIG
+from caching_jobs import videos, write_vae
+from safetensors.torch import load_file, save_file
+from tiny_run import CONFIG, ORACLE, flags, write_sample_models
 from torch import nn
+
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
 
 from utils.learning.flow_matching import TimestepConfig
 from wan.configs import TASKS
 from wan.model import PICTURE_TOKENS, WanModel
 
 CLIP_WIDTH = 24  # of the oracle's CLIP
+_TEXT = replace(CONFIG, text_len=16)
 MODELS = {
-    "i2v-14B": replace(CONFIG, model_type="i2v", in_dim=36, image_dim=CLIP_WIDTH),
-    "i2v-A14B": replace(CONFIG, model_type="i2v", in_dim=36),
-    "flf2v-14B": replace(CONFIG, model_type="flf2v", in_dim=36, image_dim=CLIP_WIDTH),
-    "ti2v-5B": replace(CONFIG, model_type="ti2v", in_dim=48, out_dim=48),
+    "i2v-14B": replace(_TEXT, model_type="i2v", in_dim=36, image_dim=CLIP_WIDTH),
+    "i2v-A14B": replace(_TEXT, model_type="i2v", in_dim=36),
+    "flf2v-14B": replace(_TEXT, model_type="flf2v", in_dim=36, image_dim=CLIP_WIDTH),
+    "ti2v-5B": replace(_TEXT, model_type="ti2v", in_dim=48, out_dim=48),
 }
 
 
@@ -34,7 +39,7 @@ def tiny_model(task, seed=0):
 
 def write_model(path, task, dtype=torch.bfloat16, seed=0):
     weights = {name: tensor.to(dtype) for name, tensor in tiny_model(task, seed).state_dict().items()}
-    save_file(weights, path, {"num_heads": "4", "text_len": "8"})
+    save_file(weights, path, {"num_heads": "4", "text_len": "16"})
     return path
 
 
@@ -67,3 +72,32 @@ def tiny_step(model, i2v_share=0.0, seed=3, preserved=None, **timesteps):
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         preserved=preserved,
     )
+
+
+def write_run_files(folder, task):
+    """The files of a run: model, VAE, text encoder, CLIP, clips of nine frames with all their caches; the folder.
+
+    The caches are made by the scripts.
+    """
+    write_model(folder / "base.safetensors", task)
+    write_sample_models(folder)
+    write_vae(folder, "vae_wan22" if task == "ti2v-5B" else "vae_wan21")
+    oracle = load_file(ORACLE / "clip_vision.safetensors")
+    weights = {key.removeprefix("weight."): value for key, value in oracle.items() if key.startswith("weight.")}
+    save_file(weights, folder / "clip.safetensors", {"num_heads": "2"})
+    settings = {"resolution": [64, 32], "target_frames": [5, 9], "batch_size": 2, "source_fps": TASKS[task].fps}
+    config = videos(folder, {"one": 9, "two": 9, "three": 9}, **settings)
+    conditions = TASKS[task].conditions
+    given = ["--i2v", *(["--flf2v"] if conditions.pictures == 2 else [])] if conditions.pictures else []
+    given += ["--clip", str(folder / "clip.safetensors")] if conditions.clip else []
+    shared = ["--dataset_config", str(config), "--device", "cpu", "--num_workers", "1"]
+    wan_cache_latents.main([*shared, "--vae", str(folder / "vae.safetensors"), *given])
+    t5 = ["--t5", str(folder / "t5.safetensors"), "--tokenizer", str(folder / "spiece.model")]
+    wan_cache_text_encoder_outputs.main([*shared, *t5])
+    return folder
+
+
+def run_flags(folder, task, *more):
+    """Four epochs of four batches of two, with the files of write_run_files."""
+    own = ("--task", task, "--dataset_config", str(folder / "data.json"), "--max_train_epochs", "4", *more)
+    return flags(folder, *own)
