@@ -1,23 +1,13 @@
 """Caches for the models that are given pictures, in musubi-tuner's format, and for the VAE of ti2v-5B."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
-from caching_jobs import ORACLE, FakeEncoder, cache_latents, cache_text, names, videos, write_config, write_vae
-from PIL import Image
-from safetensors import safe_open
+from caching_jobs import ORACLE, FakeEncoder, cache_latents, videos, write_vae
 from safetensors.torch import load_file, save_file
 
 from utils import caching
-from utils.data.cache_files import clip_latents_path, read_clip, read_condition
-from utils.data.config import read_dataset_config
-from utils.data.dataset import build_training_dataset, make_loader
 from utils.learning.conditions import picture_condition
 from utils.pixels.pictures import read_image
-from wan.configs import TASKS, WAN_2_2_VAE
-from wan.errors import InputError
 from wan.image_encoder import load_image_encoder
 from wan.vae import load_vae
 

@@ -11,7 +11,6 @@ from torch import nn
 
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-
 from utils.learning.flow_matching import TimestepConfig
 from wan.configs import TASKS
 from wan.model import PICTURE_TOKENS, WanModel
