@@ -90,3 +90,9 @@ def test_the_help_lists_every_task():
     parser = Parser()
     add_flags(parser)
     assert all(task in parser.format_help().replace("\n", " ") for task in TASKS)
+
+
+@pytest.mark.parametrize(("task", "size"), [("ti2v-5B", "1280x704"), ("i2v-14B", "1280x720"), ("t2v-A14B", "1280x720")])
+def test_the_metadata_tell_the_tasks_own_resolution_unless_another_is_given(folder, task, size):
+    assert parsed(folder, task).metadata.resolution == size
+    assert parsed(folder, task, "--metadata_reso", "64x32").metadata.resolution == "64x32"

@@ -1,6 +1,7 @@
 """Training steps of models that start from pictures: the loss in plain arithmetic, gradients in every mode."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from utils.data.given_pictures import given_to_batch
 from utils.learning.flow_matching import draw_generator
 from utils.preserve.answers_file import Answer, OldPrompt, Pictures
 from utils.preserve.old_prompts import Preservation
+from utils.run.opening_lines import first_frame_line, input_bytes
 from utils.run.step import backward
 from utils.selective_finetune import attach_slice, block_linears, slice_indices
 from utils.swap.block_inputs import BlockInputs
@@ -148,3 +150,24 @@ def test_reference_predictions_are_pulled_to_at_their_own_pictures(task, starts)
     expected = (predicted[0] - answer.velocity_CFHW).square()[:, int(starts) :].mean()
     pulled = backward(run, tiny_batch(task), 0, 0, 1, preserves=True)[1]
     torch.testing.assert_close(pulled, expected)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_the_memory_of_a_blocks_input_is_what_blocks_get(task):
+    model, sizes, batch = trainable(task), [], tiny_batch(task, frames=3)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: sizes.append(args[0].nbytes))
+    step_of(model, batch, i2v_share=1.0 if task == "ti2v-5B" else 0.0)
+    dataset = SimpleNamespace(
+        items=[SimpleNamespace(latent_shape=tuple(latents.shape)) for latents in batch["latents"]]
+    )
+    assert set(sizes) == {input_bytes(MODELS[task], torch.float32, dataset, [(0, 1)])}
+
+
+@pytest.mark.parametrize(
+    ("share", "frames", "said"),
+    [(0.0, (3, 1), None), (0.5, (1, 1), None), (0.5, (3, 3, 1), "50 % of the showings of 2 clips")],
+)
+def test_a_run_says_what_trains_as_image_to_video(share, frames, said):
+    line = first_frame_line(share, [SimpleNamespace(latent_shape=(48, count, 2, 2)) for count in frames])
+    assert line is None if said is None else line.startswith(f"{said} train as image-to-video")

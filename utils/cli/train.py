@@ -222,7 +222,7 @@ def _metadata(flags: Namespace) -> MetadataConfig:
         description=flags.metadata_description,
         license=flags.metadata_license,
         tags=flags.metadata_tags,
-        resolution=flags.metadata_reso,
+        resolution=flags.metadata_reso or "x".join(map(str, TASKS[flags.task].sizes[0])),
         architecture=flags.metadata_arch,
         comment=flags.training_comment,
     )

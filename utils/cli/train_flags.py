@@ -371,7 +371,7 @@ def _add_metadata(parser: ArgumentParser) -> None:
         ("description", "its description (default: none)"),
         ("license", "its license (default: none)"),
         ("tags", "tags, separated by commas (default: none)"),
-        ("reso", "resolution that it is for, such as 512x512 (default: 1280x720)"),
+        ("reso", "resolution that it is for, such as 512x512 (default: that of --task)"),
         ("arch", "architecture to name (default: wan2.1)"),
     ):
         add(f"--metadata_{name}", metavar="TEXT", help=what)

@@ -22,7 +22,7 @@ from utils.preserve.asking import AskedModel, AskingPlan, TrainedOn, plan_asking
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.earlier_run import Replaced, check_earlier_run
 from utils.run.fingerprint import base_settings, deciding_settings
-from utils.run.opening_lines import expert_line, input_bytes, saving_lines
+from utils.run.opening_lines import expert_line, first_frame_line, input_bytes, saving_lines
 from utils.run.plan import TrainingPlan, plan_training
 from utils.run.save_schedule import check_saves, disk_use, planned_saves, remove_unfinished
 from utils.run.state import choose_state, seed_of_state
@@ -295,6 +295,8 @@ def say_what_is_read(
     cast = "" if stored == used else f", cast to {dtype_name(used)} at load, saved in {dtype_name(stored)}"
     say(f"{config.dit}: {dtype_name(stored)}{cast}")
     for line in dataset.describe():
+        say(line)
+    if line := first_frame_line(config.i2v_share, dataset.items):
         say(line)
     if line := expert_line(TASKS[config.task], config.dit, config.timesteps):
         say(line)
