@@ -86,7 +86,7 @@ _HUNYUAN_VAE = "it is for HunyuanVideo's VAE; to save memory use a smaller --bat
 CACHING_LATENTS = {
     **dict.fromkeys(("--debug_mode", "--console_width", "--console_back", "--console_num_images"), _NO_PREVIEW),
     **dict.fromkeys(("--vae_chunk_size", "--vae_spatial_tile_sample_min_size"), _HUNYUAN_VAE),
-    "--one_frame": "one-frame training is for image-to-video models; use a dataset of pictures",
+    "--one_frame": "pictures made from other pictures cannot be trained; leave it out",
     "--vae_cache_cpu": "the VAE keeps its frame cache on the GPU; use a smaller --batch_size, or --device cpu",
     "--vae_tiling": "tiled latents differ from whole ones; use a smaller --batch_size, or --device cpu",
 }

@@ -123,7 +123,7 @@ def condition_problem(cache: Path, wanted: Wanted) -> str | None:
     if not pictures:
         return None
     try:
-        found, clip = condition_shape(cache), clip_shape(cache)
+        found, given = condition_shape(cache), given_pictures(cache)
     except InputError as error:
         return f"has a damaged latent cache ({error})"
     if found is None:
@@ -132,12 +132,14 @@ def condition_problem(cache: Path, wanted: Wanted) -> str | None:
     shape = (MASK_CHANNELS + channels, *rest)
     if found != shape:
         return f"was cached with {CONDITION} {_times(found)}, the model needs {_times(shape)}"
-    # musubi-tuner, which does not say it, gives the first frame alone; with both frames there is CLIP.
-    given = made_by_of(cache).get("pictures", str(clip[0] // PICTURE_TOKENS) if clip else "1")
-    if given != str(pictures):
-        other = _GIVEN.get(int(given), f"{given} pictures") if given.isdecimal() else "other pictures"
-        return f"was cached with {other}, the model is given {_GIVEN[pictures]}"
-    return None
+    return f"was cached with {_GIVEN[given]}, the model is given {_GIVEN[pictures]}" if given != pictures else None
+
+
+def given_pictures(cache: Path) -> int:
+    """How many frames latents_image gives, 1 or 2; musubi-tuner, which does not say it, gives the first one alone."""
+    told, clip = made_by_of(cache).get("pictures"), clip_shape(cache)
+    has_both = told == "2" or (told is None and clip is not None and clip[0] == 2 * PICTURE_TOKENS)
+    return 2 if has_both else 1
 
 
 def clip_problem(cache: Path, wanted: Wanted) -> str | None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from utils.data.cache_files import clip_shape, condition_shape, latents_files, latents_shape, text_path
+from utils.data.cache_problems import given_pictures
 from utils.data.commands import caching_command, training_command
 from utils.data.sources import AnyDataset, DatasetConfig, Sources, VideoDataset
 from utils.pixels.rates import FILE_RATE, Rate, is_close
 from utils.pixels.remarks import count_and_names
 from wan.configs import NO_CONDITIONS, TASKS, WAN_2_1_VAE, WAN_2_2_VAE, Conditions, LatentLayout
 from wan.errors import InputError
-from wan.model import PICTURE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _model_of(caches: Iterable[Path]) -> tuple[LatentLayout, Conditions]:
             channels, condition, clip = latents_shape(path)[0], condition_shape(path), clip_shape(path)
         except InputError:  # caching names and replaces it
             continue
-        pictures = 0 if condition is None else clip[0] // PICTURE_TOKENS if clip else 1
+        pictures = 0 if condition is None else given_pictures(path)
         found = WAN_2_2_VAE if channels == WAN_2_2_VAE.channels else WAN_2_1_VAE, Conditions(pictures, clip is not None)
         if found in ((task.latents, task.conditions) for task in TASKS.values()):
             return found

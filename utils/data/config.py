@@ -314,7 +314,7 @@ _VIDEO = {
     "max_frames": _count,
     "source_fps": _rate,
 }
-_CONTROL = "control pictures and videos are for image-to-video and control models; this trains text-to-video"
+_CONTROL = "it is for control models, which cannot be trained; image-to-video models start from each clip's first frame"
 _FRAME_PACK = "it is for FramePack's one-frame training; this trains Wan"
 _EDIT_MODEL = "it is for picture-editing models; this trains Wan"
 _UNSUPPORTED = {
