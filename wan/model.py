@@ -7,6 +7,8 @@ No autocast: the dtype of the weights is the compute dtype; where float32 is nee
 the residual stream is bf16, while norm statistics, modulation, gates, RoPE, the time path and the head are float32.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,6 +18,21 @@ from wan.configs import WanConfig
 from wan.errors import InputError
 
 PICTURE_TOKENS = 257  # of CLIP: 16 x 16 patches and one for the whole picture
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTimes:
+    """Timesteps per token: the values, and which of them each token has. No search, so no wait for the device."""
+
+    values_U: Tensor
+    numbers_BL: Tensor  # int64
+
+    @classmethod
+    def found_in(cls, t_BL: Tensor) -> "TokenTimes":
+        """Those of a plain tensor, each value once; on meta, where none can be seen, as many as clean frames give."""
+        if t_BL.is_meta:
+            return cls(t_BL.new_empty(len(t_BL) + 1), torch.empty_like(t_BL, dtype=torch.int64))
+        return cls(*t_BL.unique(return_inverse=True))
 
 
 def rope_frequencies(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -223,7 +240,7 @@ class WanModel(nn.Module):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | TokenTimes,
         context: list[Tensor],
         y: Tensor | None = None,
         image_embeds: Tensor | None = None,
@@ -232,7 +249,7 @@ class WanModel(nn.Module):
 
         x: latents [B, C, F, H, W], to which image-to-video models join y [B, C', F, H, W] on the channels: 4 of mask,
         then the latents of a clip that holds the given pictures.
-        t: timesteps from 0 to 1000, [B], or [B, L] where they differ per token.
+        t: timesteps from 0 to 1000, [B], or [B, L] where they differ per token, or these as TokenTimes.
         context: a text embedding [n, text_dim] per sample, padded here with zeros to text_len.
         image_embeds: the CLIP tokens [B, P, image_dim] of the given picture, or of the first and then the last one.
         """
@@ -256,13 +273,15 @@ class WanModel(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)
         return F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 
-    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def embed_time(self, t: Tensor | TokenTimes) -> tuple[Tensor, Tensor, Tensor | None]:
         """float32 [B, 1, D] for the head and [B, 1, 6, D] for the blocks.
 
         Of timesteps per token, [1, U, D], [1, U, 6, D] and the number [B, L] of each token's own: there are few
         different ones, and rows for every token would take six times the memory of x_BLD in float32.
         """
-        values, times_BL = t.unique(return_inverse=True) if t.dim() == 2 else (t, None)
+        if isinstance(t, Tensor) and t.dim() == 2:
+            t = TokenTimes.found_in(t)
+        values, times_BL = (t, None) if isinstance(t, Tensor) else (t.values_U, t.numbers_BL)
         e = self.time_embedding(sinusoidal_embedding(values, self.config.freq_dim))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
         axis = 1 if times_BL is None else 0
