@@ -1,6 +1,7 @@
 """Datasets for ti2v-5B, whose VAE covers 16x16 pixels and whose videos have 24 frames a second."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ def vae_file(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
     monkeypatch.setattr(caching, "cpu_line", lambda device: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the slowest part of such small jobs
     monkeypatch.setattr(caching, "load_text_encoder", lambda *args, **settings: FakeEncoder())
 
 
