@@ -1,6 +1,7 @@
 """Caches for the models that are given pictures, in musubi-tuner's format, and for the VAE of ti2v-5B."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def clip_file(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
     monkeypatch.setattr(caching, "cpu_line", lambda device: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the slowest part of such small jobs
     monkeypatch.setattr(caching, "load_text_encoder", lambda *args, **settings: FakeEncoder())
 
 

@@ -1,6 +1,7 @@
 """Datasets for ti2v-5B, whose VAE covers 16x16 pixels and whose videos have 24 frames a second."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,18 @@ def vae_file(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
     monkeypatch.setattr(caching, "cpu_line", lambda device: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the slowest part of such small jobs
     monkeypatch.setattr(caching, "load_text_encoder", lambda *args, **settings: FakeEncoder())
 
 
 def _build(config):
     return build_training_dataset(read_dataset_config(config, WAN_2_2_VAE))
+
+
+def _changed(config, **settings):
+    table = json.loads(config.read_text())["datasets"][0] | settings
+    config.write_text(json.dumps({"datasets": [table]}), encoding="utf-8")
+    return config
 
 
 def test_pictures_are_cached_and_trained_on_as_the_2_2_vae_lays_them_out(tmp_path, vae_file):
@@ -116,6 +124,8 @@ def test_videos_are_brought_to_24_frames_a_second(tmp_path):
 def test_clips_are_cut_and_counted_at_24_frames_a_second(tmp_path, vae_file):
     config = videos(tmp_path, {"v": 12}, target_frames=[5], frame_extraction="chunk", source_fps=48.0)
     cache_text(config, vae_file)
+    with pytest.raises(InputError, match="v has no latent cache"):  # 6 frames are long enough, 4 were not
+        _build(config)
     cache_latents(config, vae_file, "--vae_dtype", "float32")
     assert names(tmp_path)[0] == "v_00000-005_0032x0032_wan.safetensors" and len(names(tmp_path)) == 2
     pixels = np.stack([read_image(tmp_path / "v" / f"{number:03d}.png", (32, 32)).values for number in range(0, 10, 2)])
@@ -127,23 +137,17 @@ def test_clips_are_cut_and_counted_at_24_frames_a_second(tmp_path, vae_file):
 
 def test_a_length_that_was_counted_at_another_rate_is_not_taken(tmp_path, vae_file, monkeypatch):
     table = {"target_frames": [5], "frame_extraction": "chunk", "source_fps": 24.0}
-    config = videos(tmp_path, {"v": 12}, **table, resolution=[64, 32])
+    config = videos(tmp_path, {"v": 12}, **table, resolution=[32, 32])
     (tmp_path / "vae21").mkdir()
     cache_latents(config, write_vae(tmp_path / "vae21", "vae_wan21"))
     assert len(names(tmp_path)) == 1  # 8 frames at 16 a second
-    cache_latents(videos_table(config, resolution=[32, 32]), vae_file, "--keep_cache")
+    cache_latents(_changed(config, resolution=[64, 32]), vae_file, "--keep_cache")
     assert len(names(tmp_path)) == 3  # and 12 at 24 a second
-    (tmp_path / "cache" / "v_00005-005_0032x0032_wan.safetensors").unlink()
+    (tmp_path / "cache" / "v_00005-005_0064x0032_wan.safetensors").unlink()
     cache_latents(config, vae_file, "--keep_cache")
     assert len(names(tmp_path)) == 3
     monkeypatch.setattr(reading, "read_video", None)
     assert "2 current" in cache_latents(config, vae_file, "--keep_cache")[0]
-
-
-def videos_table(config, **settings):
-    table = json.loads(config.read_text())["datasets"][0] | settings
-    config.write_text(json.dumps({"datasets": [table]}), encoding="utf-8")
-    return config
 
 
 def test_a_rate_of_24_is_the_models_own_and_another_one_is_said(tmp_path):
