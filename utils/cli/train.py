@@ -25,6 +25,7 @@ from utils.sampling.prompts import read_prompt_file
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
 from utils.text_files import escaped_path, read_toml
+from wan.configs import TASKS
 from wan.errors import InputError
 from wan.values import nearest, shown
 
@@ -262,7 +263,7 @@ def _samples(flags: Namespace) -> SampleConfig | None:
     if missing:
         raise InputError(f"--sample_prompts needs {' and '.join(missing)} to draw samples")
     return SampleConfig(
-        prompts=tuple(read_prompt_file(flags.sample_prompts)),
+        prompts=tuple(read_prompt_file(flags.sample_prompts, task=TASKS[flags.task])),
         vae=existing_file(flags.vae, "--vae"),
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,

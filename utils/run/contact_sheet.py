@@ -121,7 +121,7 @@ def _read_columns(picture: Image.Image, content: Mapping, new: ContactSheet) -> 
 
 def _row_key(sample: Sample) -> str:
     """Tells rows apart: samples that differ in nothing but the weights share one."""
-    return _digest(vars(sample))
+    return _digest({name: value for name, value in vars(sample).items() if value is not None})
 
 
 def _digest(values: Mapping) -> str:
