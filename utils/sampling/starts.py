@@ -80,7 +80,7 @@ def _read(path: str, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
     """The picture [1, 3, H, W] in [-1, 1], scaled to cover the size and cropped, and what there is to say about it."""
     read = read_image(Path(path), size)
     lines = [f"{path} {text}" for remark, text in _REMARKS.items() if remark in read.remarks]
-    return torch.from_numpy(read.values).permute(2, 0, 1)[None].float() / 127.5 - 1, lines
+    return torch.tensor(read.values).permute(2, 0, 1)[None].float() / 127.5 - 1, lines
 
 
 def _clip_tokens(
