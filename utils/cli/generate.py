@@ -43,6 +43,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
     """The job that the flags describe; InputError if it cannot be done. Nothing is written."""
     flags = _parser().parse_args(argv)
     task = TASKS[flags.task]
+    _check_latents(flags)
     defaults = _prompt_defaults(flags, task)
     _check_combinations(flags, task)
     prompts = _prompts(flags, defaults, task)
@@ -314,12 +315,16 @@ def _prompt_defaults(flags: argparse.Namespace, task: WanTask) -> SamplePrompt:
     return check_prompt(defaults, "flags", task, _PICTURES, complete=flags.prompt is not None)
 
 
-def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
+def _check_latents(flags: argparse.Namespace) -> None:
+    """Nothing is asked for that cannot happen where saved latents are decoded."""
     if flags.latent_path and flags.output_type in _LATENT_OUTPUTS:
         raise InputError(f"--output_type {flags.output_type} would only copy --latent_path; use video or images")
     for flag in (*_PICTURES, "--clip"):
         if flags.latent_path and getattr(flags, flag[2:]) is not None:
             raise InputError(f"{flag} has no effect on --latent_path, whose files are decoded; leave it out")
+
+
+def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
     for name, value in (
         ("--guidance_scale_high_noise", flags.guidance_scale_high_noise),
         ("--timestep_boundary", flags.timestep_boundary),

@@ -38,10 +38,10 @@ def check_pictures(
                     f"{where}: --task {task.name} needs a picture as the {frame} frame: give its file with {option}"
                 )
         elif number >= most:
-            takers = " or ".join(name for name, other in TASKS.items() if pictures_taken(other)[1] > number)
+            takers = ", ".join(name for name, other in TASKS.items() if pictures_taken(other)[1] > number)
             raise InputError(
-                f"{where}: --task {task.name} takes no picture as the {frame} frame: leave {option} out (it is for "
-                f"{takers})"
+                f"{where}: --task {task.name} takes no picture as the {frame} frame: leave {option} out; it is for "
+                f"{takers}"
             )
         else:
             image_size(existing_file(path, f"{where}: {option}"))
