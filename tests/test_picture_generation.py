@@ -136,7 +136,8 @@ def test_the_size_follows_from_the_picture_and_is_said(tmp_path):
     with pytest.raises(InterruptedError), pytest.MonkeyPatch.context() as patched:
         patched.setattr(generation, "encode_starts", lambda samples, *_: stop(samples))
         generation.generate(config, said.append)
-    assert f"832x464 follows from the shape of {tmp_path}/wide.png, since no size is given" in said
+    line = f"832x464 follows from the shape of {tmp_path}/wide.png; give a width and a height for another size"
+    assert line in said
     assert any(re.match(r"'a cat' from .*wide.png: 832x464, 5 frames, seed 3", line) for line in said)
 
 
@@ -167,8 +168,9 @@ def test_prompt_files_name_pictures_as_the_flags_do(tmp_path, name, text):
 
 
 def test_a_prompt_files_picture_comes_before_that_of_the_flags(tmp_path):
-    (tmp_path / "p.txt").write_text("a cat\na cat --i b.png\n")
-    config = parse_generate(flags("i2v-A14B", tmp_path, "--from_file", f"{tmp_path}/p.txt", "--image_path", "a.png"))
+    (tmp_path / "p.txt").write_text("a cat --f 5\na cat --i b.png --f 5\n")
+    file = ["--from_file", f"{tmp_path}/p.txt", "--image_path", "a.png", "--video_length", "1"]
+    config = parse_generate(flags("i2v-A14B", tmp_path, *file))
     assert [prompt.image_path.name for prompt in config.prompts] == ["a.png", "b.png"]
     (tmp_path / "p.json").write_text('[{"prompt": "a cat", "image_path": ""}]')
     assert read_prompt_file(tmp_path / "p.json", task=TASKS["ti2v-5B"])[0].image_path is None

@@ -166,6 +166,9 @@ def test_a_size_that_follows_is_said_and_has_the_shift_of_480p(tmp_path):
     assert {name: sample.flow_shift for name, sample in samples.items()} == {
         "i2v-A14B": 5, "i2v-14B": 3, "flf2v-14B": 16, "ti2v-5B": 5,
     }  # fmt: skip
-    assert size_line(prompt, samples["i2v-14B"]) == f"832x464 follows from the shape of {path}, since no size is given"
+    assert (
+        size_line(prompt, samples["i2v-14B"])
+        == f"832x464 follows from the shape of {path}; give a width and a height for another size"
+    )
     sized = SamplePrompt("a fox", width=832, height=464, image_path=path, frames=5)
     assert resolve_sample(sized, TASKS["i2v-14B"], 0).flow_shift == 5 and size_line(sized, samples["i2v-14B"]) is None

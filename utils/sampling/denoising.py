@@ -110,7 +110,10 @@ def size_line(prompt: SamplePrompt, sample: Sample) -> str | None:
     """Says that the sample's size follows from its picture, if it does."""
     if prompt.image_path is None or (prompt.width is not None and prompt.height is not None):
         return None
-    return f"{sample.width}x{sample.height} follows from the shape of {prompt.image_path}, since no size is given"
+    return (
+        f"{sample.width}x{sample.height} follows from the shape of {prompt.image_path}; give a width and a height for "
+        "another size"
+    )
 
 
 @torch.no_grad()

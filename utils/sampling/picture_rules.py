@@ -27,7 +27,7 @@ def check_pictures(
 ) -> None:
     """InputError unless these pictures are files of pictures, and what the task takes.
 
-    `given` has the first and the last frame by the name of the option; `complete`: no others will be added.
+    `given` has the first and the last frame by the name of the option. `complete`: nothing will be added or changed.
     """
     fewest, most = pictures_taken(task)
     for number, (option, path) in enumerate(given.items()):
@@ -45,7 +45,7 @@ def check_pictures(
             )
         else:
             image_size(existing_file(path, f"{where}: {option}"))
-            if frames == 1:
+            if complete and frames == 1:
                 raise InputError(
                     f"{where}: a single frame would be the picture of {option} itself: ask for 5 frames or more"
                 )
