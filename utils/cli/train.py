@@ -247,7 +247,7 @@ def _samples(flags: Namespace) -> SampleConfig | None:
     if missing:
         raise InputError(f"--sample_prompts needs {' and '.join(missing)} to draw samples")
     return SampleConfig(
-        prompts=tuple(read_prompt_file(flags.sample_prompts)),
+        prompts=tuple(read_prompt_file(flags.sample_prompts, task=TASKS[flags.task])),
         vae=existing_file(flags.vae, "--vae"),
         t5=existing_file(flags.t5, "--t5"),
         clip=clip,

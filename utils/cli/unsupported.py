@@ -48,7 +48,10 @@ _NO_LORA = "LoRA files cannot be loaded; give slice files to --slices, or a whol
 _NO_FP8 = (
     "the computation is in 16 or 32 bits; an fp8 --dit is converted to bf16, and --blocks_to_swap saves GPU memory"
 )
-_NO_PICTURES = "only text-to-video is supported; leave it out"
+_NO_CONTROL = "models with control videos are not supported, nor is video-to-video; leave it out"
+_NO_ONE_FRAME = (
+    "one-frame inference is not supported; a picture as the first frame is --image_path, as the last --end_image_path"
+)
 _ONE_GUIDANCE = "guidance is the same in every step and layer; set its strength with --guidance_scale"
 
 _GENERATION_TOGETHER = {
@@ -57,10 +60,8 @@ _GENERATION_TOGETHER = {
         *("--include_patterns", "--exclude_patterns", "--lycoris", "--save_merged_model"),
     ),
     _NO_FP8: ("--fp8", "--fp8_scaled", "--fp8_fast"),
-    _NO_PICTURES: (
-        *("--clip", "--image_path", "--end_image_path", "--video_path", "--control_path", "--control_image_path"),
-        "--control_image_mask_path",
-    ),
+    _NO_CONTROL: ("--video_path", "--control_path"),
+    _NO_ONE_FRAME: ("--one_frame_inference", "--control_image_path", "--control_image_mask_path"),
     _ONE_GUIDANCE: (
         *("--cfg_skip_mode", "--cfg_apply_ratio", "--slg_layers", "--slg_scale", "--slg_start", "--slg_end"),
         "--slg_mode",
@@ -76,8 +77,7 @@ GENERATION = {
     "--vae_cache_cpu": "leave it out; a smaller --video_size or --video_length takes less memory to decode",
     "--fp8_t5": "the text encoder runs in bf16; leave it out",
     "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
-    "--one_frame_inference": "it makes one picture from others; for a picture from text use --video_length 1",
-    "--trim_tail_frames": "videos are saved whole; --video_length sets the number of frames",
+    "--trim_tail_frames": "an end picture is the last frame and adds none; --video_length sets the number of frames",
 }
 
 _NO_PREVIEW = "cached latents are not displayed; open the pictures themselves"
