@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_pictures import write_picture
 from tiny_run import flags
 
 from utils.cli.command import Parser
@@ -24,7 +25,8 @@ def folder(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"datasets": [table]}), encoding="utf-8")
     for name in ("vae", "t5", "clip"):
         (tmp_path / name).touch()
-    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 32\n", encoding="utf-8")
+    for name in ("a", "b"):
+        write_picture(tmp_path / f"{name}.png")
     return tmp_path
 
 
@@ -32,7 +34,10 @@ def parsed(folder, task, *more, data="videos"):
     return parse_train(flags(folder, "--dataset_config", str(folder / f"{data}.json"), "--task", task, *more))
 
 
-def sampling(folder, *names):
+def sampling(folder, task, *names):
+    ends = ["", f"--i {folder / 'a.png'}", f"--i {folder / 'a.png'} --ei {folder / 'b.png'}"]
+    line = f"a cat --w 64 --h 32 --f 5 {ends[TASKS[task].conditions.pictures]}"
+    (folder / "prompts.txt").write_text(line, encoding="utf-8")
     files = [word for name in names for word in (f"--{name}", str(folder / name))]
     return ("--sample_prompts", str(folder / "prompts.txt"), "--sample_at_first", *files)
 
@@ -63,9 +68,8 @@ def test_the_share_is_what_was_asked(folder, share):
         ("ti2v-5B", "pictures", ("--i2v_share", "0.5"), r"no effect on pictures, .*pictures\.json has no videos"),
         ("ti2v-5B", "videos", ("--i2v_share", "1.5"), r"--i2v_share must be a number from 0 to 1, not 1\.5"),
         ("ti2v-5B", "videos", ("--i2v_share", "nan"), r"--i2v_share must be a number from 0 to 1"),
-        ("t2v-14B", "videos", ("--clip", "x"), r"--clip has no effect with --task t2v-14B.*i2v-14B, flf2v-14B"),
-        ("i2v-A14B", "videos", ("--clip", "x"), r"--clip has no effect with --task i2v-A14B"),
-        ("flf2v-14B", "videos", ("--clip", "nowhere"), r"--clip nowhere does not exist"),
+        ("t2v-14B", "videos", ("--clip", "x"), r"--clip has no effect: --task t2v-14B"),
+        ("i2v-A14B", "videos", ("--clip", "x"), r"--clip has no effect: --task i2v-A14B"),
     ],
 )  # fmt: skip
 def test_flags_without_an_effect_are_refused(folder, task, data, more, message):
@@ -75,15 +79,17 @@ def test_flags_without_an_effect_are_refused(folder, task, data, more, message):
 
 @pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
 def test_samples_of_models_that_read_clip_tokens_need_their_encoder(folder, task):
-    with pytest.raises(InputError, match="--sample_prompts needs --clip to draw samples"):
-        parsed(folder, task, *sampling(folder, "vae", "t5"))
-    config = parsed(folder, task, *sampling(folder, "vae", "t5", "clip"))
+    with pytest.raises(InputError, match=f"--clip is missing: --task {task} reads"):
+        parsed(folder, task, *sampling(folder, task, "vae", "t5"))
+    config = parsed(folder, task, *sampling(folder, task, "vae", "t5", "clip"))
+    with pytest.raises(InputError, match=r"--clip .*nowhere does not exist"):
+        parsed(folder, task, *sampling(folder, task, "vae", "t5"), "--clip", str(folder / "nowhere"))
     assert config.samples.clip == folder / "clip" and folder / "clip" in config.inputs
 
 
 @pytest.mark.parametrize("task", ["t2v-14B", "i2v-A14B", "ti2v-5B"])
 def test_samples_of_other_models_need_none(folder, task):
-    assert parsed(folder, task, *sampling(folder, "vae", "t5")).samples.clip is None
+    assert parsed(folder, task, *sampling(folder, task, "vae", "t5")).samples.clip is None
 
 
 def test_the_help_lists_every_task():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import MODELS, run_flags, tiny_model, write_run_files
+from tiny_models import MODELS, run_flags, sample_flags, tiny_model, write_run_files
 
 import wan_train_network
 from utils.cli.train import parse_train
@@ -155,6 +155,12 @@ def test_a_state_with_other_pictures_than_a_probe_saves_is_refused(damage):
     probe |= {"y": torch.zeros(20, 2, 4, 8), "clip": torch.zeros(257, 24), "starts_clean": [False] * 2}
     assert state_problem({"best": 1.0, "measured_at": 0, "probe": probe}) is None
     assert state_problem({"best": 1.0, "measured_at": 0, "probe": {**probe, **damage}})
+
+
+def test_samples_of_a_run_start_from_the_pictures_of_their_prompts(files):
+    run(files, *sample_flags(files[1], files[0]), "--max_train_epochs", "1", "--save_as", "slice")
+    drawn = [path for path in sorted((files[1] / "out" / "sample").iterdir()) if path.suffix == ".mp4"]
+    assert len(drawn) == 2 and len({path.read_bytes() for path in drawn}) == 2
 
 
 def preserving(folder, *more):

@@ -1,4 +1,4 @@
-"""Tiny models of every task that starts from pictures, what they are given, and single batches, for the tests."""
+"""Tiny runs of every task that starts from pictures: their files, and single batches and steps, for the tests."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import torch
 from caching_jobs import videos, write_vae
 from safetensors.torch import load_file, save_file
-from tiny_run import CONFIG, ORACLE, flags, write_sample_models
+from tiny_pictures import CONFIGS, PICTURE_TASKS, write_picture
+from tiny_run import ORACLE, flags, write_sample_models
 from torch import nn
 
 import wan_cache_latents
@@ -16,13 +17,7 @@ from wan.configs import TASKS
 from wan.model import PICTURE_TOKENS, WanModel
 
 CLIP_WIDTH = 24  # of the oracle's CLIP
-_TEXT = replace(CONFIG, text_len=16)
-MODELS = {
-    "i2v-14B": replace(_TEXT, model_type="i2v", in_dim=36, image_dim=CLIP_WIDTH),
-    "i2v-A14B": replace(_TEXT, model_type="i2v", in_dim=36),
-    "flf2v-14B": replace(_TEXT, model_type="flf2v", in_dim=36, image_dim=CLIP_WIDTH),
-    "ti2v-5B": replace(_TEXT, model_type="ti2v", in_dim=48, out_dim=48),
-}
+MODELS = {task: replace(CONFIGS[task], text_len=16) for task in PICTURE_TASKS}
 
 
 def tiny_model(task, seed=0):
@@ -94,6 +89,22 @@ def write_run_files(folder, task):
     t5 = ["--t5", str(folder / "t5.safetensors"), "--tokenizer", str(folder / "spiece.model")]
     wan_cache_text_encoder_outputs.main([*shared, *t5])
     return folder
+
+
+def sample_flags(folder, task):
+    """Two samples of one seed, which differ in the picture that they start from; drawn before the first step."""
+    line, pair = "a cat --w 64 --h 32 --f 5 --s 2 --d 7 --l 1 --i ", TASKS[task].conditions.pictures == 2
+    a, b = (write_picture(folder / f"{name}.png", seed=seed) for seed, name in enumerate("ab"))
+    lines = [line + str(first) + (f" --ei {last}" if pair else "") for first, last in ((a, b), (b, a))]
+    (folder / "starts.txt").write_text("\n".join(lines), encoding="utf-8")
+    files = {
+        "vae": "vae.safetensors",
+        "t5": "t5.safetensors",
+        "tokenizer": "spiece.model",
+        "sample_prompts": "starts.txt",
+    }
+    files |= {"clip": "clip.safetensors"} if TASKS[task].conditions.clip else {}
+    return [*(f"--{flag}={folder / name}" for flag, name in files.items()), "--sample_at_first"]
 
 
 def run_flags(folder, task, *more):

@@ -23,6 +23,7 @@ from utils.run.save_schedule import KINDS, SaveConfig
 from utils.run.state import LATEST, no_state, state_folders
 from utils.run.validation import ValidationConfig
 from utils.sampling.prompts import read_prompt_file
+from utils.sampling.starts import check_clip
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
 from utils.text_files import read_toml
@@ -161,18 +162,6 @@ def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
     return flags.i2v_share
 
 
-def _clip(flags: Namespace) -> Path | None:
-    """The CLIP of samples, if the model reads its tokens."""
-    reads_clip = TASKS[flags.task].conditions.clip
-    if flags.clip and not reads_clip:
-        names = [name for name, task in TASKS.items() if task.conditions.clip]
-        raise InputError(
-            f"--clip has no effect with --task {flags.task}, whose model reads no CLIP tokens (those of "
-            f"{', '.join(names)} do); leave it out"
-        )
-    return flags.clip and existing_file(flags.clip, "--clip")
-
-
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
     named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts, flags.preserve_answers]
     named += [flags.validation_dataset_config, flags.clip]
@@ -229,7 +218,9 @@ def _metadata(flags: Namespace) -> MetadataConfig:
 
 
 def _samples(flags: Namespace) -> SampleConfig | None:
-    clip = _clip(flags)
+    task = TASKS[flags.task]
+    if flags.clip or flags.sample_prompts:
+        check_clip(task, flags.clip)
     turns = {
         "--sample_every_n_epochs": flags.sample_every_n_epochs,
         "--sample_every_n_steps": flags.sample_every_n_steps,
@@ -242,15 +233,14 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         return None
     if not given:
         raise InputError(f"--sample_prompts needs one of {', '.join(turns)}")
-    needed = ("vae", "t5", *(["clip"] if TASKS[flags.task].conditions.clip else []))
-    missing = [f"--{name}" for name in needed if getattr(flags, name) is None]
+    missing = [f"--{name}" for name in ("vae", "t5") if getattr(flags, name) is None]
     if missing:
         raise InputError(f"--sample_prompts needs {' and '.join(missing)} to draw samples")
     return SampleConfig(
-        prompts=tuple(read_prompt_file(flags.sample_prompts, task=TASKS[flags.task])),
+        prompts=tuple(read_prompt_file(flags.sample_prompts, task=task)),
         vae=existing_file(flags.vae, "--vae"),
         t5=existing_file(flags.t5, "--t5"),
-        clip=clip,
+        clip=flags.clip and existing_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         vae_dtype=flags.vae_dtype,
         every_n_epochs=flags.sample_every_n_epochs,
