@@ -230,7 +230,7 @@ ADVICE = [
     ("--lr_warmup_steps 5", "--lr_warmup_steps 5 --lr_scheduler constant_with_warmup"),
     ("--save_best", "--save_best --validation_dataset_config data.toml"),
     ("--validate_every_n_steps 5", "--validate_every_n_steps 5 --t5 models_t5.pth"),
-    ("--task i2v-A14B", "--task t2v-A14B"),
+    ("--task t2v", "--task t2v-A14B"),
 ]
 
 

@@ -134,3 +134,9 @@ def test_a_resumed_run_continues_its_sheet(tmp_path):
     run(tmp_path, *samples, "--max_train_epochs", "2", "--resume", "latest")
     assert sheet.read_bytes() == whole
     assert Image.open(sheet).width == 128 + 4 + 3 * 132
+
+
+def test_rows_of_one_prompt_are_told_apart_by_their_pictures(tmp_path):
+    samples = [replace(SAMPLES[0], image_path=f"{folder}/a.png") for folder in ("one", "other")]
+    rows = open_sheet(tmp_path / "sheet.png", SETTINGS, [*samples, SAMPLES[0]]).rows
+    assert list(rows.values()) == ["a cat (a.png)", "a cat (a.png)", "a cat"]

@@ -264,9 +264,10 @@ def _validation(
     if kept := _kept_probe(plan):
         probe = Probe.from_state(kept)
     else:
-        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps)
+        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps, config.i2v_share)
         probe = start_probe(asked, model, most_values, device) if probed else None
-    return Validation(config.validation, inputs.validated, config.timesteps, most_values, probe)
+    rest = (most_values, probe, config.i2v_share)
+    return Validation(config.validation, inputs.validated, config.timesteps, *rest)
 
 
 def _start_trackers(run: Run) -> None:

@@ -169,6 +169,12 @@ def load_vae(
     return WanVAE(load_model(lambda: AutoencoderKLWan(**settings), renamed, dtype, device, source), kind)
 
 
+def read_vae_kind(path: str | Path) -> VAEKind:
+    """Which of Wan's VAEs a file holds; its weights are not read. InputError as load_vae."""
+    tensors, _ = read_state_dict(path, "VAE")
+    return _kind(strip_prefix(tensors, ("model.",)), path)
+
+
 def diffusers_name(name: str) -> str:
     """The name in diffusers' AutoencoderKLWan of a parameter of Wan's own VAE; plain renames, one to one."""
     for pattern, replacement in _RENAMES:

@@ -13,6 +13,7 @@ from utils.files import file_problem, names_text, path_text, quoted
 from utils.pixels.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from utils.pixels.remarks import count_and_names
 from utils.text_files import escaped_path, parse_json, read_text, text_lines
+from wan.configs import NO_CONDITIONS, WAN_2_1_VAE, Conditions, LatentLayout
 from wan.errors import InputError
 
 _LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
@@ -22,7 +23,10 @@ CAPTION_MODES = ("whole", "lines")  # what of a caption file is a caption
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """One [[datasets]] table of pictures; the defaults are the toml's."""
+    """One [[datasets]] table of pictures; the defaults are the toml's.
+
+    `latents` and `conditions` are not keys of it: they are what the model needs that is trained.
+    """
 
     cache_directory: Path
     image_directory: Path | None = None
@@ -40,11 +44,13 @@ class ImageDataset:
     caption_dropout_rate: float = 0.0  # the share of an epoch's entries that train with the empty caption
     mask_directory: Path | None = None
     alpha_mask: bool = False
+    latents: LatentLayout = WAN_2_1_VAE
+    conditions: Conditions = NO_CONDITIONS
 
 
 @dataclass(frozen=True)
 class VideoDataset:
-    """One [[datasets]] table of videos; the defaults are the toml's."""
+    """One [[datasets]] table of videos; the defaults are the toml's, the rest is as for pictures."""
 
     cache_directory: Path
     video_directory: Path | None = None
@@ -67,6 +73,8 @@ class VideoDataset:
     caption_prefix: str = ""
     caption_dropout_rate: float = 0.0
     mask_directory: Path | None = None
+    latents: LatentLayout = WAN_2_1_VAE
+    conditions: Conditions = NO_CONDITIONS
 
 
 AnyDataset = ImageDataset | VideoDataset
@@ -79,6 +87,16 @@ class DatasetConfig:
     path: Path
     datasets: tuple[AnyDataset, ...]
     validation_split: float = 0.0  # share of each dataset's pictures that is held out for validation
+
+    @property
+    def latents(self) -> LatentLayout:
+        """How the latents of all datasets are laid out."""
+        return self.datasets[0].latents
+
+    @property
+    def conditions(self) -> Conditions:
+        """What is cached of all datasets beside latents and text."""
+        return self.datasets[0].conditions
 
 
 @dataclass(frozen=True)

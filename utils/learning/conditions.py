@@ -66,6 +66,21 @@ def with_clean_start(noisy_BCFHW: Tensor, clean_BCFHW: Tensor, starts_clean_B: T
     return torch.cat([first, noisy_BCFHW[:, :, 1:]], dim=2)
 
 
+def started(noisy_BCFHW: Tensor, clean_BCFHW: Tensor, given: Conditioning) -> Tensor:
+    """The noisy latents of samples, the first frame clean in those that start from it."""
+    if given.starts_clean_B is None:
+        return noisy_BCFHW
+    return with_clean_start(noisy_BCFHW, clean_BCFHW, given.starts_clean_B)
+
+
+def loss_mask(given: Conditioning, frames: int, mask_B11HW: Tensor | None = None) -> Tensor | None:
+    """[B, 1, F or 1, H or 1, W or 1]: what a loss is taken over, where that is not all; never a clean first frame."""
+    if given.starts_clean_B is None:
+        return mask_B11HW
+    noisy_B1F11 = noisy_frames(given.starts_clean_B, frames)
+    return noisy_B1F11 if mask_B11HW is None else noisy_B1F11 * mask_B11HW
+
+
 def noisy_frames(starts_clean_B: Tensor, frames: int) -> Tensor:
     """[B, 1, F, 1, 1]: 1 in the latent frames that a loss is taken over, 0 in a clean first one."""
     mask_BF = torch.ones(len(starts_clean_B), frames, device=starts_clean_B.device)

@@ -23,7 +23,7 @@ from utils.preserve.asking import AskedModel, AskingPlan, TrainedOn, plan_asking
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.earlier_run import Replaced, check_earlier_run
 from utils.run.fingerprint import base_settings, deciding_settings
-from utils.run.opening_lines import expert_line, input_bytes, saving_lines
+from utils.run.opening_lines import expert_line, first_frame_line, input_bytes, saving_lines
 from utils.run.plan import TrainingPlan, plan_training
 from utils.run.save_schedule import (
     best_file,
@@ -136,7 +136,7 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
     answers = config.save.folder / f"{config.save.name}{ENDING}"
-    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed)
+    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed, config.i2v_share)
     asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
     replaced, lines = check_plan(config, header, steps, asking, resume, continues)
     kept = asking.largest_kept if asking else ()
@@ -207,6 +207,7 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
 def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
     """InputError if the caches were made for another kind of model, or hold texts that are too long for this one."""
     path = config.dataset.path
+    _check_latents(dataset, model, config)
     if dataset.text_width != model.text_dim:
         raise InputError(
             f"the text caches of {path} are {dataset.text_width} wide, {config.dit} reads {model.text_dim}: make them "
@@ -218,6 +219,21 @@ def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfi
             "shorten it, then run wan_cache_text_encoder_outputs.py again"
         )
     check_timesteps(config.timesteps, latent_sizes(dataset))
+
+
+def _check_latents(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
+    """InputError if latents or CLIP tokens are not as wide as the model reads them."""
+    path = config.dataset.path
+    again = f"make them again (wan_cache_latents.py) with the VAE and CLIP of --task {config.task}"
+    if wrong := next((item for item in dataset.items if item.latent_shape[0] != model.out_dim), None):
+        raise InputError(
+            f"the latent caches of {path} have {wrong.latent_shape[0]} channels, {config.dit} reads {model.out_dim}: "
+            f"{again}"
+        )
+    if dataset.clip_width != model.image_dim:
+        raise InputError(
+            f"the CLIP tokens of {path} are {dataset.clip_width} wide, {config.dit} reads {model.image_dim}: {again}"
+        )
 
 
 def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:
@@ -294,6 +310,8 @@ def say_what_is_read(
     cast = "" if stored == used else f", cast to {dtype_name(used)} at load, saved in {dtype_name(stored)}"
     say(f"{config.dit}: {dtype_name(stored)}{cast}")
     for line in dataset.describe():
+        say(line)
+    if line := first_frame_line(config.i2v_share, dataset.items):
         say(line)
     if line := expert_line(TASKS[config.task], config.dit, config.timesteps):
         say(line)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from utils.run.samples import SavedSample
 from utils.run.sheet_labels import SIZE, label
 from utils.sampling.denoising import Sample
+from utils.sampling.sample_metadata import picture_names
 from utils.sampling.writers import to_frames
 from utils.slice_saving import whole_file
 
@@ -84,7 +85,7 @@ class ContactSheet:
 def open_sheet(path: Path, settings: Mapping[str, str], samples: Sequence[Sample]) -> ContactSheet:
     """The sheet at `path` with a row for each sample; an empty one if there is none of a run of these settings."""
     run = _digest(dict(settings))
-    new = ContactSheet(run, {_row_key(sample): sample.prompt for sample in samples[:ROWS]})
+    new = ContactSheet(run, {_row_key(sample): _label(sample) for sample in samples[:ROWS]})
     if not path.is_file():
         return new
     try:
@@ -121,7 +122,11 @@ def _read_columns(picture: Image.Image, content: Mapping, new: ContactSheet) -> 
 
 def _row_key(sample: Sample) -> str:
     """Tells rows apart: samples that differ in nothing but the weights share one."""
-    return _digest(vars(sample))
+    return _digest({name: value for name, value in vars(sample).items() if value is not None})
+
+
+def _label(sample: Sample) -> str:
+    return " ".join([sample.prompt, *(f"({name})" for name in picture_names(sample).values())])
 
 
 def _digest(values: Mapping) -> str:
