@@ -35,7 +35,8 @@ OTHERS = {
 }
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z](?:-?\w)*")
 COMMAND = re.compile(r"^(?:python|accelerate launch) .*?(wan_\w+\.py) (.*)$", re.MULTILINE)
-TASK_COMMANDS = list(dict.fromkeys(COMMAND.findall((ROOT / "docs" / "tasks.md").read_text(encoding="utf-8"))))
+TASKS_PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+TASK_COMMANDS = list(dict.fromkeys(COMMAND.findall(TASKS_PAGE)))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -104,8 +105,9 @@ def files(tmp_path_factory):
         for name in re.findall(r"\S+\.(?:safetensors|pth)", given):
             (folder / name).parent.mkdir(exist_ok=True)
             save_file({}, folder / name)
-    for name in ("hunyuan_dataset.toml", "clips.toml"):
-        shutil.copy(ROOT / "hunyuan_dataset.toml", folder / name)
+    shutil.copy(ROOT / "hunyuan_dataset.toml", folder)
+    (clips,) = re.findall(r"^```toml\n# (clips\.toml.*?)^```", TASKS_PAGE, re.MULTILINE | re.DOTALL)
+    (folder / "clips.toml").write_text(f"# {clips}", encoding="utf-8")
     for name in ("first.png", "last.png"):
         Image.new("RGB", (64, 48)).save(folder / name)
     for name, kind in (("wan_2.1_vae", "wan21"), ("wan2.2_vae", "wan22")):
