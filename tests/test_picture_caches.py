@@ -314,7 +314,7 @@ def test_items_of_one_frame_alone_are_refused(tmp_path, vae_file, kind):
         settings = {"frame_extraction": "full"} if kind == "full" else {"target_frames": [1]}
         config = videos(tmp_path, {"v": 3}, **settings)
     cache_text(config, vae_file)
-    cache_latents(config, vae_file, "--i2v")
+    assert cache_latents(config, vae_file, "--i2v")[-1].startswith("next: add a dataset of videos with target_frames")
     if kind == "gone":
         (tmp_path / "pics").rename(tmp_path / "elsewhere")
     assert "there are only pictures and clips of one frame, and the model is given the first frame" in _refused(
@@ -373,6 +373,11 @@ def test_the_vae_of_ti2v_5b_needs_no_pictures(clips, vae_2_2, clip_file, flag):
 def test_a_vae_in_place_of_clip_is_named(clips, vae_file):
     with pytest.raises(InputError, match="is not a CLIP image encoder"):
         cache_latents(clips, vae_file, "--clip", str(vae_file))
+
+
+def test_one_clip_is_known_in_every_precision(clip_file):
+    full, half = (load_image_encoder(clip_file, dtype) for dtype in (torch.float32, torch.float16))
+    assert caching._clip_identity(full) == caching._clip_identity(half)
 
 
 def test_clip_tokens_that_are_not_finite_are_not_written(clips, tmp_path, vae_file, clip_file):
