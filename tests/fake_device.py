@@ -88,6 +88,7 @@ class FakeDevice:
         assert not any(start <= address < end for address in pending), "unlocked under a copy"
         del self.locked[start]
 
+    @torch.no_grad()
     def _run(self, count):
         for target, source, event in self.queue[:count]:
             target.copy_(source)
