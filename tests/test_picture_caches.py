@@ -9,6 +9,7 @@ from caching_jobs import ORACLE, FakeEncoder, cache_latents, cache_text, names, 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import wan_cache_latents
 from utils import caching
 from utils.data.cache_files import clip_latents_path, read_clip, read_condition
 from utils.data.config import read_dataset_config
@@ -231,6 +232,23 @@ def test_caches_for_another_model_are_named_with_the_command(
     message = _refused(clips, task)
     assert message.startswith(problem)
     assert message.endswith(f"Run: python wan_cache_latents.py --dataset_config {clips} --vae {flags}")
+
+
+def test_another_vae_is_named_before_the_size_that_follows_from_it(tmp_path, vae_file):
+    config = videos(tmp_path, {"v": 6}, target_frames=[5], resolution=[48, 48], enable_bucket=True)
+    cache_text(config, vae_file)
+    cache_latents(config, vae_file)
+    assert "v was cached as latents with 16 channels of the Wan 2.1 VAE" in _refused(config, "ti2v-5B")
+    assert "_0048x0048_" in names(tmp_path)[0]
+
+
+def test_the_script_caches_what_its_flags_ask_for(clips, tmp_path, vae_file, clip_file):
+    argv = ["--dataset_config", str(clips), "--vae", str(vae_file), "--device", "cpu"]
+    wan_cache_latents.main([*argv, "--flf2v", "--clip", str(clip_file)])
+    cache_text(clips, vae_file)
+    batch = _build(clips, "flf2v-14B")[(0,)]
+    assert batch["y"].shape == (1, 20, 2, 4, 4) and batch["y"][0, :4, 1, 0, 0].tolist() == [0, 0, 0, 1]
+    assert batch["clip"].shape == (1, 514, 24)
 
 
 def test_a_cache_of_ti2v_5b_is_refused_for_other_models(clips, vae_file, vae_2_2):
