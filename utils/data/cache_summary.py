@@ -69,8 +69,10 @@ def summary_lines(what: str, done: Caching, text_len: int | None = None) -> list
     return lines
 
 
-def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sources]]) -> str:
-    """The next command for the user once latents are cached."""
+def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sources]], done: Caching) -> str:
+    """The next command for the user once latents are cached, or what is missing that could be trained on."""
+    if 0 < done.one_frame == done.made + done.current:
+        return f"next: add a dataset of videos with target_frames of 5 or more to {config.path}, there is none yet"
     texts = [text_path(dataset.cache_directory, own.stem) for dataset, sources in listed for own in sources.found]
     has_texts = all(path.is_file() for path in texts)
     train = training_command(config.path, config.latents, config.conditions)

@@ -300,7 +300,8 @@ def _wanted_clips(
         return [fitting[window] for window in windows], None
     if not cached:
         return [], "has no latent cache"
-    if problem := other_vae_problem(cached[0].path, dataset.latents):
+    nearest = next(iter(fitting.values()), cached[0])
+    if problem := other_vae_problem(nearest.path, dataset.latents):
         return [], problem
     if not fitting:
         return [], f"was cached at {size_text(cached[0].size)}, the dataset file now asks for {size_text(entry.bucket)}"
