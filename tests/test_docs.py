@@ -28,10 +28,10 @@ SCRIPTS = {
     "utils.slices": slices,
 }
 OTHERS = {
+    "a prompt's size and seed": {"--w", "--h", "--f", "--d"},
     "accelerate launch": {"--num_cpu_threads_per_process", "--mixed_precision"},
     "musubi-tuner": {"--network_module", "--network_args", "--fp8_base", "--compile"},
     "a line of a prompt file": {"--s", "--g", "--l", "--fs", "--n", "--i", "--ei"},
-    "its sizes and seed": {"--w", "--h", "--f", "--d"},
     "tensorboard, cp, ruff": {"--logdir", "--sparse", "--reflink", "--check"},
 }
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z](?:-?\w)*")
