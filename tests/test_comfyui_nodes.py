@@ -273,3 +273,31 @@ def test_the_nodes_list_slice_files_and_notice_when_one_changes(nodes):
     path.write_bytes(path.read_bytes() + b" ")
     assert all(nodes[name].IS_CHANGED(slice_name=listed[0]) != before[0] for name in ("LoadWanSlice", "WanSliceInfo"))
     assert nodes["LoadWanSlice"].IS_CHANGED(slice_name="gone") == "missing"
+
+
+def graph_of(workflow):
+    """A workflow that was saved from ComfyUI's window as its API has it: inputs are links or widgets' values."""
+    links = {number: [str(source), slot] for number, source, slot, *_ in workflow["links"]}
+    graph = {}
+    for node in workflow["nodes"]:
+        if node["type"] != "MarkdownNote":
+            joined = {wire["name"]: links[wire["link"]] for wire in node["inputs"]}
+            values = [value for value in node["widgets_values"] if value != "fixed"]  # beside a seed
+            graph[str(node["id"])] = (node["type"], joined, values)
+    return graph
+
+
+def test_the_example_workflow_is_the_same_in_both_forms_and_uses_inputs_that_the_node_has(nodes):
+    name = "wan22_a14b_two_slices.json"
+    window, api = (json.loads((NODES / folder / name).read_text()) for folder in ("example_workflows", "example_api"))
+    found = {
+        number: (
+            node["class_type"],
+            {key: value for key, value in node["inputs"].items() if isinstance(value, list)},
+            [value for value in node["inputs"].values() if not isinstance(value, list)],
+        )
+        for number, node in api.items()
+    }
+    loaders = [node for node in api.values() if node["class_type"] == "LoadWanSlice"]
+    assert graph_of(window) == found and len(loaders) == 2
+    assert all(list(node["inputs"]) == list(nodes["LoadWanSlice"].INPUT_TYPES()["required"]) for node in loaders)
