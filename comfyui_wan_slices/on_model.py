@@ -75,17 +75,19 @@ def scaled(start: Tensor, final: Tensor, strength: float) -> Tensor:
 
 def with_slice(model, file: SliceFile, strength: float):
     """A clone of ComfyUI's `model` with the slice on top, and a report; SliceError if it does not belong there."""
-    stored = {contract_name(key): (key, patches) for key, patches in model.get_key_patches(PREFIX).items()}
-    _refuse_overlaps(stored, file)
-    units = _units(stored, file)
-    start = _start_values({name: stored[name][1][0][0] for name in units}, units, file)
+    _refuse_overlaps(model, file)
+    # Names and weights of modules, as state_dict() of GGUF models has entries that are no weights, in packed shapes.
+    keys = {contract_name(key): key for key, _ in model.model.named_parameters() if key.startswith(PREFIX)}
+    weights = {name: _stored(model, key) for name, key in keys.items()}
+    units = _units(weights, file)
+    start = _start_values({name: weights[name] for name in units}, units, file)
     if start is not None:
         _check_base(start, file)
     report = _report(file, strength, start)
     if strength == 0:
         return model, report
     kept = start if start is not None and strength != 1 else {}
-    patches = {stored[name][0]: _adapter(stored[name][0], file, kept.get(name), own) for name, own in units.items()}
+    patches = {keys[name]: _adapter(keys[name], file, kept.get(name), own) for name, own in units.items()}
     patched = model.clone()
     taken = set(patched.add_patches(patches, strength))
     if missing := patches.keys() - taken:
@@ -96,6 +98,13 @@ def with_slice(model, file: SliceFile, strength: float):
     return patched, report
 
 
+def _stored(model, key: str) -> Tensor:
+    """The weight without any patches, which another chain of nodes may have put into it meanwhile."""
+    if key in model.hook_backup:
+        return model.hook_backup[key][0]
+    return model.backup[key].weight if key in model.backup else model.model.get_parameter(key)
+
+
 def _adapter(key: str, file: SliceFile, start: Tensor | None, units: SliceUnits) -> SliceAdapter:
     nothing = torch.empty(0, dtype=torch.int64)
     place = SliceOfMatrix(file, replace(units, columns_U=nothing, groups_U=nothing))
@@ -103,8 +112,8 @@ def _adapter(key: str, file: SliceFile, start: Tensor | None, units: SliceUnits)
     return SliceAdapter({key}, (start, final, units.columns_U, units.groups_U, place))
 
 
-def _refuse_overlaps(stored: dict, file: SliceFile) -> None:
-    patches = (patch[1] for _, (_, *own) in stored.values() for patch in own)
+def _refuse_overlaps(model, file: SliceFile) -> None:
+    patches = (patch[1] for own in model.patches.values() for patch in own)
     for other in {id(p.matrix.file): p.matrix.file for p in patches if isinstance(p, SliceAdapter)}.values():
         if other.overlaps(file):
             raise SliceError(
@@ -113,10 +122,9 @@ def _refuse_overlaps(stored: dict, file: SliceFile) -> None:
             )
 
 
-def _units(stored: dict, file: SliceFile) -> dict[str, SliceUnits]:
+def _units(weights: dict[str, Tensor], file: SliceFile) -> dict[str, SliceUnits]:
     """Where the slice lies in every block matrix of the model, as many values as the file has."""
-    # Packed formats store other shapes than these, which are the matrices'.
-    shapes = {name: tuple(own[0][0].shape) for name, (_, own) in stored.items()}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     shapes = {name: shape for name, shape in shapes.items() if is_block_matrix(name, shape)}
     units = {name: slice_units(name, shape, file.entry["ff"], file.entry["ffid"]) for name, shape in shapes.items()}
     units = {name: own for name, own in units.items() if own.count}

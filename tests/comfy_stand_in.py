@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 from uuid import uuid4
 
 import torch
@@ -11,6 +12,12 @@ from torch import nn
 
 class WeightAdapterBase:
     """What ComfyUI asks for a changed weight, whenever a patch is an instance of this."""
+
+
+class Backup(NamedTuple):
+    """A weight as it was before patches were put into it."""
+
+    weight: torch.Tensor
 
 
 class ModelPatcher:
@@ -33,24 +40,16 @@ class ModelPatcher:
             self.patches.setdefault(key, []).append(entry)
         return taken
 
-    def get_key_patches(self, filter_prefix=None):
-        stored = {key: self.backup.get(key, weight) for key, weight in self._weights().items()}
-        return {
-            key: [(weight, lambda value, **_: value), *self.patches.get(key, [])]
-            for key, weight in stored.items()
-            if key.startswith(filter_prefix or "")
-        }
-
     def load(self):
         """Puts the patches into the weights: summed in fp32, rounded to the dtype of the weights."""
         for key, patches in self.patches.items():
             parameter = self._weights()[key]
-            self.backup[key] = parameter.detach().clone()
+            self.backup[key] = Backup(parameter.detach().clone())
             self._set(key, apply(patches, parameter.detach().to(torch.float32, copy=True), key).to(parameter.dtype))
 
     def unload(self):
         for key in list(self.backup):
-            self._set(key, self.backup.pop(key))
+            self._set(key, self.backup.pop(key).weight)
 
     def offloaded(self, dtype=None):
         """What each weight computes with where it stays in host memory: a copy, patched in the dtype of the compute."""

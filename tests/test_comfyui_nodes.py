@@ -175,6 +175,22 @@ def test_a_base_is_recognised_while_another_chain_of_nodes_has_it_loaded(nodes, 
     base = comfy_model(files / "base.safetensors")
     chained(nodes, base, ("one", 1)).load()
     assert "the model is the slice's base" in nodes["LoadWanSlice"].load(base, "one.slice.safetensors", 1)[1]
+    base.hook_backup = {key: (saved.weight, None) for key, saved in base.backup.items()}  # as hooks keep them
+    base.backup.clear()
+    assert "the model is the slice's base" in nodes["LoadWanSlice"].load(base, "one.slice.safetensors", 1)[1]
+
+
+def test_a_quantised_weight_s_shape_is_the_matrix_s_and_what_state_dict_adds_does_not_disturb(nodes, files):
+    class Packed(torch.Tensor):
+        shape = torch.Size((96, 48))
+
+    base = comfy_model(files / "base.safetensors")
+    linear = base.model.diffusion_model.blocks[0].ffn[0]
+    packed = torch.zeros(96, 27, dtype=torch.uint8).as_subclass(Packed)
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    linear.register_state_dict_post_hook(lambda _, state, prefix, __: state.update({f"{prefix}temp.weight": packed}))
+    model, report = nodes["LoadWanSlice"].load(base, "one.slice.safetensors", 1)
+    assert "cannot be checked" in report and len(model.patches) == 30
 
 
 def test_another_base_of_the_same_shapes_is_refused(nodes, files):

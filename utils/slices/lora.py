@@ -43,7 +43,7 @@ _LOADERS = {
     "load nothing from it, without an error (for those: --names comfyui)",
 }
 _EXACTNESS = {
-    "fp32": "exact where it is added in fp32, and only near the trained weights where a program adds it in fp16 or bf16",
+    "fp32": "exact where it is added in fp32, near the trained weights where a program adds it in fp16 or bf16",
     "bf16": "only near the trained weights, as --dtype bf16 rounds what was learned",
 }
 
