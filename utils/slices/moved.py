@@ -15,7 +15,7 @@ from utils.slices.report import Chain, Concept
 from wan.errors import InputError
 from wan.loading import CheckpointHeader, read_checkpoint_header
 
-_PLACE = re.compile(r"(?:(?P<stack>.*)\.)?(?P<block>\d+)(?:\.(?P<kind>.+))?\.weight")
+_PLACE = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<block>\d+)(?:\.(?P<kind>.+))?\.weight")
 
 
 @dataclass(frozen=True)
