@@ -81,7 +81,7 @@ def heat_map(changes: Sequence["MatrixChange"], largest: float, number: int) -> 
             f'style="--hue:{hue(number)};fill-opacity:{strength:.3f}"><title>{told}; {moved}</title></rect>'
         )
     size = (_LABEL + blocks * _CELL, len(kinds) * _CELL + 14)
-    return _svg(size, "Change by block and kind of matrix", body, limit=max(size[0] * 3 // 2, 260))
+    return _svg(size, "Change by block and kind of matrix", body, limit=size[0] * 3 // 2, least=min(size[0], 420))
 
 
 def _heat_labels(kinds: Sequence[str], blocks: int) -> Iterator[str]:
@@ -98,9 +98,8 @@ def _share(ratio: float) -> str:
     return f"{100 * ratio:.3g} %"
 
 
-def _svg(size: tuple[int, int], title: str, body: Sequence[str], limit: int) -> str:
-    """`limit`: the most pixels that it is wide; it shrinks with the window."""
-    start = (
-        f'<svg viewBox="0 0 {size[0]} {size[1]}" style="max-width:{limit}px" role="img" aria-label="{escape(title)}">'
-    )
+def _svg(size: tuple[int, int], title: str, body: Sequence[str], limit: int, least: int = 0) -> str:
+    """`limit` and `least`: pixels between which its width follows the window's."""
+    shape = f'viewBox="0 0 {size[0]} {size[1]}" style="max-width:{limit}px;min-width:{least}px"'
+    start = f'<svg {shape} role="img" aria-label="{escape(title)}">'
     return "\n".join([start, *body, "</svg>"])

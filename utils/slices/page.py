@@ -37,7 +37,7 @@ article{background:var(--card);border:1px solid var(--line);border-left:6px soli
 border-radius:6px;padding:.8rem 1rem;margin:.8rem 0}
 dl{display:flex;flex-wrap:wrap;gap:.2rem 1.4rem;margin:.3rem 0}dl div{display:flex;gap:.4rem}
 dt{color:var(--soft)}dd{margin:0}
-figure{margin:.6rem 0}figcaption{color:var(--soft);font-size:.9rem}
+figure{margin:.6rem 0;overflow-x:auto}figcaption{color:var(--soft);font-size:.9rem}
 .pictures{display:flex;flex-wrap:wrap;gap:.5rem}.pictures img{height:9rem;max-width:100%;width:auto;object-fit:contain;
 border-radius:4px;display:block}
 svg{width:100%;height:auto;display:block}svg text{font:9px system-ui,sans-serif;fill:var(--soft)}
@@ -128,13 +128,13 @@ def _concept(number: int, concept: Concept, changes: Sequence["MatrixChange"] | 
     listed = "".join(f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
     lines = [
         f'<article style="--hue:{hue(number)}">',
-        f'<h3 dir="auto">{number + 1}. {escape(entry.name or "unnamed")}</h3><dl>{listed}</dl>',
+        f"<h3>{number + 1}. <bdi>{escape(entry.name or 'unnamed')}</bdi></h3><dl>{listed}</dl>",
         *_captions(entry.captions),
         *_pictures(concept.pictures),
     ]
     if changes:
         moved, values = sum(change.moved for change in changes), sum(change.values for change in changes)
-        told = f"{moved:,} of {values:,} values moved ({100 * moved / values:.3g} %): columns are blocks"
+        told = f"{moved:,} of {values:,} values moved ({100 * moved / values:.3g} %); each column is a block"
         lines.append(f"<figure>{heat_map(changes, largest, number)}<figcaption>{told}</figcaption></figure>")
     return [*lines, "</article>"]
 
@@ -143,7 +143,8 @@ def _captions(captions: Sequence[str]) -> list[str]:
     if not captions:
         return []
     items = "".join(f'<li dir="auto">{escape(caption)}</li>' for caption in captions)
-    return [f"<details><summary>{len(captions)} captions that it was trained on</summary><ul>{items}</ul></details>"]
+    count = "1 caption" if len(captions) == 1 else f"{len(captions)} captions"
+    return [f"<details><summary>{count} that it was trained on</summary><ul>{items}</ul></details>"]
 
 
 def _pictures(paths: Sequence[Path]) -> list[str]:
