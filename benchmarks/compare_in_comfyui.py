@@ -259,6 +259,21 @@ def mixed(folder: Path):
         model = with_slices(model, "bf16", 1)
         found.append(comfy.sd.load_lora_for_models(model, None, lora, 1, 0)[0] if order == "last" else model)
     yield "bf16, a LoRA before or after two slices", *compared(*map(resident, found))
+    expected = sampled(load(applied(folder, "bf16", 1), dtype=torch.bfloat16))
+    for number in (1, 2):
+        model = with_slices(load(folder / "bf16.base.safetensors", dtype=torch.bfloat16), "bf16", number)
+        yield f"bf16, {list(SETS)[number]}, sampled latents", *compared([sampled(model)], [expected])
+
+
+def sampled(model) -> torch.Tensor:
+    """Latents by ComfyUI's own sampler, which loads the model itself."""
+    import comfy.sample
+
+    draw = torch.Generator().manual_seed(7)
+    noise, text = torch.randn(1, 16, 2, 8, 8, generator=draw), torch.randn(1, 512, 4096, generator=draw)
+    condition = [[text, {}]]
+    blank = torch.zeros_like(noise)
+    return comfy.sample.sample(model, noise, 3, 1.0, "euler", "simple", condition, condition, blank, seed=1)
 
 
 def quantised(folder: Path, gguf: Path | None):

@@ -15,6 +15,7 @@ from tiny_chain import CONFIG, train_concept, write_base
 from torch import nn
 
 from utils.cli.slices import main
+from utils.slices.on_base import scaled
 from wan.model import WanModel
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,16 @@ def test_a_bf16_base_that_is_held_in_fp32_is_recognised_and_exact(nodes, files):
     model.load()
     assert "the model is the slice's base" in report
     assert same(dict(model.model.state_dict()), applied(files, ("one", 0.5), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("strength", [0.5, -2.0, 1e-3])
+def test_a_strength_does_to_any_value_what_apply_does(nodes, strength):
+    special = torch.tensor([0.0, -0.0, 1.0, -1.5, 1e-38, 3e38, 2.0078125], dtype=torch.bfloat16)
+    start, final = (part.flatten() for part in torch.meshgrid(special, special, indexing="ij"))
+    theirs = sys.modules["pasted.on_model"].scaled(start, final, strength)
+    kept = theirs.isfinite()  # where apply refuses, a model would hold infinite values
+    ours = scaled(start[kept], final[kept], strength)
+    assert kept.sum() > 30 and torch.equal(ours.view(torch.int16), theirs[kept].view(torch.int16))
 
 
 def test_unloading_gives_every_bit_of_the_base_back_and_the_first_model_stays_as_it_was(nodes, files):
