@@ -18,7 +18,7 @@ from utils.cli.train import parse_train
 from wan.configs import TASKS
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/README.md")
+NAMES = ("README.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/README.md", "comfyui_wan_slices/README.md")
 PAGES = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {
     "wan_train_network.py": parse_train,

@@ -553,7 +553,7 @@ def test_the_list_as_json_holds_the_same(slices, files, capsys):
         (f"apply {{base}} {{one_slice}} -o {{out}}/{'y' * 240}.safetensors", "cannot be written"),
         ("apply {base} {one_slice} --strength one -o {out}/a.safetensors", "not one"),
         ("list", "required"),
-        ("paint", "paint is not one of list, extract"),
+        ("paint", "paint is not one of list, show, extract"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_write_nothing(slices, tmp_path, command, told):

@@ -283,9 +283,7 @@ def test_what_is_validated_on_is_told_and_compared_with_what_trains(folder, tmp_
     assert told[1].startswith("validation: latent caches made with another VAE than those that are trained on")
     assert told[2].startswith("validation: text caches made with another text encoder than those that are trained on")
     _made_by(tmp_path / "b", "one", "one", content=lambda stem: stem.removeprefix("other"))
-    with pytest.raises(
-        InputError, match=r"otherhigh0\.png and 7 more files are in --dataset_config and"
-    ):
+    with pytest.raises(InputError, match=r"otherhigh0\.png and 7 more files are in --dataset_config and"):
         run(tmp_path / "run", *flags, "--overwrite")
 
 
