@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from utils.selective_finetune import TrainedSlice
 from utils.swap.placement import Placement
+from utils.swap.streamer import WaitingTime
 from wan.model import WanModel
 
 
@@ -24,6 +25,7 @@ class Stage:
     def __init__(self):
         self._placement: Placement | None = None
         self._on: LoadedModel | None = None
+        self._waits: WaitingTime | None = None
 
     def __enter__(self) -> "Stage":
         return self
@@ -36,7 +38,13 @@ class Stage:
         if self._on is not loaded:
             self.clear()
             self._placement, self._on = loaded.place(), loaded
+            streamer = self._placement.streamer
+            self._waits = streamer.time_waits() if streamer else None
         return self._placement
+
+    def take_waits(self) -> float:
+        """For how many seconds the device has waited for streamed weights since this was last asked."""
+        return self._waits.take() if self._waits else 0.0
 
     def clear(self) -> None:
         """Sends the model that is on the device back, if there is one."""
