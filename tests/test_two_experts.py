@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resuming import run_two
+from tiny_models import run_flags, sample_flags, write_model, write_run_files
 from tiny_run import flags, run, write_dit, write_inputs, write_sample_models
+from torch.utils.tensorboard import SummaryWriter
 
 from utils import training
 from utils.cli.train import parse_train
 from utils.run.experts import expert_configs
+from utils.training import train
 from wan.errors import InputError
 
 # Accumulated steps and a schedule; three steps an epoch.
@@ -269,6 +272,49 @@ def test_two_processes_take_the_same_turns(folder):
         own = ("--dit", str(folder / f"{dit}.safetensors"), "--output_name", f"one-{expert}", side)
         more = ("--preserve_distribution_shape", *own, "--output_dir", str(folder / "alone"))
         run_two(folder, unused_port(), *COMMON, *more)
+    assert differing(folder) == []
+
+
+@pytest.mark.slow
+def test_experts_that_start_from_pictures(tmp_path):
+    write_model(write_run_files(tmp_path, "i2v-A14B") / "high.safetensors", "i2v-A14B", seed=5)
+    steps = ("--max_train_epochs", "1", "--mixed_precision", "bf16")
+    high = ("--dit_high_noise", str(tmp_path / "high.safetensors"), *sample_flags(tmp_path, "i2v-A14B"))
+    train(parse_train(run_flags(tmp_path, "i2v-A14B", *steps, *high)), say=print)
+    drawn = sorted((tmp_path / "out" / "sample").glob("one_e000000_*.mp4"))
+    assert len(drawn) == 2 and drawn[0].read_bytes() != drawn[1].read_bytes()  # of one seed, from two pictures
+    for expert, (dit, side) in SIDES.items():
+        own = (
+            "--dit",
+            str(tmp_path / f"{dit}.safetensors"),
+            "--output_name",
+            f"one-{expert}",
+            side.replace("875", "900"),
+        )
+        own += ("--preserve_distribution_shape", "--output_dir", str(tmp_path / "alone"))
+        train(parse_train(run_flags(tmp_path, "i2v-A14B", *steps, *own)), say=print)
+    assert differing(tmp_path) == []
+
+
+def test_full_logs_stop_the_run_with_a_state_of_each(folder, monkeypatch):
+    add_scalar, calls = SummaryWriter.add_scalar, []
+
+    def add_until_full(writer, *given, **more):
+        calls.append(given)
+        if len(calls) > 40:
+            raise OSError(28, "No space left on device")
+        return add_scalar(writer, *given, **more)
+
+    logs = ("--logging_dir", str(folder / "logs"))
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"logs cannot be written to"):
+        patch.setattr(SummaryWriter, "add_scalar", add_until_full)
+        run_both(folder, *logs)
+    shutil.rmtree(folder / "logs")
+    run_both(folder, "--resume", "latest")
+    run_alone(folder)
+    assert {len(list((folder / "out").glob(f"one-{expert}-*-state"))) for expert in SIDES} == {1}
+    for path in (folder / "out").glob("*-state"):
+        shutil.rmtree(path)
     assert differing(folder) == []
 
 
