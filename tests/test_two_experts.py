@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils import training
 from utils.cli.train import parse_train
+from utils.locks import sole_writer
 from utils.run.experts import expert_configs
 from utils.training import train
 from wan.errors import InputError
@@ -125,7 +126,7 @@ def same(pair):
     return one == other
 
 
-@pytest.mark.parametrize("at", [1, 4, 7])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 4, 7])
 def test_stopped_in_either_turn_both_go_on_to_the_same_end(folder, monkeypatch, at):
     """Turns of two steps: high 1-2, low 1-2, high 3-4, ..."""
     with interrupted(monkeypatch, at):
@@ -165,7 +166,9 @@ def test_the_idle_expert_does_not_move(folder, monkeypatch):
     assert seen.keys() == SIDES.keys()
 
 
-@pytest.mark.parametrize("swap", ["--blocks_to_swap=2", "--blocks_to_swap=1 --host_weights=staged"])
+@pytest.mark.parametrize(
+    "swap", ["--blocks_to_swap=2", pytest.param("--blocks_to_swap=1 --host_weights=staged", marks=pytest.mark.slow)]
+)
 def test_swapped_experts_write_the_files_of_resident_ones(folder, swap):
     run_both(folder, "--gradient_checkpointing", *swap.split(), every=1)
     run_alone(folder)
@@ -181,6 +184,23 @@ def test_samples_show_both_experts_after_as_many_steps(folder):
     assert any(line.startswith("sampled") for line in lines)
     run_alone(folder)
     assert differing(folder) == []
+
+
+def test_names_of_either_expert_are_locked_and_replaced_with_overwrite_alone(folder):
+    short = ("--max_train_epochs", "1", "--save_state")
+    run_both(folder, *short)
+    with pytest.raises(InputError, match="holds an earlier run called one-high_noise"):
+        run_both(folder, *short)
+    for name in ("one", "one-high_noise", "one-low_noise"):
+        with (
+            sole_writer(folder / "out", name, name, "wait"),
+            pytest.raises(InputError, match=f"--output_name {name} in"),
+        ):
+            run_both(folder, *short, "--overwrite")
+    state = folder / "out" / "one-low_noise-state" / "state.pt"
+    before = state.stat().st_mtime_ns
+    run_both(folder, *short, "--overwrite")
+    assert state.stat().st_mtime_ns > before
 
 
 def both_flags(folder, *more):
