@@ -51,7 +51,7 @@ _NOT_PLAIN = (
     "some of these files are turned, transparent, or not 8-bit sRGB, which other programs and older versions read "
     "differently (cache them again to be sure): {files}"
 )
-_OTHER_VAE = "latent caches made with another VAE than the others (cache them again to make them alike): {files}"
+_OTHER_MODEL = "latent caches made with another {model} than the others (cache them again to make them alike): {files}"
 
 
 @dataclass(frozen=True)
@@ -203,19 +203,22 @@ def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Se
 
 
 def _origin_notes(dataset: AnyDataset, items: Sequence[Item], sources: Sequence[Source]) -> list[str]:
-    """Lines about caches that do not say what they were made of, or that were made by several VAEs."""
+    """Lines about caches that do not say what they were made of, or that were made by several VAEs or CLIPs."""
     origins = {item.latents: latents_origin(item.latents) for item in items}
     untold = [path for path, origin in origins.items() if origin is None]
-    vaes = {path: origin.made_by.get("vae") for path, origin in origins.items() if origin is not None}
+    made_by = {path: origin.made_by for path, origin in origins.items() if origin is not None}
     notes = [_UNTOLD.format(files=count_and_names(untold))] if untold else []
     if untold:
         texts = {item.text for item in items if origins[item.latents] is None}
         doubtful = [source.path for source in sources if text_path(dataset.cache_directory, source.stem) in texts]
         odd = [path for path in doubtful if not is_plain(dataset, path)]
         notes += [_NOT_PLAIN.format(files=count_and_names(odd))] if odd else []
-    usual = Counter(vaes.values()).most_common(1)
-    others = [path for path, vae in vaes.items() if vae != usual[0][0]]
-    return notes + ([_OTHER_VAE.format(files=count_and_names(others))] if others else [])
+    models = {"vae": "VAE", "image_encoder": "CLIP"} if dataset.conditions.clip else {"vae": "VAE"}
+    for key, model in models.items():
+        usual = Counter(own.get(key) for own in made_by.values()).most_common(1)
+        others = [path for path, own in made_by.items() if own.get(key) != usual[0][0]]
+        notes += [_OTHER_MODEL.format(model=model, files=count_and_names(others))] if others else []
+    return notes
 
 
 def is_plain(dataset: AnyDataset, source: Path) -> bool:
