@@ -393,6 +393,21 @@ def test_a_vae_in_place_of_clip_is_named(clips, vae_file):
         cache_latents(clips, vae_file, "--clip", str(vae_file))
 
 
+def test_caches_of_two_clips_are_said(tmp_path, vae_file, clip_file):
+    config = videos(tmp_path, {"v": 6, "w": 6, "x": 6}, target_frames=[5])
+    cache_text(config, vae_file)
+    cache_latents(config, vae_file, "--clip", str(clip_file))
+    assert not any("another CLIP" in line for line in _build(config, "i2v-14B").describe())
+    (tmp_path / "cache" / "w_00000-005_0032x0032_wan.safetensors").rename(tmp_path / "kept")
+    cache_latents(config, vae_file, "--clip", _other_clip(clip_file, tmp_path), "--recache")
+    (tmp_path / "kept").rename(tmp_path / "cache" / "w_00000-005_0032x0032_wan.safetensors")
+    line = (
+        "another CLIP than the others (cache them again to make them alike): 1, w_00000-005_0032x0032_wan.safetensors"
+    )
+    assert any(line in said for said in _build(config, "i2v-14B").describe())
+    assert not any("another CLIP" in said for said in _build(config, "i2v-A14B").describe())
+
+
 def test_one_clip_is_known_in_every_precision(clip_file):
     full, half = (load_image_encoder(clip_file, dtype) for dtype in (torch.float32, torch.float16))
     assert caching._clip_identity(full) == caching._clip_identity(half)
