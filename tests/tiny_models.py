@@ -55,11 +55,11 @@ def tiny_batch(task, frames=2, seed=1, entries=(0, 5)):
     }
 
 
-def tiny_step(model, i2v_share=0.0, seed=3, preserved=None, **timesteps):
+def tiny_step(model, i2v_share=0.0, seed=3, preserved=None, device="cpu"):
     """What `backward` reads of a run, around a model."""
-    config = SimpleNamespace(timesteps=TimestepConfig("uniform", **timesteps), i2v_share=i2v_share)
+    config = SimpleNamespace(timesteps=TimestepConfig("uniform"), i2v_share=i2v_share)
     return SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        accelerator=SimpleNamespace(device=torch.device(device)),
         config=config,
         seed=seed,
         model=model,
