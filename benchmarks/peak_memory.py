@@ -1,8 +1,8 @@
 """How much device memory does a training step of Wan take? Counted, not measured, so that no GPU is needed.
 
 Each full-size model runs on the `meta` device, where tensors have shapes but no bytes, through the same placing,
-streaming and training code; the live storages are added up. Attention is a stand-in that keeps what a flash
-kernel keeps.
+streaming and training code; the live storages are added up. Attention and RMS norm are stand-ins that keep what
+the kernels on a GPU keep.
 A GPU adds its context (0.3-0.6 GB) and scratch memory inside kernels.
 """
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from utils.swap.streamer import Traffic  # noqa: E402
 from wan.configs import TASKS, WanTask  # noqa: E402
 
 META = torch.device("meta")
-IMAGE, CLIP = (1, 64, 64), (21, 60, 104)  # latents: one 512x512 frame, 81 frames of 832x480
+IMAGE, CLIP, CLIP_720P = (1, 64, 64), (21, 60, 104), (21, 90, 160)  # latents: a 512x512 frame, clips of 81 frames
 CLIP_5B = (31, 44, 80)  # 121 frames of 1280x704, by the VAE of Wan 2.2
 
 
@@ -52,7 +53,8 @@ CASES = (
     Case("512x512x1, S = 24", IMAGE, 24, limit=12.9),
     Case("512x512x1, S = 40, ring of 2 blocks", IMAGE, 40, limit=2.5),
     Case("512x512x1, S = 40, one block-sized buffer", IMAGE, 40, ring_blocks=1, limit=1.8),
-    Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, limit=13.0),
+    Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, limit=9.0),
+    Case("1280x720x81, S = 40, block inputs on the host", CLIP_720P, 40, offload_inputs=True, limit=17.0),
     Case("832x480x81, S = 40", CLIP, 40),
     *(
         Case(f"832x480x81, S = {swapped}", CLIP, swapped, task=task)
@@ -141,25 +143,25 @@ def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int
         model = wan.model.WanModel(replace(task.config, num_layers=blocks)).bfloat16().requires_grad_(False)
     count = DeviceBytes([parameter.data for parameter in model.parameters()])
     backend = MetaBackend(count)
-    real_attention, wan.model.attention = wan.model.attention, flash_like_attention
-    try:
-        with count:
-            trained = attach_slice(model, ff, 1, device=META)
-            inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
-            checkpoint_blocks(model, inputs)
-            swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
-            placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
-            optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
-            count.add(*model.parameters())
-            placed = count.live
-            traffic = placement.streamer.traffic if placement.streamer else Traffic()
-            for _ in range(steps):
-                before = traffic.bytes
-                forward, backward, update = step(model, trained, optimizer, task, case.latents, count)
-            copied = traffic.bytes - before
-            sampling = peak_of(count, lambda: sample(model, task, case.latents))
-    finally:
-        wan.model.attention = real_attention
+    with (
+        mock.patch.object(wan.model, "attention", flash_like_attention),
+        mock.patch.object(torch.nn.RMSNorm, "forward", fused_like_rms_norm),
+        count,
+    ):
+        trained = attach_slice(model, ff, 1, device=META)
+        inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
+        checkpoint_blocks(model, inputs)
+        swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
+        placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+        count.add(*model.parameters())
+        placed = count.live
+        traffic = placement.streamer.traffic if placement.streamer else Traffic()
+        for _ in range(steps):
+            before = traffic.bytes
+            forward, backward, update = step(model, trained, optimizer, task, case.latents, count)
+        copied = traffic.bytes - before
+        sampling = peak_of(count, lambda: sample(model, task, case.latents))
     return Peaks(placed, forward, backward, update, sampling, copied)
 
 
@@ -224,6 +226,23 @@ class _FlashLike(torch.autograd.Function):
 
 def flash_like_attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
     return _FlashLike.apply(q_BLNK, k_BSNK, v_BSNK).flatten(2)
+
+
+class _FusedLike(torch.autograd.Function):
+    """Keeps the input and one float32 per token; other devices than CUDA keep a float32 copy of the input."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+def fused_like_rms_norm(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
+    return _FusedLike.apply(x, norm.weight)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,17 @@ def test_a_long_dash_in_a_prompt_is_text(text):
     assert parse_prompt_line(f"{text} --w 64", DEFAULTS, "line 1") == SamplePrompt(text, width=64)
 
 
+@pytest.mark.parametrize("option", ["-w 64", "-fs 3", "-n blurry", "-H\u00a032", "-s\t4"])
+def test_one_hyphen_before_an_option_of_a_prompt_is_noticed(option):
+    with pytest.raises(InputError, match=rf"{option.split()[0]} begins with one hyphen, where two belong: --"):
+        parse_prompt_line(f"a cat {option} --d 1", SamplePrompt(""), "line 1")
+
+
+@pytest.mark.parametrize("text", ["rock-n-roll", "a cat -5 degrees", "a cat - w 64", "a t-shirt -wide", "a mid-s 3 d"])
+def test_a_hyphen_in_a_prompt_is_text(text):
+    assert parse_prompt_line(f"{text} --w 64", SamplePrompt(""), "line 1").prompt == text
+
+
 @pytest.mark.parametrize("space", ["\u200b", "\ufeff", "\u00a0", " \u200b ", "\u2003"], ids=ascii)
 def test_spaces_of_other_kinds_separate_the_options_of_a_prompt(space):
     line = f"an owl{space}--w{space}64{space}--h 32"
@@ -161,6 +172,24 @@ def test_pairs_are_explained_with_tuples_and_a_word_for_each(pairs):
     message = refusal("--optimizer_args", pairs)
     assert "betas=(0.9,0.99)" in message and "separate pairs with a space" in message and "no space within" in message
     assert parse_train([*SHORT, "--ffid", "2", "--optimizer_args", "betas=(0.9,0.99)", "eps=1e-6"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x ", "ends with a space"), (" x", "begins with a space"), ("\u201cx\u201d", "quotes that are part of the name")],
+)
+def test_a_name_is_refused_with_what_the_shell_left_around_it(name, said):
+    assert said in refusal("--output_name", name)
+
+
+@pytest.mark.parametrize("sign", ["\\", "^", "`"])
+def test_what_continues_a_line_in_another_shell_is_noticed(sign):
+    assert refusal("--seed", "1", sign).startswith(f"{sign} does not continue a line here (\\ in shells")
+
+
+def test_a_number_with_letters_that_only_look_like_its_own_names_them():
+    assert "not 1\u0435-3, which holds U+0435 CYRILLIC SMALL LETTER IE" in refusal("--learning_rate", "1\u0435-3")
+    assert "not an empty text" in refusal("--seed", "")
 
 
 def known(add=add_flags):

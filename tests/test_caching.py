@@ -109,7 +109,7 @@ def test_other_latents_are_deleted_unless_kept(pictures, tmp_path, vae_file):
     assert set(others) <= set(names(tmp_path))
     said = cache_latents(pictures, vae_file)
     assert set(others) - set(names(tmp_path)) == {others[0]}
-    assert "1 deleted, because their sources are not in this dataset (--keep_cache keeps them)" in said[0]
+    assert "1 deleted, because this dataset does not use them (--keep_cache keeps them)" in said[0]
 
 
 def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path, vae_file):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import test_musubi_network as musubi
+import test_picture_models as pictures
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -16,6 +17,7 @@ from tiny_models import MODELS, tiny_batch, tiny_step
 from tiny_models import tiny_model as picture_model
 from tiny_run import run, write_dataset, write_dit
 
+from utils.learning.conditions import Conditioning, predict
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
 from utils.run.step import backward
 from utils.selective_finetune import attach_slice, block_linears
@@ -91,6 +93,18 @@ def test_swapped_weights_stay_on_the_host():
     assert kinds == {"cpu"} and placement.streamed_blocks == 3
     assert model.blocks[2].ffn[0].bias.device.type == "cuda" and model.head.head.weight.device.type == "cuda"
     assert all(parameter.device.type == "cuda" for parameter in trained.parameters())
+
+
+def test_the_wait_for_a_copy_is_told_in_seconds_once_it_is_over():
+    backend = CudaBackend(torch.device("cuda"))
+    source, target = torch.empty(1 << 30, dtype=torch.uint8).pin_memory(), torch.empty(1 << 30, dtype=torch.uint8)
+    target = target.to("cuda")
+    began = backend.moment()
+    backend.wait(backend.copy(target, source, backend.mark()))
+    ended = backend.moment()
+    assert backend.seconds(began, ended) is None  # 1 GiB takes milliseconds, and the host has waited for nothing
+    torch.cuda.synchronize()
+    assert 1e-3 < backend.seconds(began, ended) < 10
 
 
 def test_page_locked_memory_is_seen_as_such_and_a_failure_leaves_no_error():
@@ -203,3 +217,18 @@ def test_musubi_tuner_trains_a_slice_on_the_gpu_as_on_the_cpu(base, tmp_path, ac
     assert losses == pytest.approx(expected, rel=5e-3)
     # The last one is of a pass without gradients: a lost update would leave it what it was.
     assert abs(losses[-1] - expected[-1]) < 0.3 * abs(untrained - expected[-1])
+
+
+def test_a_clean_first_frame_makes_no_wait_for_the_gpu():
+    model = pictures.tiny_model(pictures.PER_TOKEN).cuda()
+    x, t, context = pictures.tiny_inputs(pictures.PER_TOKEN)
+    x, t_B, context = x.cuda(), t[:, -1].cuda(), [tokens.cuda() for tokens in context]
+    given = Conditioning(starts_clean_B=torch.tensor([True, False]).cuda())
+    with torch.no_grad():
+        expected = predict(model, x, t_B, context, given)  # the first call sets libraries up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = predict(model, x, t_B, context, given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, expected)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # From top to bottom; a folder or file imports what stands on lower steps, and within its own folder.
 STEPS = (
     {"wan_train_network", "wan_generate_video", "wan_cache_latents", "wan_cache_text_encoder_outputs"}
-    | {"utils.slices.__main__"},
+    | {"utils.slices.__main__", "comfyui_wan_slices"},
     {"utils.cli"},
     {"utils.training", "utils.generation", "utils.caching"},
     {"utils.run", "utils.training_debug"},
@@ -24,7 +24,8 @@ STEPS = (
     {"wan"},
 )
 BESIDE = {("utils.run", "utils.training_debug")}  # of one step, and yet one imports the other
-FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("wan/**/*.py")])
+FOLDERS = ("utils/**", "wan/**", "comfyui_wan_slices")
+FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))])
 
 
 def module_name(path):
@@ -94,6 +95,12 @@ def test_every_room_of_the_map_exists():
 def test_the_patch_needs_torch_and_numpy_alone():
     used = {name.split(".")[0] for name in imports(MODULES["utils.selective_finetune"])}
     assert {"utils", "wan", "diffusers", "transformers", "accelerate", "einops"}.isdisjoint(used)
+
+
+def test_the_comfyui_nodes_import_nothing_of_ours_but_their_own_folder():
+    nodes = [name for name in MODULES if name.startswith("comfyui_wan_slices")]
+    ours = {name.split(".")[0] for node in nodes for name in imports(MODULES[node])}
+    assert len(nodes) == 6 and {"utils", "wan"}.isdisjoint(ours)
 
 
 LONGEST = {"utils.selective_finetune": 380, "utils.slice_saving": 280, "utils.musubi_network": 130}  # lines

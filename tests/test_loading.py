@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_model import RELEASED, RELEASED_NAMES
 
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
@@ -194,6 +195,15 @@ def test_fp8_files_become_the_values_they_stand_for(tmp_path, weights, layout, r
     assert is_fp8(read_checkpoint_header(path))
 
 
+@pytest.mark.parametrize("layout", ["plain", "old", "new", "metadata"])
+@pytest.mark.parametrize("kind", ["i2v-A14B", "flf2v-14B", "ti2v-5B"])
+def test_fp8_files_of_models_that_read_pictures_become_the_values_they_stand_for(tmp_path, kind, layout):
+    weights = {name: tensor.detach().clone() for name, tensor in WanModel(KINDS[kind]).state_dict().items()}
+    stored, meant, metadata = fp8_file(weights, layout)
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values()) >= (24 if kind == "flf2v-14B" else 20)
+    assert_loads(write(tmp_path / "fp8.safetensors", stored, "model.diffusion_model.", metadata), meant)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -262,6 +272,16 @@ def test_a_released_checkpoint_of_another_task_names_all_tasks_that_it_fits(task
         check_fits_task(header, other)
     for name in fits:  # advice that leads to no other refusal
         check_fits_task(header, name)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_released_names_and_shapes_are_read_as_the_task_s_model(task):
+    shapes = RELEASED[RELEASED_NAMES.get(task, task)]
+    file = Path("wan.safetensors")
+    entries = {name: TensorEntry(file, f"model.{name}", "F16", tuple(shape), 0, 0) for name, shape in shapes.items()}
+    header = CheckpointHeader((file,), entries, {}, "model.")
+    assert config_from_header(header) == TASKS[task].config
+    check_fits_task(header, task)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from caching_jobs import ORACLE, FakeEncoder, cache_latents, cache_text, names, 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import wan_cache_latents
 from utils import caching
 from utils.data.cache_files import clip_latents_path, read_clip, read_condition
 from utils.data.config import read_dataset_config
@@ -233,6 +234,23 @@ def test_caches_for_another_model_are_named_with_the_command(
     assert message.endswith(f"Run: python wan_cache_latents.py --dataset_config {clips} --vae {flags}")
 
 
+def test_another_vae_is_named_before_the_size_that_follows_from_it(tmp_path, vae_file):
+    config = videos(tmp_path, {"v": 6}, target_frames=[5], resolution=[48, 48], enable_bucket=True)
+    cache_text(config, vae_file)
+    cache_latents(config, vae_file)
+    assert "v was cached as latents with 16 channels of the Wan 2.1 VAE" in _refused(config, "ti2v-5B")
+    assert "_0048x0048_" in names(tmp_path)[0]
+
+
+def test_the_script_caches_what_its_flags_ask_for(clips, tmp_path, vae_file, clip_file):
+    argv = ["--dataset_config", str(clips), "--vae", str(vae_file), "--device", "cpu"]
+    wan_cache_latents.main([*argv, "--flf2v", "--clip", str(clip_file)])
+    cache_text(clips, vae_file)
+    batch = _build(clips, "flf2v-14B")[(0,)]
+    assert batch["y"].shape == (1, 20, 2, 4, 4) and batch["y"][0, :4, 1, 0, 0].tolist() == [0, 0, 0, 1]
+    assert batch["clip"].shape == (1, 514, 24)
+
+
 def test_a_cache_of_ti2v_5b_is_refused_for_other_models(clips, vae_file, vae_2_2):
     cache_text(clips, vae_file)
     cache_latents(clips, vae_2_2)
@@ -314,7 +332,7 @@ def test_items_of_one_frame_alone_are_refused(tmp_path, vae_file, kind):
         settings = {"frame_extraction": "full"} if kind == "full" else {"target_frames": [1]}
         config = videos(tmp_path, {"v": 3}, **settings)
     cache_text(config, vae_file)
-    cache_latents(config, vae_file, "--i2v")
+    assert cache_latents(config, vae_file, "--i2v")[-1].startswith("next: add a dataset of videos with target_frames")
     if kind == "gone":
         (tmp_path / "pics").rename(tmp_path / "elsewhere")
     assert "there are only pictures and clips of one frame, and the model is given the first frame" in _refused(
@@ -373,6 +391,11 @@ def test_the_vae_of_ti2v_5b_needs_no_pictures(clips, vae_2_2, clip_file, flag):
 def test_a_vae_in_place_of_clip_is_named(clips, vae_file):
     with pytest.raises(InputError, match="is not a CLIP image encoder"):
         cache_latents(clips, vae_file, "--clip", str(vae_file))
+
+
+def test_one_clip_is_known_in_every_precision(clip_file):
+    full, half = (load_image_encoder(clip_file, dtype) for dtype in (torch.float32, torch.float16))
+    assert caching._clip_identity(full) == caching._clip_identity(half)
 
 
 def test_clip_tokens_that_are_not_finite_are_not_written(clips, tmp_path, vae_file, clip_file):

@@ -103,6 +103,29 @@ def test_slice_gradients_equal_those_of_whole_weights(config, swapped):
         torch.testing.assert_close(matrix.difference.grad, own, rtol=1e-5, atol=1e-8)
 
 
+ODD = [
+    replace(kind, dim=dim, ffn_dim=ffn, num_heads=heads, num_layers=1, out_dim=out, in_dim=out + joined, image_dim=clip)
+    for kind, joined, clip in ((TINY, 9, 3), (PAIR, 7, 5), (PER_TOKEN, 0, None))
+    for dim, ffn, heads, out in ((42, 35, 7, 5), (6, 1, 1, 1))
+]
+
+
+@pytest.mark.parametrize("config", ODD, ids=lambda config: f"{config.model_type}-{config.dim}")
+def test_odd_widths_and_a_single_block_train_and_stream_as_well(config):
+    model = tiny_model(config)
+    whole = copy.deepcopy(model)
+    for linear in block_linears(whole).values():
+        linear.weight.requires_grad_(True)
+    loss_of(whole).backward()
+    trained = attach_slice(model, "0.3", 2)
+    place_model(model, "cpu", SwapConfig(1, ring_blocks=1), trained, LoadedWeights(mapped=True), FakeDevice("lazy"))
+    loss_of(model).backward()
+    for name, matrix in trained.matrices.items():
+        weight = whole.get_parameter(name)
+        own = weight.grad.flatten()[slice_indices(name, weight.shape, "0.3", 2)]
+        torch.testing.assert_close(matrix.difference.grad, own, rtol=1e-4, atol=1e-8)
+
+
 def trained_on_a_fake_device(config, swap, **loaded):
     """Losses and slice of two bf16 steps, each with a pass without gradients before the optimizer's; the placement."""
     model, backend = tiny_model(config).bfloat16(), FakeDevice("lazy")

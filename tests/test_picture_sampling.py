@@ -166,9 +166,20 @@ def test_a_size_that_follows_is_said_and_has_the_shift_of_480p(tmp_path):
     assert {name: sample.flow_shift for name, sample in samples.items()} == {
         "i2v-A14B": 5, "i2v-14B": 3, "flf2v-14B": 16, "ti2v-5B": 5,
     }  # fmt: skip
-    assert (
-        size_line(prompt, samples["i2v-14B"])
-        == f"832x464 follows from the shape of {path}; give a width and a height for another size"
-    )
+    line = f"832x464 follows from the shape of {path}; give a width and a height for another size"
+    assert size_line(prompt, samples["i2v-14B"]) == line
     sized = SamplePrompt("a fox", width=832, height=464, image_path=path, frames=5)
     assert resolve_sample(sized, TASKS["i2v-14B"], 0).flow_shift == 5 and size_line(sized, samples["i2v-14B"]) is None
+
+
+def test_a_picture_is_read_as_viewers_show_it_and_what_was_done_is_said_once(folder, tmp_path):
+    path, said, task = tmp_path / "a.png", [], "ti2v-5B"
+    turned = Image.Exif()
+    turned[274] = 6  # the orientation of a camera that was held upright
+    Image.new("RGBA", (32, 64), (255, 0, 0, 0)).save(path, exif=turned)
+    assert sample_size(TASKS[task], None, 32, path) == (64, 32)
+    samples = [sample_of(task, path), sample_of(task, path)]
+    starts = encode_starts(samples, TASKS[task], load_vae(vae_of(folder, task)), None, None, "cpu", said.append)
+    white = load_vae(vae_of(folder, task)).encode(torch.ones(1, 3, 1, *SIZE[::-1]))
+    assert all(torch.equal(start.clean_BCFHW, white) for start in starts)
+    assert said == [f"{path} is transparent: it is read as if on white"]

@@ -124,3 +124,19 @@ def test_diffusers_reads_the_comfyui_names_as_musubi_tuners(folder):
     ours = load_file(to_lora(folder, "one", "--names", "diffusers"))
     assert converted.keys() == ours.keys()
     assert all(torch.equal(converted[name], ours[name]) for name in ours)
+
+
+def test_the_last_line_names_the_loaders_that_take_the_file_and_where_it_is_exact(folder, capsys):
+    to_lora(folder, "one")
+    comfyui = capsys.readouterr().out.splitlines()[-1]
+    to_lora(folder, "one", "--names", "diffusers", "--dtype", "bf16")
+    diffusers = capsys.readouterr().out.splitlines()[-1]
+    assert "for ComfyUI, musubi-tuner and diffusers' WanPipeline.load_lora_weights;" in comfyui
+    assert "exact where it is added in fp32" in comfyui
+    assert "ComfyUI and musubi-tuner load nothing from it" in diffusers and "rounds what was learned" in diffusers
+
+
+def test_a_bare_adapter_loader_takes_nothing_from_the_comfyui_names_as_the_last_line_says(folder):
+    model = diffusers_model(folder / "base.safetensors")
+    model.load_lora_adapter(str(to_lora(folder, "one")), prefix="transformer")
+    assert not any(".lora_" in name for name in model.state_dict())

@@ -125,7 +125,7 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
             done += cached
             if not config.keep_cache:
                 done += _delete_others(latents_files(dataset.cache_directory, dataset.recursive), wanted, say)
-    for line in [*summary_lines("latents", done), after_latents(config.dataset, listed)]:
+    for line in [*summary_lines("latents", done), after_latents(config.dataset, listed, done)]:
         say(line)
 
 

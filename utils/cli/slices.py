@@ -1,14 +1,16 @@
-"""Slices on disk: python -m utils.slices list|extract|apply|remove|scale|to-lora|verify ...
+"""Slices on disk: python -m utils.slices list|show|extract|apply|remove|scale|to-lora|verify ...
 
 Each command imports what it needs: torch takes seconds to import, and `list` only reads headers.
 """
 
+import glob
 import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.cli.command import Parser, number, one_strength_each
+from utils.files import readable
 from utils.slices.listing import as_json, list_files, table
 from wan.errors import InputError
 from wan.values import STRENGTH
@@ -28,6 +30,18 @@ def _parser() -> Parser:
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="checkpoints and slice files")
     command.add_argument("--json", action="store_true", help="print JSON, for programs (default: a table)")
     command.set_defaults(command=_list)
+
+    command = commands.add_parser("show", help="write a page about a chain: concepts, pictures, used ids, what moved")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="checkpoints and slice files")
+    command.add_argument(
+        "--base",
+        type=Path,
+        metavar="FILE",
+        help="the checkpoint without these slices, to show where values moved (default: not shown)",
+    )
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="page, .html (required)")
+    _add_overwrite(command)
+    command.set_defaults(command=_show)
 
     command = commands.add_parser("extract", help="save the slices of a checkpoint as slice files")
     command.add_argument("checkpoint", type=Path, help="checkpoint that contains slices")
@@ -111,8 +125,31 @@ def _add_overwrite(command: Parser) -> None:
 
 
 def _list(flags: Namespace) -> None:
-    files = list_files(flags.files)
+    files = list_files([path for given in flags.files for path in _matching(given)])
     print(json.dumps(as_json(files), indent=1) if flags.json else "\n".join(table(files)))
+
+
+def _matching(given: Path) -> list[Path]:
+    """The files that a pattern such as saves/*.safetensors names: the shells of Windows leave that to the program."""
+    if given.exists() or not any(mark in str(given) for mark in "*?"):
+        return [given]
+    if not (found := sorted(map(Path, glob.glob(str(given))))):
+        raise InputError(f"no file is called {given}")
+    return found
+
+
+def _show(flags: Namespace) -> None:
+    from utils.slices.page import page, write_page
+    from utils.slices.report import read_chains
+
+    files, chains = read_chains([path for given in flags.files for path in _matching(given)])
+    changes = None
+    if flags.base:
+        from utils.slices.moved import changes_of
+
+        changes = changes_of(chains, flags.base)
+    write_page(flags.output, page(files, chains, changes), flags.overwrite)
+    print(f"saved {flags.output} ({readable(flags.output.stat().st_size)})")
 
 
 def _extract(flags: Namespace) -> None:

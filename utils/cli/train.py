@@ -29,7 +29,7 @@ from utils.slices.ledger import is_concept_name
 from utils.text_files import read_toml
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.values import shown
+from wan.values import outer_space_problem, quotes_problem, shown
 
 _I2V_SHARE = 0.5  # of ti2v-5B's clips
 _LEVELS = 8  # of noise, at which reference predictions of a prompt are recorded
@@ -122,6 +122,8 @@ def _check_required(flags: Namespace) -> None:
     for name in ("dit", "dataset_config", "output_dir", "output_name"):
         if getattr(flags, name) is None:
             raise InputError(f"--{name} is missing")
+    if problem := outer_space_problem(flags.output_name) or quotes_problem(flags.output_name):
+        raise InputError(f"--output_name {problem}")
     if not flags.output_name.strip(". ") or set(flags.output_name) & set('/\\:*?"<>|'):
         raise InputError(
             f"--output_name {shown(flags.output_name)} must be a file name; give the folder as --output_dir"

@@ -274,8 +274,8 @@ def _add_saving(parser: ArgumentParser) -> None:
     add(
         "--overwrite",
         action="store_true",
-        help="replace an earlier run of this --output_name: its states and numbered saves are deleted before the first "
-        "step (default: stop if there is one)",
+        help="replace an earlier run of this --output_name: its states, numbered saves and best slice are deleted "
+        "before the first step (default: stop if there is one)",
     )
     add(
         "--save_precision",

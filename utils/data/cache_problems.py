@@ -21,7 +21,6 @@ from wan.model import PICTURE_TOKENS
 from wan.vae import WAN_2_1, WAN_2_2
 
 LATENTS, CONDITION, CLIP = PARTS = ("latents", "latents_image", "clip")  # of a latent cache, by musubi-tuner's names
-MASK_CHANNELS = 4  # of latents_image, before the latents
 _VAES = {kind.layout.channels: f" of the {kind.name}" for kind in (WAN_2_1, WAN_2_2)}
 _GIVEN = {1: "its first frame alone", 2: "its first and last frame"}
 
@@ -129,7 +128,7 @@ def condition_problem(cache: Path, wanted: Wanted) -> str | None:
     if found is None:
         return f"was cached without {CONDITION}, which image-to-video models read"
     channels, *rest = wanted.shape
-    shape = (MASK_CHANNELS + channels, *rest)
+    shape = (wanted.latents.frame_stride + channels, *rest)  # its mask has a channel for each frame of a latent frame
     if found != shape:
         return f"was cached with {CONDITION} {_times(found)}, the model needs {_times(shape)}"
     return f"was cached with {_GIVEN[given]}, the model is given {_GIVEN[pictures]}" if given != pictures else None

@@ -45,7 +45,7 @@ def summary_lines(what: str, done: Caching, text_len: int | None = None) -> list
     parts = [f"{done.made} cached" + (f" (of {done.added_to} only what was missing)" if done.added_to else "")]
     parts += [f"{done.current} current and skipped (--recache makes them again)"] if done.current else []
     parts += [f"{done.left_out} left out"] if done.left_out else []
-    gone = "deleted, because their sources are not in this dataset (--keep_cache keeps them)"
+    gone = "deleted, because this dataset does not use them (--keep_cache keeps them)"
     parts += [f"{done.deleted} {gone}"] if done.deleted else []
     lines = [f"{what}: {', '.join(parts)}"]
     if done.one_frame:
@@ -69,8 +69,10 @@ def summary_lines(what: str, done: Caching, text_len: int | None = None) -> list
     return lines
 
 
-def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sources]]) -> str:
-    """The next command for the user once latents are cached."""
+def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sources]], done: Caching) -> str:
+    """The next command for the user once latents are cached, or what is missing that could be trained on."""
+    if 0 < done.one_frame == done.made + done.current:
+        return f"next: add a dataset of videos with target_frames of 5 or more to {config.path}, there is none yet"
     texts = [text_path(dataset.cache_directory, own.stem) for dataset, sources in listed for own in sources.found]
     has_texts = all(path.is_file() for path in texts)
     train = training_command(config.path, config.latents, config.conditions)

@@ -47,6 +47,8 @@ def read_dataset_config(
     general = _values(shared, _GENERAL, f"{path} [general]")
     held_out = general.pop("validation_split", 0.0)
     entries = tables.get("datasets", [])
+    if isinstance(entries, dict) and not is_json:
+        raise InputError(f"{path}: [datasets] needs double brackets, [[datasets]], because there may be several")
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} has no [[datasets]] table; at least one is needed")
     model = {"latents": latents, "conditions": conditions}

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.data.cache_files import read_clip, read_condition, read_latents, read_mask, read_text
 from utils.data.commands import caching_command
-from utils.data.items import CachedItems, Item, Problem, cached_items
+from utils.data.held_out import held_out
+from utils.data.items import CachedItems, Item, Problem, cached_items, made_otherwise
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset
 from utils.interrupts import ignore_interrupts
 from utils.learning.flow_matching import draw_generator
@@ -167,13 +168,11 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
     problems = [problem for cached in found for problem in cached.problems]
     if problems:
         raise InputError(_problem_line(problems, config))
-    held_out = [item for cached in found for item in _held_out(cached.items, config.validation_split)]
-    if config.validation_split and not held_out and any(cached.items for cached in found):
-        raise InputError(
-            f"{config.path}: validation_split holds out nothing, because no dataset has two files to train on: add "
-            "files, or leave it out"
-        )
-    found = [replace(cached, items=tuple(i for i in cached.items if i not in held_out)) for cached in found]
+    validated = held_out([cached.items for cached in found], config.validation_split)
+    if config.validation_split and any(cached.items for cached in found):
+        _check_split(config, validated, found)
+    left_out = {item.latents for item in validated}
+    found = [replace(cached, items=tuple(i for i in cached.items if i.latents not in left_out)) for cached in found]
     items = [item for cached in found for item in cached.items]
     if not items:
         if any(cached.one_frame for cached in found):
@@ -191,9 +190,10 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
         for number, (dataset, cached) in enumerate(zip(config.datasets, found, strict=True), 1)
         for line in _describe(number, dataset, cached)
     ]
-    if held_out:
-        lines.append(f"{len(held_out)} more items are held out for validation (validation_split)")
-    return TrainingDataset(items, _buckets(config.datasets, found), lines, held_out)
+    lines += made_otherwise([*items, *validated])
+    if validated:
+        lines.append(f"{len(validated)} more items are held out for validation (validation_split)")
+    return TrainingDataset(items, _buckets(config.datasets, found), lines, validated)
 
 
 class BatchLoader:
@@ -325,6 +325,20 @@ def _problem_line(problems: Sequence[Problem], config: DatasetConfig) -> str:
     return f"{'; '.join(named)}. Run: {commands}"
 
 
+def _check_split(config: DatasetConfig, validated: Sequence[Item], found: Sequence[CachedItems]) -> None:
+    """InputError if nothing is held out, or nothing is left to train on."""
+    if not validated:
+        raise InputError(
+            f"{config.path}: validation_split holds out nothing, because no dataset has two files to train on: add "
+            "files, or leave it out"
+        )
+    if len(validated) == sum(len(cached.items) for cached in found):
+        raise InputError(
+            f"{config.path}: validation_split leaves nothing to train on, because all files are copies of one another: "
+            "add files, or leave it out"
+        )
+
+
 def _check_widths(items: Sequence[Item]) -> None:
     widths = sorted({item.text_shape[1] for item in items})
     if len(widths) > 1:
@@ -346,14 +360,6 @@ def _check_entries(config: DatasetConfig, found: Sequence[CachedItems]) -> None:
         raise InputError(
             f"{config.path}: an epoch would show {sum(counts):,} items, more than {_MOST_ENTRIES:,}: lower num_repeats"
         )
-
-
-def _held_out(items: Sequence[Item], share: float) -> list[Item]:
-    """The items of a share of the sources: at least one, not all; the same ones whatever files are added."""
-    sources = sorted({item.text for item in items}, key=lambda path: hashlib.sha256(path.name.encode()).digest())
-    count = min(max(round(share * len(sources)), 1), len(sources) - 1) if share else 0
-    chosen = set(sources[:count])
-    return [item for item in items if item.text in chosen]
 
 
 def _buckets(datasets: Sequence[AnyDataset], found: Sequence[CachedItems]) -> list[_Bucket]:

@@ -13,6 +13,7 @@ from utils.data.cache_files import (
     image_latents_path,
     latents_files,
     latents_origin,
+    made_by_of,
     parse_clip_name,
     parse_image_name,
     text_path,
@@ -51,7 +52,7 @@ _NOT_PLAIN = (
     "some of these files are turned, transparent, or not 8-bit sRGB, which other programs and older versions read "
     "differently (cache them again to be sure): {files}"
 )
-_OTHER_VAE = "latent caches made with another VAE than the others (cache them again to make them alike): {files}"
+_OTHER_ENCODER = "{kind} caches made with another {encoder} than {usual} (cache them again to make them alike): {files}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Item:
     captions: tuple[str, ...]
     dropout: float = 0.0
     masked: bool = False  # its latent cache holds a mask for the loss
+    source: Path | None = None  # None where only its caches are left
     conditions: Conditions = NO_CONDITIONS
     clip_shape: tuple[int, int] | None = None
 
@@ -150,8 +152,8 @@ def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) ->
         entry = SizedSource(replace(source, path=Path(source.path.name), subfolder=source.path.parent), bucket, bucket)
         problem = cache_problem(path, None, wanted_cache(dataset, frames, bucket))
         _sort_out(dataset, entry, [(path, frames, problem)], items, problems)
-    if wants_masks(dataset):  # their files are gone or not, but the caches hold them
-        items = [replace(item, masked=has_mask(item.latents)) for item in items]
+    masks = wants_masks(dataset)  # their files are gone or not, but the caches hold them
+    items = [replace(item, masked=masks and has_mask(item.latents), source=None) for item in items]
     notes = [f"{reason}; trained on what its cache folder holds"]
     notes += [f"latent caches without a text cache, left out: {count_and_names(captionless)}"] if captionless else []
     return CachedItems(tuple(items), tuple(problems), (), tuple(notes), one_frame)
@@ -203,19 +205,34 @@ def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Se
 
 
 def _origin_notes(dataset: AnyDataset, items: Sequence[Item], sources: Sequence[Source]) -> list[str]:
-    """Lines about caches that do not say what they were made of, or that were made by several VAEs."""
+    """Lines about caches that do not say what they were made of."""
     origins = {item.latents: latents_origin(item.latents) for item in items}
     untold = [path for path, origin in origins.items() if origin is None]
-    vaes = {path: origin.made_by.get("vae") for path, origin in origins.items() if origin is not None}
     notes = [_UNTOLD.format(files=count_and_names(untold))] if untold else []
     if untold:
         texts = {item.text for item in items if origins[item.latents] is None}
         doubtful = [source.path for source in sources if text_path(dataset.cache_directory, source.stem) in texts]
         odd = [path for path in doubtful if not is_plain(dataset, path)]
         notes += [_NOT_PLAIN.format(files=count_and_names(odd))] if odd else []
-    usual = Counter(vaes.values()).most_common(1)
-    others = [path for path, vae in vaes.items() if vae != usual[0][0]]
-    return notes + ([_OTHER_VAE.format(files=count_and_names(others))] if others else [])
+    return notes
+
+
+def made_otherwise(items: Sequence[Item], others: Sequence[Item] | None = None) -> list[str]:
+    """Lines about caches made with another VAE or text encoder than most of `others`, or of the items themselves."""
+    usual, notes = "the others" if others is None else "those that are trained on", []
+    for kind, encoder, key in (("latent", "VAE", "vae"), ("text", "text encoder", "text_encoder")):
+        own, compared = _encoders(items, key), _encoders(items if others is None else others, key)
+        most = Counter(compared.values()).most_common(1)
+        odd = [path for path, identity in own.items() if most and identity != most[0][0]]
+        line = _OTHER_ENCODER.format(kind=kind, encoder=encoder, usual=usual, files=count_and_names(odd))
+        notes += [line] if odd else []
+    return notes
+
+
+def _encoders(items: Sequence[Item], key: str) -> dict[Path, str]:
+    """The encoder of each cache that says it, by its `key` in made_by."""
+    paths = sorted({item.latents if key == "vae" else item.text for item in items})
+    return {path: found[key] for path in paths if key in (found := made_by_of(path))}
 
 
 def is_plain(dataset: AnyDataset, source: Path) -> bool:
@@ -283,7 +300,8 @@ def _wanted_clips(
         return [fitting[window] for window in windows], None
     if not cached:
         return [], "has no latent cache"
-    if problem := other_vae_problem(cached[0].path, dataset.latents):
+    nearest = next(iter(fitting.values()), cached[0])
+    if problem := other_vae_problem(nearest.path, dataset.latents):
         return [], problem
     if not fitting:
         return [], f"was cached at {size_text(cached[0].size)}, the dataset file now asks for {size_text(entry.bucket)}"
@@ -344,5 +362,5 @@ def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item],
             latent_shape = dataset.latents.shape(frames, height, width)
             captions = (text_shape, source.captions, dataset.caption_dropout_rate)
             tokens = clip_shape(cache) if dataset.conditions.clip else None
-            rest = (*captions, is_masked(dataset, source), dataset.conditions, tokens)
+            rest = (*captions, is_masked(dataset, source), source.path, dataset.conditions, tokens)
             items.append(Item(source.path.name, cache, text, entry.bucket, frames, latent_shape, *rest))

@@ -5,7 +5,6 @@ The file holds all that the next turn needs: its cells as pixels, its labels as 
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from utils.run.samples import SavedSample
+from utils.run.sheet_labels import SIZE, label
 from utils.sampling.denoising import Sample
 from utils.sampling.sample_metadata import picture_names
 from utils.sampling.writers import to_frames
@@ -25,7 +25,6 @@ _NEWEST = 16  # columns that are never thinned
 _KEY = "wan_contact_sheet"  # of the PNG's text chunk
 _FORMAT = 1
 _GAP, _LABEL, _TOP = 4, 128, 18  # pixels: between cells, beside each row, above each column
-_FONT = 11
 _READABLE_ROWS = 16  # with more of them, cells are half as large
 
 
@@ -61,11 +60,12 @@ class ContactSheet:
         side = self.side
         size = (_left(side, len(self.columns)), _top(side, len(self.rows)))
         picture = Image.new("RGB", size, "white")
-        pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT)
-        for number, label in enumerate(self.rows.values()):
-            pen.multiline_text((_GAP, _top(side, number)), _wrapped(label, side, font), "black", font)
+        pen = ImageDraw.Draw(picture)
+        for number, prompt in enumerate(self.rows.values()):
+            lines, font = label(prompt, _LABEL - _GAP, side)
+            pen.multiline_text((_GAP, _top(side, number)), lines, "black", font)
         for number, column in enumerate(self.columns):
-            pen.text((_left(side, number), _GAP), f"{column.step:,}", "black", font)
+            pen.text((_left(side, number), _GAP), f"{column.step:,}", "black", ImageFont.load_default(SIZE))
             for row, key in enumerate(self.rows):
                 if key in column.cells:
                     picture.paste(column.cells[key], (_left(side, number), _top(side, row)))
@@ -150,13 +150,3 @@ def _left(side: int, column: int) -> int:
 
 def _top(side: int, row: int) -> int:
     return _TOP + _GAP + row * (side + _GAP)
-
-
-def _wrapped(text: str, height: int, font: ImageFont.FreeTypeFont) -> str:
-    """`text` in lines that fit beside a row."""
-    lines, room = [""], height // (_FONT + 4)
-    for word in re.findall(r"\S{1,16}", text):
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= _LABEL else [*lines, word]
-    lines = [line for line in lines if line]
-    return "\n".join(lines if len(lines) <= room else [*lines[: room - 1], f"{lines[room - 1]}…"])

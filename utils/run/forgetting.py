@@ -4,7 +4,7 @@ Shapes: N predictions, C latent channels, F H W latent frames, height, width, S 
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,12 @@ from utils.data.given_pictures import given_to_item, repeated, starts_clean
 from utils.data.items import Item
 from utils.learning.conditions import loss_mask, predict, with_clean_start
 from utils.learning.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sample_losses
-from utils.preserve.general_captions import general_captions
-from utils.run.noise_bins import add_to, levels, no_sums, parts
+from utils.run.noise_bins import SEED, add_to, levels, no_sums, parts
 from wan.configs import WanConfig
 from wan.model import WanModel
 from wan.text_encoder import load_text_encoder
 
-CAPTIONS = 16
+CAPTIONS = 16  # at most
 LEVELS = 4  # noise levels at which each caption is asked
 
 
@@ -35,7 +34,6 @@ class ProbedOn:
     texts: Sequence[Tensor]
     items: Sequence[Item]
     timesteps: TimestepConfig
-    seed: int
     i2v_share: float = 0.0
 
 
@@ -81,14 +79,13 @@ class Probe:
 
 
 def encode_probe(
-    t5: Path, tokenizer: Path | None, without: Collection[str], model: WanConfig, accelerator: Accelerator
+    t5: Path, tokenizer: Path | None, captions: Sequence[str], model: WanConfig, accelerator: Accelerator
 ) -> list[Tensor]:
-    """General captions, [S, D] each, that are not among `without`."""
+    """The captions, [S, D] each."""
     texts = [[]]
     if accelerator.is_main_process:  # the text encoder of 14B models takes 11 GB
         where = {"device": accelerator.device, "text_len": model.text_len, "text_dim": model.text_dim}
         encoder = load_text_encoder(t5, tokenizer, **where)
-        captions = general_captions(without)[:CAPTIONS]
         texts = [[encoder([caption])[0].bfloat16().cpu() for caption in captions]]
     broadcast_object_list(texts)
     return texts[0]
@@ -109,14 +106,14 @@ def probe_inputs(asked: ProbedOn) -> ProbeInputs:
     item = min(asked.items, key=lambda item: (math.prod(item.latent_shape), item.name))
     latents_CFHW = read_latents(item.latents).float()
     places = [(number, level) for number in range(len(asked.texts)) for level in range(LEVELS)]
-    draw = (asked.i2v_share, latents_CFHW.shape[1], asked.seed, "forgetting probe's first frame")
+    draw = (asked.i2v_share, latents_CFHW.shape[1], SEED, "forgetting probe's first frame")
     starts = [starts_clean(*draw, *own) for own in places]
     y_CFHW, clip_PI = given_to_item(item)
     frames = [0] if y_CFHW is None and not any(starts) else [0, -1]
     latents_CFHW = latents_CFHW[:, frames]
     y_CFHW = None if y_CFHW is None else y_CFHW[:, frames]
     sigmas = levels(asked.timesteps, LEVELS, tuple(latents_CFHW.shape[-2:]))
-    generators = [draw_generator(asked.seed, "forgetting probe", *own) for own in places]
+    generators = [draw_generator(SEED, "forgetting probe", *own) for own in places]
     noise_NCFHW = torch.stack([torch.randn(latents_CFHW.shape, generator=own) for own in generators])
     sigma_N, clean_NCFHW = sigmas[[level for _, level in places]], latents_CFHW.expand_as(noise_NCFHW)
     noisy_NCFHW, t_N, _ = add_noise(clean_NCFHW, noise_NCFHW, sigma_N)

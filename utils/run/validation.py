@@ -20,7 +20,7 @@ from utils.data.sources import DatasetConfig
 from utils.learning.conditions import loss_mask, predict, started
 from utils.learning.flow_matching import TimestepConfig, add_noise, draw_generator, sample_losses
 from utils.run.forgetting import Probe, forgetting_sums
-from utils.run.noise_bins import add_to, curves, levels, no_sums, parts
+from utils.run.noise_bins import SEED, add_to, curves, levels, no_sums, parts
 from wan.model import WanModel
 
 LEVELS = 8  # noise levels at which each held-out picture is validated
@@ -52,7 +52,6 @@ class Validation:
     config: ValidationConfig
     items: Sequence[Item]
     timesteps: TimestepConfig
-    seed: int
     most_values: int  # of latents, in a batch
     probe: Probe | None
     i2v_share: float = 0.0
@@ -65,8 +64,7 @@ class Validation:
         sums = {}
         if self.items:
             own = self.items[rank::world]
-            rest = (self.timesteps, self.seed, self.most_values, device, self.i2v_share)
-            sums["loss"] = validation_sums(model, own, *rest)
+            sums["loss"] = validation_sums(model, own, self.timesteps, self.most_values, device, self.i2v_share)
         if self.probe:
             sums["forgetting"] = forgetting_sums(model, self.probe.share(rank, world), self.most_values, device)
         values = {}
@@ -88,7 +86,6 @@ def validation_sums(
     model: WanModel,
     items: Sequence[Item],
     timesteps: TimestepConfig,
-    seed: int,
     most_values: int,
     device: torch.device,
     i2v_share: float = 0.0,
@@ -104,13 +101,13 @@ def validation_sums(
         y_CFHW, clip_PI = given_to_item(item)
         sigmas = levels(timesteps, LEVELS, tuple(latents_CFHW.shape[-2:]))
         for numbers in parts(range(LEVELS), most_values // latents_CFHW.numel()):
-            generators = [draw_generator(seed, "validation", item.name, number) for number in numbers]
+            generators = [draw_generator(SEED, "validation", item.name, number) for number in numbers]
             noise_BCFHW = torch.stack([torch.randn(latents_CFHW.shape, generator=own) for own in generators])
             sigma_B = sigmas[list(numbers)]
             clean_BCFHW = latents_CFHW.expand_as(noise_BCFHW)
             noisy_BCFHW, t_B, target_BCFHW = add_noise(clean_BCFHW, noise_BCFHW, sigma_B)
             place = ("validation's first frame", item.name)
-            starts = [starts_clean(i2v_share, latents_CFHW.shape[1], seed, *place, number) for number in numbers]
+            starts = [starts_clean(i2v_share, latents_CFHW.shape[1], SEED, *place, number) for number in numbers]
             given = repeated(y_CFHW, clip_PI, starts)
             noisy_BCFHW = started(noisy_BCFHW, clean_BCFHW, given).to(device)
             context = [text_SD.to(device)] * len(numbers)

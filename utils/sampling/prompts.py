@@ -59,11 +59,13 @@ _BY_KEY = {key: (field, kind) for _, key, field, kind in _OPTIONS} | {"prompt": 
 _SPACE = r"[\s\u200b\u2060\ufeff]+"
 _BEFORE_OPTION = re.compile(_SPACE + r"--(?=[A-Za-z])")
 # What word processors make of two hyphens; before an option's letter and a value it was one.
-_LONG_DASH = re.compile(
-    r"(?:(?<=\s)|(?<=[\u200b\u2060\ufeff]))-?([\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe63\uff0d]?"
-    r"([whfdslg](?=\s+[-+.\d])|fs(?=\s+[+.\d])|n(?=\s)|e?i(?=\s+\S+\.(?:png|jpe?g|webp|bmp|avif|tiff?)\b))",
-    re.I,
+_OPTION = (  # its letter, where a value follows
+    r"([whfdslg](?=\s+[-+.\d])|fs(?=\s+[+.\d])|n(?=\s)|e?i(?=\s+\S+\.(?:png|jpe?g|webp|bmp|avif|tiff?)\b))"
 )
+_AFTER_SPACE = r"(?:(?<=\s)|(?<=[\u200b\u2060\ufeff]))"
+_DASHES = r"\u2010-\u2015\u2212\ufe63\uff0d"
+_LONG_DASH = re.compile(rf"{_AFTER_SPACE}-?([{_DASHES}\ufe58])[-{_DASHES}]?{_OPTION}", re.I)
+_ONE_HYPHEN = re.compile(rf"{_AFTER_SPACE}-{_OPTION}", re.I)
 _CONTROL = "is for models with control videos, which are not supported; leave it out"
 _ONE_FRAME = "is for one-frame inference, which is not supported; a picture as the first frame is "
 _UNSUPPORTED = {
@@ -100,6 +102,8 @@ def parse_prompt_line(line: str, defaults: SamplePrompt, where: str, task: WanTa
     if found := _LONG_DASH.search(line):
         name = unicodedata.name(found[1])
         raise InputError(f"{where}: {found[0].strip()} begins with {name}, where two hyphens belong: --{found[2]}")
+    if found := _ONE_HYPHEN.search(line):
+        raise InputError(f"{where}: {found[0]} begins with one hyphen, where two belong: --{found[1]}")
     values = {}
     for option in options:
         letter, *rest = re.split(_SPACE, option, maxsplit=1)

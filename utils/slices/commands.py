@@ -38,7 +38,7 @@ from utils.slices.ledger import (
     list_of,
     read_ledger,
 )
-from utils.slices.lora import LoraReport, lora_bytes, rank_of, write_lora
+from utils.slices.lora import LoraReport, lora_bytes, rank_of, who_reads, write_lora
 from utils.slices.on_base import (
     SliceFile,
     check_contract,
@@ -147,6 +147,7 @@ def to_lora(
     _remove_unfinished(out.parent)
     report = write_lora(out, file.entry, units, start, file.values, names, stored, file.metadata)
     say(report.line)
+    say(f"{out}: {who_reads(names, dtype)}")
     return report
 
 

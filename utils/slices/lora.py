@@ -35,6 +35,19 @@ _DIFFUSERS = {
 }
 
 
+# Which loaders take a file of these names; the others load nothing, without an error.
+_LOADERS = {
+    "comfyui": "for ComfyUI, musubi-tuner and diffusers' WanPipeline.load_lora_weights; a bare load_lora_adapter of "
+    "diffusers loads nothing from it, without an error (for that: --names diffusers)",
+    "diffusers": "for diffusers (WanPipeline.load_lora_weights, load_lora_adapter) and PEFT; ComfyUI and musubi-tuner "
+    "load nothing from it, without an error (for those: --names comfyui)",
+}
+_EXACTNESS = {
+    "fp32": "exact where it is added in fp32, near the trained weights where a program adds it in fp16 or bf16",
+    "bf16": "only near the trained weights, as --dtype bf16 rounds what was learned",
+}
+
+
 @dataclass(frozen=True)
 class LoraReport:
     """How near base + LoRA, added in fp32 and rounded to the base's dtype, is to the trained weights."""
@@ -52,6 +65,11 @@ class LoraReport:
             f"base + LoRA, added in fp32, rounds to another weight in {self.different:,} of {self.values:,} values "
             f"({100 * self.different / self.values:.3g} %), off by at most {self.largest_error:.3g}"
         )
+
+
+def who_reads(names: str, dtype: str) -> str:
+    """Which loaders take a file with these names, in words, and how exact it is in them; `dtype` is fp32 or bf16."""
+    return f"{_LOADERS[names]}; {_EXACTNESS[dtype]} (a checkpoint or a slice file is exact everywhere)"
 
 
 def lora_bytes(units: Mapping[str, SliceUnits], dtype: torch.dtype) -> int:
