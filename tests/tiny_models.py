@@ -80,7 +80,9 @@ def write_run_files(folder, task):
     weights = {key.removeprefix("weight."): value for key, value in oracle.items() if key.startswith("weight.")}
     save_file(weights, folder / "clip.safetensors", {"num_heads": "2"})
     settings = {"resolution": [64, 32], "target_frames": [5, 9], "batch_size": 2, "source_fps": TASKS[task].fps}
-    config = videos(folder, {"one": 9, "two": 9, "three": 9}, **settings)
+    config = videos(folder, dict.fromkeys(("one", "two", "three"), 9), **settings)
+    for seed, frame in enumerate(sorted(folder.glob("*/*.png"))):  # each another one, unlike those of `videos`
+        write_picture(frame, (32, 32), seed)
     conditions = TASKS[task].conditions
     given = ["--i2v", *(["--flf2v"] if conditions.pictures == 2 else [])] if conditions.pictures else []
     given += ["--clip", str(folder / "clip.safetensors")] if conditions.clip else []
