@@ -359,7 +359,7 @@ def test_caches_alone_are_trained_on_and_those_for_another_model_named(clips, tm
 
 
 def test_a_share_is_held_out_of_clips_alone(tmp_path, vae_file):
-    config = videos(tmp_path, {"v": 6, "w": 6}, target_frames=[1, 5])
+    config = videos(tmp_path, {"v": 6, "w": 7}, target_frames=[1, 5])
     table = json.loads(config.read_text()) | {"general": {"validation_split": 0.5}}
     config.write_text(json.dumps(table), encoding="utf-8")
     cache_text(config, vae_file)

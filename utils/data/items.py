@@ -232,7 +232,8 @@ def made_otherwise(items: Sequence[Item], others: Sequence[Item] | None = None) 
 
 def _encoders(items: Sequence[Item], key: str) -> dict[Path, str]:
     """The encoder of each cache that says it, by its `key` in made_by."""
-    paths = sorted({item.text if key == "text_encoder" else item.latents for item in items})
+    held = [item for item in items if key != "image_encoder" or item.conditions.clip]
+    paths = sorted({item.text if key == "text_encoder" else item.latents for item in held})
     return {path: found[key] for path in paths if key in (found := made_by_of(path))}
 
 
