@@ -19,7 +19,7 @@ from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.answers_file import read_answers
 from utils.run.checks import check_dataset
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
-from utils.run.noise_bins import curves
+from utils.run.noise_bins import SEED, curves
 from utils.run.state import read_state
 from utils.run.validation import LEVELS, state_problem, validation_sums
 from utils.selective_finetune import slice_indices
@@ -111,22 +111,22 @@ def test_validation_is_the_loss_at_each_items_own_pictures_in_plain_arithmetic(f
         latents, text = read_latents(item.latents).float(), read_text(item.text)
         for level in range(LEVELS):
             sigma = (level + 0.5) / LEVELS
-            noise = torch.randn(latents.shape, generator=draw_generator(5, "validation", item.name, level))
+            noise = torch.randn(latents.shape, generator=draw_generator(SEED, "validation", item.name, level))
             noisy, frames = (1 - sigma) * latents + sigma * noise, latents.shape[1]
-            starts = starts_clean(share, frames, 5, "validation's first frame", item.name, level)
+            starts = starts_clean(share, frames, SEED, "validation's first frame", item.name, level)
             noisy[:, : int(starts)] = latents[:, : int(starts)]
             t, y, clip = given_to(task, item, starts, 1000 * sigma, frames)
             with torch.no_grad():
                 error = model(noisy[None], t, [text], y, clip)[0] - (noise - latents)
             losses.append(error[:, int(starts) :].square().mean().item())
-    sums = validation_sums(model, items, TimestepConfig("uniform"), 5, 1500, torch.device("cpu"), share)
+    sums = validation_sums(model, items, TimestepConfig("uniform"), 1500, torch.device("cpu"), share)
     assert curves("loss", sums)["validation/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_the_forgetting_probe_starts_from_a_clips_own_pictures_and_survives_a_state(files):
     model, cpu = tiny_model(files[0]), torch.device("cpu")
     texts = [torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3)]
-    asked = ProbedOn(texts, items_of(files), TimestepConfig("uniform"), 5, 0.5 if files[0] == "ti2v-5B" else 0.0)
+    asked = ProbedOn(texts, items_of(files), TimestepConfig("uniform"), 0.5 if files[0] == "ti2v-5B" else 0.0)
     probe = start_probe(asked, model, 10**6, cpu)
     assert not forgetting_sums(model, probe, 10**6, cpu)[0].any()
     model.head.head.bias.data += 0.5
@@ -174,6 +174,20 @@ def kept_by(files, name):
     return read_answers(files[1] / "out" / f"{name}.answers.safetensors", base, MODELS[files[0]])
 
 
+def is_of(item, answer):
+    """Whether a prediction is at an item's noisy latents, its clean first frame, its pictures."""
+    latents, sigma, first = read_latents(item.latents).float(), answer.t / 1000, int(answer.starts_clean)
+    if latents.shape != answer.noisy_CFHW.shape:
+        return False
+    noise = ((answer.noisy_CFHW.float() - (1 - sigma) * latents) / sigma)[:, first:]
+    same = [torch.equal(answer.noisy_CFHW[:, :first], latents[:, :first].half()), abs(noise.std() - 1) < 0.15]
+    if answer.pictures:
+        same.append(torch.equal(answer.pictures.y_CFHW, read_condition(item.latents).half()))
+        if answer.pictures.clip_PI is not None:
+            same.append(torch.equal(answer.pictures.clip_PI, read_clip(item.latents).half()))
+    return all(same)
+
+
 def test_old_prompts_are_asked_at_the_clips_own_pictures_and_kept_for_the_next_run(files):
     task, folder = files
     run(files, *preserving(folder), "--max_train_epochs", "1")
@@ -186,6 +200,7 @@ def test_old_prompts_are_asked_at_the_clips_own_pictures_and_kept_for_the_next_r
         given = [None if own is None else own[None].float() for own in given]
         predicted = model(answer.noisy_CFHW[None].float(), t.flatten()[None], [text_SD], *given)[0]
         torch.testing.assert_close(predicted.half(), answer.velocity_CFHW, rtol=1e-3, atol=1e-3)
+        assert any(is_of(item, answer) for item in items_of(files))
     assert any(answer.starts_clean for _, answer in answers) == (task == "ti2v-5B")
     after = ("--preserve_answers", str(folder / "out" / "one.answers.safetensors"), "--preserve_every", "1")
     said = run(files, *preserving(folder, *after), "--output_name", "two", "--max_train_epochs", "1")
