@@ -20,6 +20,7 @@ from utils import training
 from utils.cli.train import parse_train
 from utils.locks import sole_writer
 from utils.run.experts import expert_configs
+from utils.swap.stage import Stage
 from utils.training import train
 from wan.errors import InputError
 
@@ -314,6 +315,24 @@ def test_experts_that_start_from_pictures(tmp_path):
         own += ("--preserve_distribution_shape", "--output_dir", str(tmp_path / "alone"))
         train(parse_train(run_flags(tmp_path, "i2v-A14B", *steps, *own)), say=print)
     assert differing(tmp_path) == []
+
+
+@pytest.mark.parametrize(("where", "kept"), [(Stage, {"high_noise", "low_noise"}), (training, {"high_noise"})])
+def test_an_error_loses_nothing_of_an_idle_expert(folder, monkeypatch, where, kept):
+    """In the fifth placement or the fourth step: preparing places each once, then high and low take two steps each."""
+    name, after = ("bring", 4) if where is Stage else ("update", 3)
+    calls, real = [], getattr(where, name)
+
+    def failing(*given):
+        calls.append(given)
+        if len(calls) > after:
+            raise InputError("no more of it")
+        return real(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no more of it"):
+        patch.setattr(where, name, failing)
+        run_both(folder)
+    assert set(names(folder / "out")) == {f"one-{expert}-step00000002-state" for expert in kept}
 
 
 def test_full_logs_stop_the_run_with_a_state_of_each(folder, monkeypatch):

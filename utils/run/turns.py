@@ -40,10 +40,6 @@ from utils.slices.ledger import VALUES_KEY
 from wan.errors import InputError
 
 
-class NoRoomToLog(InputError):
-    """The trackers cannot write: the run has ended with a state."""
-
-
 def say_beside_bar(run: Run, *lines: str) -> None:
     """Says lines without breaking the progress bar."""
     with tqdm.external_write_mode():
@@ -253,7 +249,7 @@ def _stops_without_room(run: Run, place: Place) -> Iterator[None]:
         yield
     except OSError as error:
         keep_place(run, place)
-        raise NoRoomToLog(
+        raise InputError(
             f"--logging_dir {run.config.log.folder} cannot be written to ({error.strerror}): the run stops after step "
             f"{place.step}; to continue, run the same command with --resume latest (or {place.state})"
         ) from None

@@ -16,11 +16,12 @@ from utils.run.experts import HIGH, LOW
 from utils.run.run import Place, Run
 from utils.run.samples import PreparedSamples, SampleConfig, due_after_epoch, due_after_step, save_drawn
 from utils.run.save_schedule import SaveConfig
-from utils.run.turns import NoRoomToLog, are_drawn, epoch_text, keep_place, show_drawn, step_text
+from utils.run.turns import are_drawn, epoch_text, keep_place, show_drawn, step_text
 from utils.sampling.defaults import read_sample_defaults
 from utils.sampling.denoising import advance
 from utils.swap.stage import LoadedModel, Stage
 from wan.configs import TASKS
+from wan.errors import InputError
 
 
 @dataclass(eq=False)
@@ -61,19 +62,22 @@ def take_turns(
 
     A turn ends early where samples are due, so that these show both experts after as many steps.
     """
+    idle = experts
     try:
         _draw_at_start(experts, samples, stage, say)
         while waiting := [expert for expert in experts if not expert.ended]:
             expert = min(waiting, key=lambda expert: expert.place.step)
             stage.bring(expert.model)
             expert.run.timer.restart()
+            idle = [own for own in experts if own is not expert]
             if _take_turn(expert, every, samples):
                 return _stop(experts, say)
+            idle = experts
             if samples and _are_together(experts):
                 for when in _due(samples.config, expert):
                     _draw(experts, samples, stage, when, say)
-    except NoRoomToLog:  # the expert that was training has saved its state
-        _keep_places(experts)
+    except InputError:  # which says what is good of the expert that was training
+        _keep_places(idle)
         raise
 
 
