@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resuming import run_two
 from tiny_models import run_flags, sample_flags, write_model, write_run_files
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from utils import training
 from utils.cli.train import parse_train
 from utils.locks import sole_writer
+from utils.run import checks
 from utils.run.experts import expert_configs
 from utils.swap.stage import Stage
 from utils.training import train
@@ -315,6 +316,25 @@ def test_experts_that_start_from_pictures(tmp_path):
         own += ("--preserve_distribution_shape", "--output_dir", str(tmp_path / "alone"))
         train(parse_train(run_flags(tmp_path, "i2v-A14B", *steps, *own)), say=print)
     assert differing(tmp_path) == []
+
+
+def test_files_that_are_not_two_models_of_one_shape_are_refused(folder):
+    shutil.copy(folder / "base.safetensors", folder / "copy.safetensors")
+    high = load_file(folder / "high.safetensors")
+    fewer = {name: tensor for name, tensor in high.items() if not name.startswith("blocks.1.")}
+    save_file(fewer, folder / "other.safetensors", {"num_heads": "4", "text_len": "8"})
+    for name, told in (("copy", "hold the same model"), ("other", "models of different shapes")):
+        with pytest.raises(InputError, match=told):
+            run_both(folder, "--dit_high_noise", str(folder / f"{name}.safetensors"))
+
+
+def test_weights_that_are_cast_need_room_for_both_experts(folder, monkeypatch):
+    wide = [write_dit(folder / f"wide{seed}.safetensors", torch.float32, seed) for seed in range(2)]
+    size = wide[0].stat().st_size  # in fp32, so of both in bf16
+    monkeypatch.setattr(checks, "available_bytes", lambda: size // 2)
+    with pytest.raises(InputError, match="the weights of both experts"):
+        run_both(folder, "--dit", str(wide[0]), "--dit_high_noise", str(wide[1]))
+    run_both(folder, "--max_train_epochs", "1")
 
 
 @pytest.mark.parametrize(("where", "kept"), [(Stage, {"high_noise", "low_noise"}), (training, {"high_noise"})])
