@@ -75,7 +75,7 @@ def _refuse_for_one(flags: Namespace) -> None:
     for name in ("resume", "preserve_answers"):
         if len(given := getattr(flags, name) or ()) > 1:
             raise InputError(
-                f"--{name} {' '.join(map(str, given))}: a run of one expert takes one; give --dit_high_noise"
+                f"--{name} {' '.join(map(str, given))}: a run of one model takes one; two are for --dit_high_noise"
             )
 
 
@@ -90,7 +90,9 @@ def _boundary(flags: Namespace) -> float:
         )
     boundary = 1000 * task.boundary if given is None else given if given > 1 else 1000 * given
     if not 0 < boundary < 1000:
-        raise InputError(f"--timestep_boundary {given:g} leaves one expert without timesteps: it must lie between")
+        raise InputError(
+            f"--timestep_boundary {given:g} leaves one expert without timesteps: give one between 0 and 1000"
+        )
     return float(boundary)
 
 

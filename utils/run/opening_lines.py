@@ -145,7 +145,7 @@ def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | No
     if (low_only and not is_high) or (high_only and not is_low):
         return None
     named = {(True, False): f"is the high-noise one: use {high}", (False, True): f"is the low-noise one: use {low}"}
-    advice = named.get((is_high, is_low), f"is one of them: use {low} or {high}")
+    advice = named.get((is_high, is_low), f"is one of them: use {low} or {high}, or train both (--dit_high_noise)")
     return (
         f"note: this run trains on timesteps {timesteps.min_timestep:g} to {timesteps.max_timestep:g}, but "
         f"{task.name} has two experts, one on each side of {boundary:g}, and {dit.name} {advice}"
