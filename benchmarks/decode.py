@@ -2,8 +2,8 @@
 
     git worktree add ../before HEAD~1 && python benchmarks/decode.py --pictures 1000 --before ../before
 
-Processor time of one thread. Twenty pictures of 2 megapixels are read again and again, each checkout in a process of
-its own, in turns.
+Processor time of one thread, the median (lowest-highest) of the rounds. Twenty pictures of 2 megapixels are read again
+and again, each checkout in a process of its own, in turns.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from PIL import Image
@@ -31,19 +32,25 @@ def main() -> None:
         _write_pictures(Path(folder), args.pictures, args.kind)
         checkouts = {"this": ROOT} | ({"before": args.before.resolve()} if args.before else {})
         seconds = {name: [] for name in checkouts}
-        for _ in range(args.rounds):  # in turns, so that what else the computer does meets both
-            for name, checkout in checkouts.items():
-                seconds[name].append(_run(checkout, folder, args.pictures))
+        for number in range(args.rounds):  # in turns, so that what else the computer does meets both
+            for name in sorted(checkouts, reverse=number % 2 == 1):
+                seconds[name].append(_run(checkouts[name], folder, args.pictures))
     for name, times in seconds.items():
-        print(f"{name}: {1000 * min(times) / args.pictures:.1f} ms a picture, the best of {args.rounds}")
+        print(f"{name}: {_spread([1000 * time / args.pictures for time in times], 1)} ms a picture")
     if args.before:
-        print(f"this / before: {min(seconds['this']) / min(seconds['before']):.2f}")
+        ratios = [this / before for this, before in zip(seconds["this"], seconds["before"], strict=True)]
+        print(f"this / before, within a round: {_spread(ratios, 2)}")
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """The median (lowest-highest)."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--kind", choices=["jpg", "png", "transparent", "phone"], default="jpg")
     parser.add_argument("--before", type=Path, help="another checkout to compare with")
     parser.add_argument("--read", help=argparse.SUPPRESS)  # the folder, in the process that is measured

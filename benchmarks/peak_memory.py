@@ -1,8 +1,8 @@
-"""How much device memory does a training step of Wan 14B take? Counted, not measured, so that no GPU is needed.
+"""How much device memory does a training step of Wan take? Counted, not measured, so that no GPU is needed.
 
-The full-size model runs on the `meta` device, where tensors have shapes but no bytes, through the same placing,
-streaming and training code; the live storages are added up. Attention is a stand-in that keeps what a flash
-kernel keeps.
+Each full-size model runs on the `meta` device, where tensors have shapes but no bytes, through the same placing,
+streaming and training code; the live storages are added up. Attention and RMS norm are stand-ins that keep what
+the kernels on a GPU keep.
 A GPU adds its context (0.3-0.6 GB) and scratch memory inside kernels.
 """
 
@@ -10,8 +10,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,16 +22,19 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from live_bytes import LiveBytes  # noqa: E402
 
 import wan.model  # noqa: E402
+from utils.learning import conditions  # noqa: E402
+from utils.learning.conditions import Conditioning  # noqa: E402
 from utils.selective_finetune import attach_slice  # noqa: E402
 from utils.swap.backend import HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
 from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model  # noqa: E402
 from utils.swap.plan import SwapConfig  # noqa: E402
 from utils.swap.streamer import Traffic  # noqa: E402
-from wan.configs import TASKS  # noqa: E402
+from wan.configs import TASKS, WanTask  # noqa: E402
 
 META = torch.device("meta")
-IMAGE, CLIP = (1, 64, 64), (21, 60, 104)  # latents: one 512x512 frame, 81 frames of 832x480
+IMAGE, CLIP, CLIP_720P = (1, 64, 64), (21, 60, 104), (21, 90, 160)  # latents: a 512x512 frame, clips of 81 frames
+CLIP_5B = (31, 44, 80)  # 121 frames of 1280x704, by the VAE of Wan 2.2
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Case:
     ring_blocks: int = 2
     offload_inputs: bool = False
     limit: float | None = None  # GB, the figure to reach
+    task: str = "t2v-14B"
 
 
 CASES = (
@@ -48,8 +53,17 @@ CASES = (
     Case("512x512x1, S = 24", IMAGE, 24, limit=12.9),
     Case("512x512x1, S = 40, ring of 2 blocks", IMAGE, 40, limit=2.5),
     Case("512x512x1, S = 40, one block-sized buffer", IMAGE, 40, ring_blocks=1, limit=1.8),
-    Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, limit=13.0),
+    Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, limit=9.0),
+    Case("1280x720x81, S = 40, block inputs on the host", CLIP_720P, 40, offload_inputs=True, limit=17.0),
     Case("832x480x81, S = 40", CLIP, 40),
+    *(
+        Case(f"832x480x81, S = {swapped}", CLIP, swapped, task=task)
+        for task in ("i2v-14B", "i2v-A14B")
+        for swapped in (0, 24, 40)
+    ),
+    Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, task="i2v-14B"),
+    *(Case(f"1280x704x121, S = {swapped}", CLIP_5B, swapped, task="ti2v-5B") for swapped in (0, 24, 30)),
+    Case("1280x704x121, S = 30, block inputs on the host", CLIP_5B, 30, offload_inputs=True, task="ti2v-5B"),
 )
 
 
@@ -72,12 +86,10 @@ class Peaks:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ff", default="0.001")
-    parser.add_argument("--blocks", type=int, default=40, help="of the model (fewer only to see that it works)")
+    parser.add_argument("--blocks", type=int, help="of each model (fewer only to see that it works)")
     flags = parser.parse_args(argv)
     print(
-        "| Wan 14B, bf16, ff "
-        + flags.ff
-        + " | placed | forward | backward | update | sampling | peak | to reach | copied |"
+        f"| bf16, ff {flags.ff} | placed | forward | backward | update | sampling | peak | to reach | copied |",
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
@@ -85,10 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cells = [peaks.placed, peaks.forward, peaks.backward, peaks.update, peaks.sampling]
         limit = "" if case.limit is None else f"{case.limit:.1f}"
         row = " | ".join(f"{size / 1e9:.2f}" for size in cells)
-        print(
-            f"| {case.name} | {row} | **{peaks.highest / 1e9:.2f} GB** | {limit} | {peaks.copied / 1e9:.1f} GB |",
-            flush=True,
-        )
+        name, highest, copied = f"{case.task}, {case.name}", peaks.highest / 1e9, peaks.copied / 1e9
+        print(f"| {name} | {row} | **{highest:.2f} GB** | {limit} | {copied:.1f} GB |", flush=True)
 
 
 class DeviceBytes(LiveBytes):
@@ -122,42 +132,42 @@ class MetaBackend(HostBackend):
         return buffer
 
 
-def measure(case: Case, ff: str = "0.001", blocks: int = 40, steps: int = 3) -> Peaks:
-    """The peaks of the last step, and of a sampling pass after it.
+def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int = 3) -> Peaks:
+    """The peaks of the last step, and of a sampling pass after it; `blocks` instead of the model's own number.
 
     Of three steps, the first learns the order of the weights, and the second fills what the third one starts with.
     """
-    config = TASKS["t2v-14B"].config
-    config = wan.model.WanConfig(**{**vars(config), "num_layers": blocks})
+    task = TASKS[case.task]
+    blocks = blocks or task.config.num_layers
     with META:
-        model = wan.model.WanModel(config).bfloat16().requires_grad_(False)
+        model = wan.model.WanModel(replace(task.config, num_layers=blocks)).bfloat16().requires_grad_(False)
     count = DeviceBytes([parameter.data for parameter in model.parameters()])
     backend = MetaBackend(count)
-    real_attention, wan.model.attention = wan.model.attention, flash_like_attention
-    try:
-        with count:
-            trained = attach_slice(model, ff, 1, device=META)
-            inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
-            checkpoint_blocks(model, inputs)
-            swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
-            placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
-            optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
-            count.add(*model.parameters())
-            placed = count.live
-            traffic = placement.streamer.traffic if placement.streamer else Traffic()
-            for _ in range(steps):
-                before = traffic.bytes
-                forward, backward, update = step(model, trained, optimizer, case.latents, count)
-            copied = traffic.bytes - before
-            sampling = peak_of(count, lambda: sample(model, case.latents))
-    finally:
-        wan.model.attention = real_attention
+    with (
+        mock.patch.object(wan.model, "attention", flash_like_attention),
+        mock.patch.object(torch.nn.RMSNorm, "forward", fused_like_rms_norm),
+        count,
+    ):
+        trained = attach_slice(model, ff, 1, device=META)
+        inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
+        checkpoint_blocks(model, inputs)
+        swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
+        placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+        count.add(*model.parameters())
+        placed = count.live
+        traffic = placement.streamer.traffic if placement.streamer else Traffic()
+        for _ in range(steps):
+            before = traffic.bytes
+            forward, backward, update = step(model, trained, optimizer, task, case.latents, count)
+        copied = traffic.bytes - before
+        sampling = peak_of(count, lambda: sample(model, task, case.latents))
     return Peaks(placed, forward, backward, update, sampling, copied)
 
 
-def step(model, trained, optimizer, latents, count: DeviceBytes) -> tuple[int, int, int]:
+def step(model, trained, optimizer, task: WanTask, latents, count: DeviceBytes) -> tuple[int, int, int]:
     losses = []
-    forward = peak_of(count, lambda: losses.append(predict(model, latents).square().mean()))
+    forward = peak_of(count, lambda: losses.append(predict(model, task, latents).square().mean()))
     backward = peak_of(count, lambda: losses.pop().backward())
 
     def update() -> None:
@@ -176,13 +186,26 @@ def peak_of(count: DeviceBytes, action) -> int:
 
 
 @torch.no_grad()
-def sample(model, latents) -> None:
-    predict(model, latents)
+def sample(model, task: WanTask, latents) -> None:
+    predict(model, task, latents)
 
 
-def predict(model, latents: tuple[int, int, int]) -> Tensor:
-    x = torch.empty(1, 16, *latents, device=META)
-    return model(x, torch.empty(1, device=META), [torch.empty(40, 4096, dtype=torch.bfloat16, device=META)])
+def predict(model, task: WanTask, latents: tuple[int, int, int]) -> Tensor:
+    """One clip, which starts from a picture where the model can."""
+    x, t = torch.empty(1, task.latents.channels, *latents, device=META), torch.empty(1, device=META)
+    context = [torch.empty(40, 4096, dtype=torch.bfloat16, device=META)]
+    return conditions.predict(model, x, t, context, given_to(task, latents))
+
+
+def given_to(task: WanTask, latents: tuple[int, int, int]) -> Conditioning:
+    """What the task's model is given beside noisy latents and text."""
+    if task.config.model_type == "ti2v":
+        return Conditioning(starts_clean_B=torch.ones(1, dtype=torch.bool, device=META))
+    wanted, joined = task.conditions, task.config.in_dim - task.config.out_dim
+    y = torch.empty(1, joined, *latents, device=META) if wanted.pictures else None
+    tokens = wanted.pictures * wan.model.PICTURE_TOKENS
+    clip = torch.empty(1, tokens, task.config.image_dim, device=META) if wanted.clip else None
+    return Conditioning(y, clip)
 
 
 class _FlashLike(torch.autograd.Function):
@@ -203,6 +226,23 @@ class _FlashLike(torch.autograd.Function):
 
 def flash_like_attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
     return _FlashLike.apply(q_BLNK, k_BSNK, v_BSNK).flatten(2)
+
+
+class _FusedLike(torch.autograd.Function):
+    """Keeps the input and one float32 per token; other devices than CUDA keep a float32 copy of the input."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+def fused_like_rms_norm(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
+    return _FusedLike.apply(x, norm.weight)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Computing is in step with the host here, so a mistake shows as a wrong byte: what a copy will overwrite is all NaN from
 the moment it is asked for. Waiting for an event that was never recorded fails, as does copying over what is in use.
+It keeps its own time: a copy takes `copy_seconds`, after the one before it, and computing what used() says.
 """
 
 import random
@@ -17,6 +18,7 @@ TIMINGS = ("eager", "lazy", "random")
 class FakeEvent:
     tick: int
     passed: bool
+    at: float  # seconds
 
 
 class FakeDevice:
@@ -36,20 +38,26 @@ class FakeDevice:
         self.queue = []
         self.threads = []
         self.copied = []  # (target address, bytes)
+        self.copy_seconds = 0.0
+        self.now = 0.0  # of computing
+        self.copies_end = 0.0
+        self.behind = False  # the host runs ahead of the device
 
     def mark(self):
         self.tick += 1
-        return FakeEvent(self.tick, passed=True)
+        return FakeEvent(self.tick, passed=True, at=self.now)
 
-    def used(self, weight):
+    def used(self, weight, seconds=0.0):
         """Told by tests: computing reads `weight` from now until the next mark."""
         self.tick += 1
+        self.now += seconds
         self.last_use[weight.data_ptr()] = self.tick
 
     def copy(self, target, source, after):
         assert after.tick > self.last_use.get(target.data_ptr(), 0), "a copy into memory that is still in use"
         with self.lock:
-            event = FakeEvent(self.tick, passed=False)
+            self.copies_end = max(self.copies_end, after.at) + self.copy_seconds
+            event = FakeEvent(self.tick, passed=False, at=self.copies_end)
             target.view(-1).view(torch.uint8).fill_(255)
             self.queue.append((target, source, event))
             self.copied.append((target.data_ptr(), target.nbytes))
@@ -62,8 +70,15 @@ class FakeDevice:
         with self.lock:
             while not event.passed:
                 self._run(1)
+            self.now = max(self.now, event.at)
 
     finish = wait
+
+    def moment(self):
+        return self.now
+
+    def seconds(self, begin, end):
+        return None if self.behind else end - begin
 
     def drain(self):
         with self.lock:
@@ -88,6 +103,7 @@ class FakeDevice:
         assert not any(start <= address < end for address in pending), "unlocked under a copy"
         del self.locked[start]
 
+    @torch.no_grad()
     def _run(self, count):
         for target, source, event in self.queue[:count]:
             target.copy_(source)

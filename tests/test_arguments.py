@@ -9,6 +9,7 @@ from tiny_run import write_dataset
 
 from utils.cli.cache import parse_cache_latents
 from utils.cli.command import Parser
+from utils.cli.slices import _parser as slices_parser
 from utils.cli.train import parse_train
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
@@ -129,6 +130,17 @@ def test_a_long_dash_in_a_prompt_is_text(text):
     assert parse_prompt_line(f"{text} --w 64", DEFAULTS, "line 1") == SamplePrompt(text, width=64)
 
 
+@pytest.mark.parametrize("option", ["-w 64", "-fs 3", "-n blurry", "-H\u00a032", "-s\t4"])
+def test_one_hyphen_before_an_option_of_a_prompt_is_noticed(option):
+    with pytest.raises(InputError, match=rf"{option.split()[0]} begins with one hyphen, where two belong: --"):
+        parse_prompt_line(f"a cat {option} --d 1", SamplePrompt(""), "line 1")
+
+
+@pytest.mark.parametrize("text", ["rock-n-roll", "a cat -5 degrees", "a cat - w 64", "a t-shirt -wide", "a mid-s 3 d"])
+def test_a_hyphen_in_a_prompt_is_text(text):
+    assert parse_prompt_line(f"{text} --w 64", SamplePrompt(""), "line 1").prompt == text
+
+
 @pytest.mark.parametrize("space", ["\u200b", "\ufeff", "\u00a0", " \u200b ", "\u2003"], ids=ascii)
 def test_spaces_of_other_kinds_separate_the_options_of_a_prompt(space):
     line = f"an owl{space}--w{space}64{space}--h 32"
@@ -161,6 +173,24 @@ def test_pairs_are_explained_with_tuples_and_a_word_for_each(pairs):
     message = refusal("--optimizer_args", pairs)
     assert "betas=(0.9,0.99)" in message and "separate pairs with a space" in message and "no space within" in message
     assert parse_train([*SHORT, "--ffid", "2", "--optimizer_args", "betas=(0.9,0.99)", "eps=1e-6"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x ", "ends with a space"), (" x", "begins with a space"), ("\u201cx\u201d", "quotes that are part of the name")],
+)
+def test_a_name_is_refused_with_what_the_shell_left_around_it(name, said):
+    assert said in refusal("--output_name", name)
+
+
+@pytest.mark.parametrize("sign", ["\\", "^", "`"])
+def test_what_continues_a_line_in_another_shell_is_noticed(sign):
+    assert refusal("--seed", "1", sign).startswith(f"{sign} does not continue a line here (\\ in shells")
+
+
+def test_a_number_with_letters_that_only_look_like_its_own_names_them():
+    assert "not 1\u0435-3, which holds U+0435 CYRILLIC SMALL LETTER IE" in refusal("--learning_rate", "1\u0435-3")
+    assert "not an empty text" in refusal("--seed", "")
 
 
 def known(add=add_flags):
@@ -201,7 +231,7 @@ ADVICE = [
     ("--lr_warmup_steps 5", "--lr_warmup_steps 5 --lr_scheduler constant_with_warmup"),
     ("--save_best", "--save_best --validation_dataset_config data.toml"),
     ("--validate_every_n_steps 5", "--validate_every_n_steps 5 --t5 models_t5.pth"),
-    ("--task i2v-A14B", "--task t2v-A14B"),
+    ("--task t2v", "--task t2v-A14B"),
 ]
 
 
@@ -223,3 +253,8 @@ def test_page_locked_memory_on_a_cpu_is_refused_with_the_flag_that_asked_for_it(
 def test_other_scripts_name_what_cannot_be_seen_too():
     with pytest.raises(InputError, match=r"--vae: .* holds U\+000D CARRIAGE RETURN"):
         parse_cache_latents(["--dataset_config", "data.toml", "--vae", "vae.safetensors\r"])
+
+
+def test_a_flag_of_another_command_is_said_to_be_one():
+    with pytest.raises(InputError, match="--strength is a flag of apply, not of this command"):
+        slices_parser().parse_args(["scale", "x.safetensors", "1", "--base", "b", "--strength", "0", "-o", "y"])

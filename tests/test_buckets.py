@@ -23,7 +23,7 @@ def test_without_buckets_every_picture_has_the_resolution():
 
 def test_buckets_of_a_small_area_are_the_written_out_ones():
     # Area 4096: widths 32, 48, 64 with heights 128, 80 (4096 // 48 = 85) and 64, each also turned.
-    assert bucket_sizes((64, 64)) == ((32, 128), (48, 80), (64, 64), (80, 48), (128, 32))
+    assert bucket_sizes((64, 64), 16) == ((32, 128), (48, 80), (64, 64), (80, 48), (128, 32))
 
 
 def test_nearest_aspect_ratio_is_chosen():
@@ -35,10 +35,10 @@ def test_nearest_aspect_ratio_is_chosen():
 
 @given(st.tuples(st.integers(16, 1300), st.integers(16, 1300)))
 def test_buckets_are_multiples_of_16_of_at_most_the_area(resolution):
-    for width, height in bucket_sizes(resolution):
+    for width, height in bucket_sizes(resolution, 16):
         assert width % 16 == height % 16 == 0
         assert 0 < width * height <= resolution[0] * resolution[1]
-    assert bucket_sizes(resolution)
+    assert bucket_sizes(resolution, 16)
 
 
 def test_no_upscale_keeps_small_pictures_at_their_own_size_floored_to_16():

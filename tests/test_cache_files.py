@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from utils.data import cache_files
+from utils.data import cache_files, cache_problems
 from utils.data.cache_files import CachedClip
+from utils.data.cache_problems import Wanted
 from wan.errors import InputError
 
 
@@ -108,14 +109,14 @@ NOT_TEXT = {
 def test_latents_of_a_wrong_kind_or_shape_are_a_problem_that_names_it(tmp_path, found):
     (tmp_path / "a.png").touch()
     save_file({"latents_1x4x4_bfloat16": NOT_LATENTS[found]}, tmp_path / "a")
-    problem = cache_files.latents_problem(tmp_path / "a", tmp_path / "a.png", 1, (32, 32))
+    problem = cache_problems.latents_problem(tmp_path / "a", tmp_path / "a.png", Wanted(1, (32, 32)))
     assert problem.startswith(f"has a damaged latent cache ({tmp_path / 'a'} holds latents ") and found in problem
 
 
 @pytest.mark.parametrize("found", NOT_TEXT)
 def test_text_of_a_wrong_kind_or_shape_is_a_problem_that_names_it(tmp_path, found):
     save_file({"varlen_t5_bfloat16": NOT_TEXT[found]}, tmp_path / "a", {"caption1": "cat"})
-    problem = cache_files.text_problem(tmp_path / "a", "cat")
+    problem = cache_problems.text_problem(tmp_path / "a", "cat")
     assert problem.startswith(f"has a damaged text cache ({tmp_path / 'a'} holds text ") and found in problem
 
 
@@ -134,7 +135,7 @@ def test_a_value_that_is_not_finite_names_its_file(tmp_path, value, dtype):
 def test_a_damaged_text_cache_is_written_anew(tmp_path):
     (tmp_path / "a").write_bytes(b"damaged")
     cache_files.write_text(tmp_path / "a", torch.zeros(2, 8), "new")
-    assert cache_files.text_problem(tmp_path / "a", ["new"]) is None
+    assert cache_problems.text_problem(tmp_path / "a", ["new"]) is None
 
 
 def test_folders_and_pipes_are_not_caches(tmp_path):

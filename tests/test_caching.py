@@ -109,7 +109,7 @@ def test_other_latents_are_deleted_unless_kept(pictures, tmp_path, vae_file):
     assert set(others) <= set(names(tmp_path))
     said = cache_latents(pictures, vae_file)
     assert set(others) - set(names(tmp_path)) == {others[0]}
-    assert "1 deleted, because their sources are not in this dataset (--keep_cache keeps them)" in said[0]
+    assert "1 deleted, because this dataset does not use them (--keep_cache keeps them)" in said[0]
 
 
 def test_values_that_are_not_finite_are_named_and_not_written(pictures, tmp_path, vae_file):
@@ -163,7 +163,7 @@ def test_pictures_without_a_caption_are_told_and_left_out(pictures, tmp_path, va
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--i2v"], "--i2v is not supported"),
+        (["--one_frame"], "--one_frame is not supported"),
         (["--debug_mode", "image"], "--debug_mode is not supported"),
         (["--vae_cache_cpu"], "--vae_cache_cpu is not supported"),
         (["--vae_dtype", "int8"], "--vae_dtype: int8 is not one of bfloat16"),
@@ -268,12 +268,6 @@ def test_wrong_sources_are_named_before_anything_is_written(pictures, tmp_path, 
         cache_latents(pictures, vae_file)
     assert named in str(error.value)
     assert not (tmp_path / "cache").exists()
-
-
-def test_the_vae_of_wan_2_2_is_refused_before_anything_is_written(pictures, tmp_path):
-    with pytest.raises(InputError, match=r"is the Wan 2\.2 VAE .*use the Wan 2\.1 VAE"):
-        cache_latents(pictures, write_vae(tmp_path, "vae_wan22"))
-    assert names(tmp_path) == []
 
 
 def test_pictures_of_subfolders_are_cached_in_the_same_subfolders(pictures, tmp_path, vae_file):

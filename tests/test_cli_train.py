@@ -10,7 +10,7 @@ import torch
 from tiny_run import write_dataset
 
 import wan_train_network
-from utils.cli.command import Parser, dtype, run, text_to_video_task
+from utils.cli.command import Parser, dtype, run, task
 from utils.cli.swap_flags import size
 from utils.cli.train import parse_train
 from utils.cli.train_flags import add_flags
@@ -145,7 +145,7 @@ MISTAKES = {
     "--ff x": "a decimal",
     "--ffid 11": "it runs from 1 to 10",
     "--ffid 0": "it runs from 1 to 10",
-    "--task i2v-A14B": "t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B",
+    "--task t2v": "not one of t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B, i2v-14B, i2v-A14B, flf2v-14B, ti2v-5B",
     "--output_name a/b": "--output_dir",
     "--output_name ..": "must be a file name",
     "--dataset_config none.toml": "does not exist",
@@ -198,7 +198,7 @@ def actions():
     return [action for action in parser._actions if action.dest != "help"]
 
 
-NUMBERS = [action for action in actions() if action.type not in (None, Path, dtype, size, text_to_video_task)]
+NUMBERS = [action for action in actions() if action.type not in (None, Path, dtype, size, task)]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1e999", "9" * 5000, "x", ""], ids=lambda value: value[:8])

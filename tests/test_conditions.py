@@ -3,9 +3,18 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_picture_models import PER_TOKEN, tiny_inputs, tiny_model
 from test_vae import ORACLE, known_vae
 
-from utils.learning.conditions import noisy_frames, picture_condition, picture_mask, token_times, with_clean_start
+from utils.learning.conditions import (
+    Conditioning,
+    noisy_frames,
+    picture_condition,
+    picture_mask,
+    predict,
+    token_times,
+    with_clean_start,
+)
 from wan.vae import load_vae
 
 
@@ -35,7 +44,15 @@ def test_the_mask_has_four_ones_for_the_first_frame_and_the_last_channel_for_the
 
 def test_only_tokens_of_a_clean_first_frame_have_timestep_0():
     times = token_times(torch.tensor([700.0, 300.0]), torch.tensor([True, False]), (2, 1, 3))
-    assert times.tolist() == [[0.0] * 3 + [700.0] * 3, [300.0] * 6]
+    assert times.values_U[times.numbers_BL].tolist() == [[0.0] * 3 + [700.0] * 3, [300.0] * 6]
+
+
+def test_a_model_predicts_with_token_times_what_it_predicts_with_the_same_timesteps_in_full():
+    model, (x, t, context) = tiny_model(PER_TOKEN), tiny_inputs(PER_TOKEN)
+    with torch.no_grad():
+        ours = predict(model, x, t[:, -1], context, Conditioning(starts_clean_B=torch.tensor([True, False])))
+        assert (ours - model(x, t, context)).norm() < 1e-6 * ours.norm()
+        assert (ours - model(x, t[:, -1], context)).norm() > 1e-3 * ours.norm()
 
 
 def test_a_clean_start_replaces_the_first_latent_frame_and_leaves_the_loss():

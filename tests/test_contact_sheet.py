@@ -6,11 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from tiny_run import run, write_inputs, write_sample_models
 
+from utils.run import sheet_labels
 from utils.run.contact_sheet import COLUMNS, Column, open_sheet, thinned
 from utils.run.samples import SavedSample
+from utils.run.sheet_labels import label, readable_in
 from utils.sampling.denoising import resolve_sample
 from utils.sampling.prompts import SamplePrompt
 from wan.configs import TASKS
@@ -86,6 +88,42 @@ def test_many_prompts_have_smaller_cells_and_rows_are_bounded(tmp_path, count, r
     assert Image.open(tmp_path / "a.png").height == 18 + 4 + rows * (side + 4)
 
 
+def test_a_label_has_no_character_that_its_font_lacks():
+    for text in (
+        "a cat",
+        "Café à Zürich",
+        "лиса в снегу",
+        "狐狸在雪地里",
+        "🦊 fox\ufe0f",
+        "ثعلب",
+        "लोमड़ी",
+        "n\u0303andu",
+    ):
+        font, shown = readable_in(text)
+        box = font.getmask("\U000effff")
+        drawn = [font.getmask(character) for character in shown if not character.isspace()]
+        assert all((mask.size, bytes(mask)) != (box.size, bytes(box)) for mask in drawn), text
+
+
+def test_what_no_font_has_is_written_plainly_or_as_its_code(monkeypatch):
+    monkeypatch.setattr(sheet_labels, "_system_font", lambda name: None)
+    assert readable_in("Café ñandú 狐 🦊\ufe0f ж")[1] == r"Cafe nandu \u72d0 \U0001f98a \u0436"
+
+
+def test_a_font_of_the_system_is_taken_where_it_has_more_characters(monkeypatch):
+    own, other = ImageFont.load_default(11), ImageFont.load_default(12)
+    monkeypatch.setattr(sheet_labels, "_fonts", lambda: [own, other])
+    monkeypatch.setattr(sheet_labels, "_has", lambda font, character: character.isascii() or font is other)
+    assert readable_in("a cat")[0] is own and readable_in("une fée")[0] is other
+
+
+@pytest.mark.parametrize("text", ["狐" * 40, "w" * 150, "a red fox in the snow at dusk " * 9])
+def test_labels_stay_beside_their_row(text):
+    lines, font = label(text, 120, 128)
+    assert all(font.getlength(line) <= 120 for line in lines.split("\n"))
+    assert len(lines.split("\n")) == 8 and lines.endswith("…")
+
+
 def test_a_resumed_run_continues_its_sheet(tmp_path):
     models = [*write_sample_models(write_inputs(tmp_path)), "--vae_dtype", "fp32"]
     samples = [*models, "--sample_at_first", "--sample_every_n_epochs", "1", "--save_state", "--save_every_n_epochs=1"]
@@ -96,3 +134,9 @@ def test_a_resumed_run_continues_its_sheet(tmp_path):
     run(tmp_path, *samples, "--max_train_epochs", "2", "--resume", "latest")
     assert sheet.read_bytes() == whole
     assert Image.open(sheet).width == 128 + 4 + 3 * 132
+
+
+def test_rows_of_one_prompt_are_told_apart_by_their_pictures(tmp_path):
+    samples = [replace(SAMPLES[0], image_path=f"{folder}/a.png") for folder in ("one", "other")]
+    rows = open_sheet(tmp_path / "sheet.png", SETTINGS, [*samples, SAMPLES[0]]).rows
+    assert list(rows.values()) == ["a cat (a.png)", "a cat (a.png)", "a cat"]

@@ -1,15 +1,21 @@
 """What the documentation names exists: the targets of its links, the flags of its commands, the files of the map."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from test_vae import known_vae
 
 from utils.cli.cache import parse_cache_latents, parse_cache_text
 from utils.cli.command import Parser
 from utils.cli.generate import parse_generate
 from utils.cli.slices import main as slices
 from utils.cli.train import parse_train
+from wan.configs import TASKS
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/README.md", "comfyui_wan_slices/README.md")
@@ -22,12 +28,16 @@ SCRIPTS = {
     "utils.slices": slices,
 }
 OTHERS = {
+    "a prompt's size and seed": {"--w", "--h", "--f", "--d"},
     "accelerate launch": {"--num_cpu_threads_per_process", "--mixed_precision"},
     "musubi-tuner": {"--network_module", "--network_args", "--fp8_base", "--compile"},
-    "a line of a prompt file": {"--s", "--g", "--l", "--fs", "--n"},
+    "a line of a prompt file": {"--s", "--g", "--l", "--fs", "--n", "--i", "--ei"},
     "tensorboard, cp, ruff": {"--logdir", "--sparse", "--reflink", "--check"},
 }
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z](?:-?\w)*")
+COMMAND = re.compile(r"^(?:python|accelerate launch) .*?(wan_\w+\.py) (.*)$", re.MULTILINE)
+TASKS_PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+TASK_COMMANDS = list(dict.fromkeys(COMMAND.findall(TASKS_PAGE)))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -86,6 +96,35 @@ def test_every_command_in_the_documentation_uses_flags_of_its_script(script, mon
     given = [set(FLAG.findall(line.partition(f"{script} ")[2].partition("`")[0])) for line in lines]  # to a code's end
     assert any(given)
     assert set().union(*given) - flags_of(script, monkeypatch) == set()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a file for each that the commands of docs/tasks.md name, as far as their parsers read them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for _, given in TASK_COMMANDS:
+        for name in re.findall(r"\S+\.(?:safetensors|pth)", given):
+            (folder / name).parent.mkdir(exist_ok=True)
+            save_file({}, folder / name)
+    shutil.copy(ROOT / "hunyuan_dataset.toml", folder)
+    (clips,) = re.findall(r"^```toml\n# (clips\.toml.*?)^```", TASKS_PAGE, re.MULTILINE | re.DOTALL)
+    (folder / "clips.toml").write_text(f"# {clips}", encoding="utf-8")
+    for name in ("first.png", "last.png"):
+        Image.new("RGB", (64, 48)).save(folder / name)
+    for name, kind in (("wan_2.1_vae", "wan21"), ("wan2.2_vae", "wan22")):
+        known_vae(kind, folder).path.replace(folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("script", "given"), TASK_COMMANDS)
+def test_every_command_of_the_page_on_tasks_is_accepted(script, given, files, monkeypatch):
+    monkeypatch.chdir(files)
+    SCRIPTS[script](shlex.split(given))
+
+
+def test_the_page_on_tasks_trains_and_generates_with_each():
+    for script in ("wan_train_network.py", "wan_generate_video.py"):
+        assert {re.search(r"--task (\S+)", given)[1] for own, given in TASK_COMMANDS if own == script} == set(TASKS)
 
 
 def test_the_map_names_only_what_exists():

@@ -1,13 +1,15 @@
 """An earlier run of the same name is continued or replaced only when the user says so."""
 
+import os
 import shutil
 
 import pytest
 from tiny_run import flags, run, write_inputs
 
 from utils.cli.train import parse_train
+from utils.locks import UNFINISHED
 from utils.run.earlier_run import check_earlier_run
-from utils.run.save_schedule import SaveConfig
+from utils.run.save_schedule import SaveConfig, remove_unfinished
 from utils.slices.ledger import own_entry
 from wan.errors import InputError
 
@@ -61,6 +63,45 @@ def test_without_a_usable_state_resuming_does_not_advise_what_the_files_of_the_r
         state.write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"has no usable state of one; choose another --output_name, .*--overwrite"):
         run(folder, "--resume", "latest")
+
+
+def trained_to_validate(folder):
+    """A run whose best slice is on disk, and what else it takes to validate."""
+    data = folder / "validated.toml"
+    table = (folder / "data.toml").read_text(encoding="utf-8")
+    data.write_text(f"{table}\n[general]\nvalidation_split = 0.3\n", encoding="utf-8")
+    more = ("--dataset_config", str(data), "--max_train_epochs", "1")
+    run(folder, *more, "--save_best", "--overwrite")
+    return folder / "out" / "one-best.slice.safetensors", more
+
+
+def test_the_best_slice_of_the_run_before_counts_as_its_file(folder):
+    best, more = trained_to_validate(folder)
+    keep(folder, best.name)
+    with pytest.raises(
+        InputError, match=rf"\({best.name}\): .*--overwrite to delete its states, numbered saves and best"
+    ):
+        run(folder, *more)
+    run(folder, *more, "--overwrite")
+    assert not best.exists()
+
+
+def test_a_best_slice_that_the_run_reads_or_another_wrote_is_not_replaced(folder):
+    best, more = trained_to_validate(folder)
+    keep(folder, best.name)
+    reads = ("--slices", str(best), "--continue_slice", "--overwrite", "--mixed_precision", "bf16")
+    with pytest.raises(InputError, match=rf"would write .*{best.name} over .*{best.name}, which it reads"):
+        run(folder, *more, *reads, "--save_best")
+    with pytest.raises(InputError, match=rf"{best.name} holds .* and the run would replace it with ff 0.1 ffid 3"):
+        run(folder, *more, "--ffid", "3", "--save_best", "--overwrite")
+
+
+def test_an_unfinished_best_slice_of_a_killed_run_is_removed(tmp_path):
+    left = tmp_path / f"one-best.slice.safetensors{UNFINISHED}"
+    left.touch()
+    os.utime(left, (0, 0))
+    remove_unfinished(SaveConfig(tmp_path, "one"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_that_only_begin_alike_stop_nothing_and_stay(folder):

@@ -47,10 +47,19 @@ def test_companions_of_macos_are_passed_over(tmp_path, kind):
 def test_what_is_not_read_is_named_with_a_count_and_what_to_do(tmp_path):
     names = ["a.png", "b.heic2", "c.psd", "d.psd", "e.mp4", ".f.png", "sub/g.png", "sub/deeper/h.png", "notes.json"]
     first, hidden, subfolders = _list(_files(tmp_path, *names)).notes
-    assert first.startswith("files of kinds that are not read here: 2 .psd (convert them to .png")
-    assert "1 .heic2 (" in first and "1 .mp4 (give videos a dataset of their own, with video_directory)" in first
+    assert first == (
+        "files of kinds that are not read here: 1 .mp4 (give videos a dataset of their own, with video_directory), "
+        "2 .psd, 1 .heic2 (convert them to .png or .mp4 if they should be)"
+    )
     assert hidden == "left out, because their names begin with a dot: 1, .f.png"
     assert subfolders == "not read in subfolders: 2 in sub/; to read them, set recursive = true"
+
+
+def test_many_unknown_kinds_do_not_hide_what_can_be_done_about_another(tmp_path):
+    junk = [f"{number}.{ending}" for ending in "abcdefgh" for number in range(2)]
+    [note] = _list(_files(tmp_path, "a.png", "b.mp4", *junk)).notes
+    assert note.startswith("files of kinds that are not read here: 1 .mp4 (give videos a dataset of their own")
+    assert "2 more kinds (convert them" in note
 
 
 def test_a_folder_with_nothing_but_subfolders_says_so(tmp_path):

@@ -6,15 +6,20 @@ from dataclasses import replace
 
 import pytest
 import test_musubi_network as musubi
+import test_picture_models as pictures
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from test_selective_finetune import TINY, cut, tiny_model
 from test_training_debug import events, rows_of
+from tiny_models import MODELS, tiny_batch, tiny_step
+from tiny_models import tiny_model as picture_model
 from tiny_run import run, write_dataset, write_dit
 
+from utils.learning.conditions import Conditioning, predict
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
+from utils.run.step import backward
 from utils.selective_finetune import attach_slice, block_linears
 from utils.swap.backend import CudaBackend
 from utils.swap.block_inputs import BlockInputs
@@ -90,6 +95,18 @@ def test_swapped_weights_stay_on_the_host():
     assert all(parameter.device.type == "cuda" for parameter in trained.parameters())
 
 
+def test_the_wait_for_a_copy_is_told_in_seconds_once_it_is_over():
+    backend = CudaBackend(torch.device("cuda"))
+    source, target = torch.empty(1 << 30, dtype=torch.uint8).pin_memory(), torch.empty(1 << 30, dtype=torch.uint8)
+    target = target.to("cuda")
+    began = backend.moment()
+    backend.wait(backend.copy(target, source, backend.mark()))
+    ended = backend.moment()
+    assert backend.seconds(began, ended) is None  # 1 GiB takes milliseconds, and the host has waited for nothing
+    torch.cuda.synchronize()
+    assert 1e-3 < backend.seconds(began, ended) < 10
+
+
 def test_page_locked_memory_is_seen_as_such_and_a_failure_leaves_no_error():
     backend = CudaBackend(torch.device("cuda"))
     memory = LockedMemory(backend)
@@ -121,6 +138,20 @@ def test_under_autocast_a_slice_has_the_gradient_of_whole_weights(dtype, checkpo
         found = matrix.difference.grad
         assert found.dtype == torch.float32 and found.device.type == "cuda" and expected.norm() > 0
         assert (found.cpu() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("task", list(MODELS))
+def test_models_that_start_from_pictures_have_the_cpus_gradients_with_all_blocks_swapped(task):
+    found = []
+    for device, swapped in (("cpu", 0), ("cuda", 2)):
+        model = picture_model(task)
+        trained = attach_slice(model, "0.05", 3, device=device)
+        checkpoint_blocks(model, BlockInputs(2, torch.device(device)) if swapped else None)
+        place_model(model, device, SwapConfig(swapped), trained)
+        share = 0.5 if task == "ti2v-5B" else 0.0
+        backward(tiny_step(model, share, device=device), tiny_batch(task, frames=3), 1, 0, 1, preserves=False)
+        found.append(torch.cat([parameter.grad.flatten().cpu() for parameter in trained.parameters()]))
+    assert (found[1] - found[0]).norm() < 1e-3 * found[0].norm()
 
 
 @pytest.fixture
@@ -186,3 +217,18 @@ def test_musubi_tuner_trains_a_slice_on_the_gpu_as_on_the_cpu(base, tmp_path, ac
     assert losses == pytest.approx(expected, rel=5e-3)
     # The last one is of a pass without gradients: a lost update would leave it what it was.
     assert abs(losses[-1] - expected[-1]) < 0.3 * abs(untrained - expected[-1])
+
+
+def test_a_clean_first_frame_makes_no_wait_for_the_gpu():
+    model = pictures.tiny_model(pictures.PER_TOKEN).cuda()
+    x, t, context = pictures.tiny_inputs(pictures.PER_TOKEN)
+    x, t_B, context = x.cuda(), t[:, -1].cuda(), [tokens.cuda() for tokens in context]
+    given = Conditioning(starts_clean_B=torch.tensor([True, False]).cuda())
+    with torch.no_grad():
+        expected = predict(model, x, t_B, context, given)  # the first call sets libraries up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = predict(model, x, t_B, context, given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, expected)

@@ -111,10 +111,10 @@ def test_what_is_recorded_is_what_the_file_holds(folder):
     """The rounded latents, not those that were rounded for the file."""
     asked, forward = [], WanModel.forward
 
-    def recorded(model, noisy, t_B, context):
+    def recorded(model, noisy, t_B, context, *given):
         if not torch.is_grad_enabled():
             asked.extend(zip(noisy, t_B.tolist(), context, strict=True))
-        return forward(model, noisy, t_B, context)
+        return forward(model, noisy, t_B, context, *given)
 
     with patch.object(WanModel, "forward", recorded):
         run(folder, *asking(folder), "--max_train_epochs", "1")
@@ -397,12 +397,16 @@ def test_a_disk_without_room_for_the_predictions_is_found_before_the_model_loads
         assert not loading.called
 
 
+def question(t):
+    return SimpleNamespace(t=t, shape=SHAPE, pictures=None, starts_clean=False)
+
+
 def written(path, run=RUN):
     own = answer(SHAPE)
     text_SD = torch.randn(3, CONFIG.text_dim, generator=torch.Generator().manual_seed(5)).bfloat16()
     prompts = [OldPrompt("a cat", text_SD=text_SD), OldPrompt("a dog", CONCEPT, text_SD=text_SD + 1)]
-    asked = [(prompts[0], [SimpleNamespace(t=t, shape=SHAPE) for t in (1.0, 2.0)])]
-    asked.append((prompts[1], [SimpleNamespace(t=3.0, shape=SHAPE)]))
+    asked = [(prompts[0], [question(t) for t in (1.0, 2.0)])]
+    asked.append((prompts[1], [question(3.0)]))
     write_answers(path, BASE, run, asked, iter([own] * 3))
     return own
 
@@ -427,7 +431,7 @@ def test_an_answer_that_is_not_finite_leaves_the_old_file(tmp_path):
     before = (tmp_path / "a.safetensors").read_bytes()
     bad = Answer(torch.zeros(SHAPE), 1.0, torch.full(SHAPE, torch.inf))
     with pytest.raises(InputError, match="NaN or infinite values in the prediction at timestep 1"):
-        asked = [(OldPrompt("a", text_SD=torch.zeros(1, 48)), [SimpleNamespace(t=1.0, shape=SHAPE)])]
+        asked = [(OldPrompt("a", text_SD=torch.zeros(1, 48)), [question(1.0)])]
         write_answers(tmp_path / "a.safetensors", BASE, RUN, asked, iter([bad]))
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -488,7 +492,7 @@ def resized(*shape):
         (broken(None, lambda told: told["prompts"][0].update(text="\ud800")), "is damaged"),
         (broken(None, lambda told: told["prompts"][0].update(text="a dog")), "lists a prompt twice"),
         (broken(None, lambda told: told.update(concepts="[{}]")), "is damaged"),
-        (broken(None, lambda told: told.update(version=2, prompts=None)), "has version 2"),
+        (broken(None, lambda told: told.update(version=3, prompts=None)), "has version 3"),
         (broken(None, lambda told: told.update(version=True)), "has version True"),
         (broken(None, lambda told: told.update(base="cd" * 32)), "another base model"),
         (broken(None, lambda told: told.update(base_values=["00", "02", "02", "03"])), "another base model"),

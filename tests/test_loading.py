@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_model import RELEASED, RELEASED_NAMES
 
-from wan.configs import SUPPORTED_TASKS, TASKS, WanConfig
+from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import (
     CheckpointHeader,
@@ -193,6 +195,15 @@ def test_fp8_files_become_the_values_they_stand_for(tmp_path, weights, layout, r
     assert is_fp8(read_checkpoint_header(path))
 
 
+@pytest.mark.parametrize("layout", ["plain", "old", "new", "metadata"])
+@pytest.mark.parametrize("kind", ["i2v-A14B", "flf2v-14B", "ti2v-5B"])
+def test_fp8_files_of_models_that_read_pictures_become_the_values_they_stand_for(tmp_path, kind, layout):
+    weights = {name: tensor.detach().clone() for name, tensor in WanModel(KINDS[kind]).state_dict().items()}
+    stored, meant, metadata = fp8_file(weights, layout)
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values()) >= (24 if kind == "flf2v-14B" else 20)
+    assert_loads(write(tmp_path / "fp8.safetensors", stored, "model.diffusion_model.", metadata), meant)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -239,6 +250,7 @@ def test_other_models_are_read_from_the_shapes_of_their_file(tmp_path, config):
     assert assert_loads(path, weights).config == config
 
 
+@lru_cache
 def released_header(config: WanConfig) -> CheckpointHeader:
     with torch.device("meta"):
         tensors = WanModel(config).state_dict()
@@ -247,39 +259,68 @@ def released_header(config: WanConfig) -> CheckpointHeader:
     return CheckpointHeader((file,), entries, {}, "")
 
 
-@pytest.mark.parametrize("task", ["t2v-1.3B", "t2v-14B", "i2v-14B", "i2v-A14B", "flf2v-14B", "ti2v-5B"])
-def test_a_released_checkpoint_fits_the_tasks_of_its_widths_alone(task):
-    header = released_header(TASKS[task].config)
+@pytest.mark.parametrize("other", TASKS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_released_checkpoint_of_another_task_names_all_tasks_that_it_fits(task, other):
+    header, config = released_header(TASKS[task].config), TASKS[task].config
+    assert config_from_header(header) == config
+    if TASKS[other].config == config:
+        check_fits_task(header, other)
+        return
+    fits = [name for name in TASKS if TASKS[name].config == config]
+    with pytest.raises(InputError, match=rf"does not fit --task {other}: use --task {' or '.join(fits)}$"):
+        check_fits_task(header, other)
+    for name in fits:  # advice that leads to no other refusal
+        check_fits_task(header, name)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_released_names_and_shapes_are_read_as_the_task_s_model(task):
+    shapes = RELEASED[RELEASED_NAMES.get(task, task)]
+    file = Path("wan.safetensors")
+    entries = {name: TensorEntry(file, f"model.{name}", "F16", tuple(shape), 0, 0) for name, shape in shapes.items()}
+    header = CheckpointHeader((file,), entries, {}, "model.")
     assert config_from_header(header) == TASKS[task].config
-    for other in TASKS:
-        if TASKS[other].config == TASKS[task].config:
-            check_fits_task(header, other)
-            continue
-        advice = f"does not fit --task {other}: use --task {task}"
-        if task not in SUPPORTED_TASKS:
-            advice = "model, which is not supported; supported are the models of --task t2v-1.3B, t2v-14B"
-        with pytest.raises(InputError, match=advice):
-            check_fits_task(header, other)
+    check_fits_task(header, task)
 
 
-def test_heads_in_the_metadata_fit_every_text_to_video_task(tmp_path, weights):
-    header = read_checkpoint_header(write(tmp_path / "tiny.safetensors", weights))
-    for task in SUPPORTED_TASKS:
-        check_fits_task(header, task)
-    assert "use --task t2v-1.3B or" in refusal(tmp_path / "tiny.safetensors", "i2v-A14B")
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("i2v-A14B", "40 blocks, 36 input channels)"),
+        ("i2v-14B", "36 input channels, CLIP for one picture)"),
+        ("flf2v-14B", "36 input channels, CLIP for two pictures)"),
+        ("ti2v-5B", "width 3072, 30 blocks, 48 input channels)"),
+    ],
+)
+def test_what_tells_a_model_from_those_of_other_tasks_is_said(task, told):
+    with pytest.raises(InputError) as caught:
+        check_fits_task(released_header(TASKS[task].config), "t2v-14B")
+    assert told in str(caught.value)
 
 
-@pytest.mark.parametrize(("config", "fits"), [(PICTURE, "i2v-A14B"), (CLIP, "i2v-14B")])
-def test_heads_in_the_metadata_fit_the_image_to_video_task_with_or_without_clip(tmp_path, config, fits):
-    path = write(tmp_path / "tiny.safetensors", WanModel(config).state_dict())
-    check_fits_task(read_checkpoint_header(path), fits)
-    (other,) = {"i2v-14B", "i2v-A14B"} - {fits}
-    assert "is an image-to-video model, which is not supported; supported are" in refusal(path, other)
+KINDS = {
+    "t2v-1.3B or t2v-14B or t2i-14B or t2v-A14B": TINY,
+    "i2v-A14B": PICTURE,
+    "i2v-14B": CLIP,
+    "flf2v-14B": replace(CLIP, model_type="flf2v"),
+    "ti2v-5B": replace(TINY, model_type="ti2v", in_dim=48, out_dim=48),
+}
+
+
+@pytest.mark.parametrize("fits", KINDS)
+def test_heads_in_the_metadata_fit_every_task_of_the_kind_alone(tmp_path, fits):
+    path = write(tmp_path / "tiny.safetensors", WanModel(KINDS[fits]).state_dict())
+    for task in TASKS:
+        if task in fits.split(" or "):
+            check_fits_task(read_checkpoint_header(path), task)
+        else:
+            assert refusal(path, task).endswith(f"does not fit --task {task}: use --task {fits}")
 
 
 def test_widths_of_no_task_and_unknown_tasks_are_refused(tmp_path, weights):
     path = write(tmp_path / "tiny.safetensors", weights, metadata=None)
-    assert "no task has a model of this size" in refusal(path)
+    assert "no task has such a model" in refusal(path)
     assert "i2v-13B is unknown; allowed are t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B" in refusal(path, "i2v-13B")
 
 
@@ -296,6 +337,10 @@ def test_widths_of_no_task_and_unknown_tasks_are_refused(tmp_path, weights):
         ({"vace_blocks.0.ffn.0.bias": torch.zeros(2)}, "is a VACE model"),
         ({"face_adapter.fuser_blocks.0.k_norm.weight": torch.zeros(2)}, "is an Animate model"),
         ({"casual_audio_encoder.weights": torch.zeros(2)}, "is a speech-to-video model"),
+        ({"control_adapter.conv.weight": torch.zeros(2)}, "is a camera control model"),
+        ({"ref_conv.weight": torch.zeros(2)}, "is a Fun-Control model"),
+        ({"audio_proj.proj1.weight": torch.zeros(2)}, "is a model driven by audio"),
+        ({"fps_embedding.weight": torch.zeros(2)}, "is a diffusion forcing model"),
         ({"patch_embedding.weight": torch.zeros(128, 13, 1, 2, 2)}, "13 input and 4 output channels (a control"),
         ({"patch_embedding.weight": None}, "patch_embedding.weight is missing"),
         ({"head.modulation": torch.zeros(2, 128)}, "head.modulation is [2, 128]"),
@@ -331,6 +376,9 @@ def test_image_to_video_models_are_read_strictly(tmp_path, change, told):
         ("diffusion_model.blocks.0.ffn.0.lora_A.weight", "LoRA"),
         ("decoder.middle.0.residual.0.gamma", "VAE"),
         ("token_embedding.weight", "text encoder"),
+        ("visual.transformer.0.norm1.weight", "CLIP image encoder"),
+        ("vision_model.encoder.layers.0.layer_norm1.weight", "CLIP image encoder"),
+        ("vace_blocks.0.ffn.0.weight", "part of a VACE model, which is not supported"),
     ],
 )
 def test_other_kinds_of_files_are_recognised(tmp_path, name, told):
@@ -362,6 +410,29 @@ def test_a_folder_with_two_checkpoints_or_none_is_refused(tmp_path, weights):
     assert "use its folder low_noise_model" in refusal(tmp_path)
     write(tmp_path / "a.safetensors", weights), write(tmp_path / "b.safetensors", weights)
     assert "a.safetensors, b.safetensors" in refusal(tmp_path)
+
+
+def test_a_folder_in_diffusers_format_is_told_apart_from_one_without_a_checkpoint(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
+    assert "is a diffusers checkpoint; use the original one" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "in_dim"), [("t2v-1.3B", 48), ("i2v-14B", 48), ("i2v-A14B", 52), ("ti2v-5B", 100), ("ti2v-5B", 148)]
+)
+def test_released_control_and_inpainting_models_are_refused_by_their_channels(task, in_dim):
+    header, config = released_header(TASKS[task].config), TASKS[task].config
+    patches = replace(header.tensors["patch_embedding.weight"], shape=(config.dim, in_dim, 1, 2, 2))
+    header = replace(header, tensors={**header.tensors, "patch_embedding.weight": patches})
+    with pytest.raises(InputError, match=f"has {in_dim} input and {config.out_dim} output channels.*not supported"):
+        check_fits_task(header, task)
+
+
+def test_an_inpainting_model_of_a_size_without_a_task_is_refused_as_such():
+    config = replace(TASKS["i2v-14B"].config, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+    with pytest.raises(InputError, match=r"width 1536.*CLIP for one picture.*no task has such a model"):
+        check_fits_task(released_header(config), "i2v-14B")
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path, weights):

@@ -171,6 +171,11 @@ def test_pictures_without_a_mask_train_whole_and_are_named(tmp_path, vae_file):
         assert sorted(0 if mask is None else mask.mean().item() for mask in masks) == [0, 0.5]
 
 
+def test_masks_that_belong_to_no_picture_are_named(tmp_path, vae_file):
+    said = cache_latents(_files(tmp_path, {"a.png": _halves(), "A2.png": _halves()}), vae_file)
+    assert "masks of no file that is trained on: 1, A2.png" in said
+
+
 @pytest.mark.parametrize(
     ("masks", "settings", "named"),
     [

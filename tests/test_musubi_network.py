@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import test_picture_models as pictures
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -295,3 +296,29 @@ def test_a_slice_file_is_saved_where_it_is_asked_for(folder):
     for name, values in saved.items():
         assert torch.equal(values, expected[name].flatten()[slice_indices(name, expected[name].shape, "0.05", 2)])
     assert len(saved) == 30
+
+
+@pytest.fixture(params=[pictures.TINY, pictures.PAIR], ids=["i2v", "flf2v"])
+def picture_model(request, monkeypatch):
+    """The trainer's model is one that reads pictures, as CLIP tokens too."""
+    here = sys.modules[__name__]
+    monkeypatch.setattr(here, "tiny_model", lambda dtype=torch.float32: pictures.tiny_model(request.param).to(dtype))
+    inputs = pictures.tiny_inputs(request.param)
+    monkeypatch.setattr(here, "loss_of", lambda model, step: (model(*inputs).float() - step).square().mean())
+
+
+@pytest.mark.parametrize("base", ["resident", "classic"])
+def test_a_model_that_reads_pictures_trains_its_own_matrices_too(picture_model, folder, base):
+    expected_losses, expected = our_run()
+    assert fake_trainer(folder, base) == expected_losses
+    saved, original = load_file(folder / "out.safetensors"), load_file(folder / "base.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    moved = {name for name, tensor in saved.items() if not torch.equal(tensor, original[name])}
+    assert len(moved) == 36 and sum("_img.weight" in name for name in moved) == 6
+
+
+@pytest.mark.parametrize("base", ["h2d", "fp8"])
+def test_of_a_model_that_reads_pictures_the_difference_trains_beside_copies(picture_model, folder, base):
+    losses = fake_trainer(folder, base, network_args={"ff": "0.05", "ffid": "2", "save": "slice"})
+    assert losses == pytest.approx(our_run(beside=base == "h2d")[0], rel=0.03 if base == "fp8" else 0)
+    assert len(load_file(folder / "out.safetensors")) == 36

@@ -222,3 +222,30 @@ def test_a_schedule_is_resumed_from_its_state():
     buffer.seek(0)
     second.load_state_dict(torch.load(buffer, weights_only=True))
     assert second.get_last_lr() == first.get_last_lr() and second.lr_lambdas[0](9) == first.lr_lambdas[0](9)
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "said"),
+    [
+        ("AdamW", "weigth_decay=0.1", "weigth_decay: AdamW has no such argument (did you mean weight_decay?)"),
+        ("torch.optim.SGD", "Momentum=0.1", "Momentum: SGD has no such argument (did you mean momentum?)"),
+        ("AdamW", "lr=0.1", "lr=0.1: set it as --learning_rate"),
+        ("AdamW", "weight_decay=0,1", "weight_decay=(0, 1): weight_decay must be one number with a decimal point"),
+        ("AdamW", "betas=(0.9)", "betas=0.9: betas must be 2 numbers, such as (0.9,0.999)"),
+        ("AdamW", "amsgrad=1", "amsgrad=1: amsgrad must be True or False"),
+    ],
+)
+def test_an_argument_that_an_optimizer_does_not_take_is_answered_with_the_nearest(name, arg, said):
+    with pytest.raises(InputError) as refused:
+        check_optimizer(OptimizerConfig(name, 0.1, (arg,)))
+    assert str(refused.value).startswith(f"--optimizer_args {said}")
+
+
+def test_arguments_of_a_schedule_are_answered_in_the_same_way():
+    with pytest.raises(InputError, match=r"num_cycle: cosine has no such argument \(did you mean num_cycles\?\)"):
+        check_schedule(ScheduleConfig("cosine", args=("num_cycle=3",)), 20)
+
+
+def test_an_argument_that_is_given_twice_is_refused():
+    with pytest.raises(InputError, match="--optimizer_args eps is given twice"):
+        check_optimizer(OptimizerConfig("AdamW", 0.1, ("eps=1e-8", "eps=1e-6")))

@@ -16,6 +16,7 @@ from torch.distributed import _functional_collectives as functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils import selective_finetune
 from utils.selective_finetune import attach_slice
 
 PLAIN = ("--optimizer_type", "SGD", "--learning_rate", "1", "--max_train_epochs", "4")
@@ -87,6 +88,18 @@ def test_gradients_of_two_processes_are_those_of_their_joint_batch_and_nothing_e
         assert sent == [("allreduce_", 4 * trained.count)]
         for parameter, gradient in zip(trained.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, torch.tensor(gradient))
+
+
+@needs_fork
+def test_a_large_slice_is_reduced_in_pieces_to_the_same_gradients(tmp_path, monkeypatch):
+    for name in ("whole", "pieces"):
+        (tmp_path / name).mkdir()
+    whole = in_two_processes(step, tmp_path / "whole")
+    monkeypatch.setattr(selective_finetune, "_TOGETHER", 10)
+    pieces = in_two_processes(step, tmp_path / "pieces")
+    for (sent_whole, gradients), (sent, same_gradients) in zip(whole, pieces, strict=True):
+        assert gradients == same_gradients
+        assert len(sent) > len(sent_whole) and sum(size for _, size in sent) == sum(size for _, size in sent_whole)
 
 
 def send_in_every_way(rank, sent):

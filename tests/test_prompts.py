@@ -97,8 +97,9 @@ def test_frames_are_floored_to_4n_plus_1(given, made):
         ("a fox --l 1e999", "guidance scale must be .*, not inf"),
         ("a fox --sd 3", "unknown option --sd .did you mean s"),
         ("a fox --g 2 --l 3", "keep one"),
-        ("a fox --i cat.png", "--i starts from pictures"),
-        ("a fox --cn clip.mp4", "--cn starts from pictures"),
+        ("a fox --i", "--i must be the path of a picture"),
+        ("a fox --cn clip.mp4", "--cn is for models with control videos, which are not supported; leave it out"),
+        ("a fox --ci cat.png", "--ci is for one-frame inference, .* a picture as the first frame is --i"),
         ("a fox --size 3", "unknown option --size; allowed: w, h, f"),
         ("--w 512", "there is no prompt before the options"),
     ],
@@ -132,6 +133,20 @@ def test_a_wrong_line_is_refused_with_its_number(tmp_path, line, message):
 def test_a_wrong_file_is_refused(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message):
         read_prompt_file(write(tmp_path, name, text))
+
+
+def test_a_long_dash_before_a_picture_is_noticed_but_not_before_a_sentence():
+    for option in ("i cat.png", "ei my/last.JPEG"):
+        with pytest.raises(InputError, match=r"begins with EM DASH, where two hyphens belong: --e?i"):
+            parse_prompt_line(f"a fox \u2014{option}", DEFAULTS, "line 1")
+    text = "a man says \u2014 I love it. Then \u2014I go"
+    assert parse_prompt_line(text, DEFAULTS, "line 1").prompt == text
+
+
+def test_options_of_pictures_are_paths_with_spaces_in_them():
+    line = "a fox --i my pictures/first frame.png --ei ../last.png --f 5"
+    paths = {"image_path": Path("my pictures/first frame.png"), "end_image_path": Path("../last.png")}
+    assert parse_prompt_line(line, DEFAULTS, "line 1") == SamplePrompt("a fox", frames=5, **paths)
 
 
 def test_a_missing_file_is_refused(tmp_path):

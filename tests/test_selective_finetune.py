@@ -11,11 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.selective_finetune import SliceError, attach_slice, block_linears, contract_name, slice_indices, slice_units
+from utils import selective_finetune
+from utils.selective_finetune import (
+    SliceError,
+    attach_slice,
+    block_linears,
+    contract_name,
+    moved_values,
+    slice_indices,
+    slice_units,
+)
 from utils.slice_saving import read_ledger, save_checkpoint, save_slice
 from utils.swap.placement import checkpoint_blocks, place_model
 from utils.swap.plan import SwapConfig
@@ -430,3 +440,28 @@ def test_choosing_the_slices_of_a_14b_model_takes_under_two_seconds():
     units = [slice_units(f"blocks.{b}.{i}", s, "0.001", 7) for b in range(40) for i, s in enumerate(shapes)]
     assert sum(u.count for u in units) == pytest.approx(14_050_918, abs=400)
     assert process_time() - begin < 2
+
+
+def test_writing_a_large_slice_takes_no_memory_for_the_whole_of_it(monkeypatch):
+    model = tiny_model(torch.bfloat16)
+    trained = attach_slice(model, "1", 1)
+    largest = max(matrix.units.count for matrix in trained.matrices.values())
+    monkeypatch.setattr(selective_finetune, "_TOGETHER", largest)
+    with LiveBytes() as counter:
+        counter.restart_peak()
+        trained.write_back()
+    # For one piece: both inputs (2 and 4 bytes a value), what moved_values makes of them, the units read.
+    assert counter.peak - counter.live < 32 * largest < 16 * trained.count
+
+
+@pytest.mark.parametrize("together", [1, 5000, 2**24])
+def test_a_slice_is_written_alike_in_however_many_pieces(monkeypatch, together):
+    monkeypatch.setattr(selective_finetune, "_TOGETHER", together)
+    model = tiny_model(torch.bfloat16)
+    trained = attach_slice(model, "0.3", 2)
+    for parameter in trained.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    trained.write_back()
+    for name, matrix in trained.matrices.items():
+        expected = moved_values(matrix.start, matrix.difference)
+        assert torch.equal(cut(matrix.linear.weight, name, "0.3", 2), expected)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -507,6 +508,18 @@ def test_saves_of_one_run_do_not_overlap_and_saves_of_two_do(slices, files, tmp_
     slices("list {one} {out}/epoch/one.safetensors {out}/run/another.safetensors")
     told = capsys.readouterr().out
     assert re.findall("overlap: (one|another) .* and (one|another) ", told) == [("one", "another")]
+
+
+def test_the_list_takes_patterns_as_the_shells_of_windows_leave_them(slices, files, tmp_path, capsys):
+    for name in ("b.safetensors", "a.safetensors", "a[1].safetensors", "c.txt"):
+        shutil.copy(files / "one.safetensors", tmp_path / name)
+    slices("list {out}/*.safetensors --json")
+    assert [Path(own["path"]).name for own in json.loads(capsys.readouterr().out)["files"]] == [
+        "a.safetensors", "a[1].safetensors", "b.safetensors"
+    ]  # fmt: skip
+    slices("list {out}/a[1].safetensors")
+    with pytest.raises(InputError, match=r"no file is called .*/\*\.pt$"):
+        slices("list {out}/*.pt")
 
 
 def test_the_list_as_json_holds_the_same(slices, files, capsys):

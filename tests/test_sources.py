@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,16 @@ def test_files_that_would_share_a_cache_are_refused(tmp_path, names):
         ("{", "line 1 is not valid JSON"),
         ('{"image_path": "a.png"}', 'must be {"image_path": ..., "caption": ...}; it has image_path'),
         ('{"image_path": "a.png", "tags": "a"}', "it has image_path, tags"),
-        ('{"image_path": "a.png", "caption": 3}', "image_path must be text, and caption text or a list of texts"),
-        ('{"image_path": "a.png", "caption": []}', "caption text or a list of texts"),
-        ('{"image_path": "a.png", "caption": ["a", 3]}', "caption text or a list of texts"),
+        ('{"image_path": "a.png", "caption": 3}', "caption must be text or a list of texts, not 3"),
+        ('{"image_path": "a.png", "caption": null}', "caption must be text or a list of texts, not None"),
+        ('{"image_path": "", "caption": "a"}', "image_path must be a path, not ''"),
+        ('["a.png", "a"]', "is one JSON list: write each {"),
+        ('"a"', 'must be {"image_path": ..., "caption": ...}, not \'a\''),
+        ("image_path,caption", 'Expecting value: line 1 column 1 (char 0); write each {"image_path"'),
+        ('{"image_path": "a.png", "caption": "a"},', "line 1 ends with a comma"),
+        ('{"image_path": "a", "caption": "a", "caption": "b"}', "the key 'caption' is there twice"),
+        ('{"image_path": "a.png", "caption": []}', "caption must be text or a list of texts, not ["),
+        ('{"image_path": "a.png", "caption": ["a", 3]}', "caption must be text or a list of texts, not ["),
         ('{"image_path": "nowhere.png", "caption": "a"}', "nowhere.png does not exist"),
         ('{"image_path": "nowhere.png", "caption": ' + "9" * 5000 + "}", "line 1 is not valid JSON: a number has too"),
         ("[" * 100_000, "line 1 is not valid JSON: it is nested too deeply"),
@@ -85,6 +93,28 @@ def test_mistakes_in_a_list_are_named(tmp_path, line, named):
     with pytest.raises(InputError) as error:
         list_sources(_jsonl(tmp_path / "l.jsonl", line))
     assert named in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(("as_list", "what"), [(True, "one JSON list"), (False, "one JSON object over several lines")])
+def test_a_file_that_is_json_as_a_whole_is_told_as_that(tmp_path, as_list, what, indent):
+    entry = {"image_path": "a.png", "caption": "a"}
+    if not as_list and indent is None:
+        pytest.skip("that is a list of one line")
+    (tmp_path / "l.jsonl").write_text(json.dumps([entry] * 2 if as_list else entry, indent=indent), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"l\.jsonl is {what}: write each .* in a line of its own, without brackets"):
+        list_sources(ImageDataset(Path("cache"), image_jsonl_file=tmp_path / "l.jsonl"))
+
+
+def test_empty_captions_are_counted(tmp_path):
+    sources = list_sources(_images(_folder(tmp_path / "p", a__png="", a__txt=" \n", b__png="", b__txt="b")))
+    assert sources.notes == ("with an empty caption, trained on without words: 1, a.png",)
+
+
+def test_an_ending_of_captions_without_a_dot_is_noticed(tmp_path):
+    folder = _folder(tmp_path / "p", a__png="", a__txt="a")
+    with pytest.raises(InputError, match=r'a\.png needs atxt, because caption_extension is "txt", without a dot'):
+        list_sources(replace(_images(folder), caption_extension="txt"))
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):

@@ -121,7 +121,7 @@ def test_what_decides_the_values_makes_caches_stale(cached, tmp_path, vae_file, 
         vae_file = tmp_path / "other.safetensors"
         save_file({name: value * 1.5 for name, value in weights.items()}, vae_file)
     if change == "pixel_rules":
-        monkeypatch.setattr(origins, "PIXEL_RULES", "2")
+        monkeypatch.setattr(origins, "PIXEL_RULES", "other")
     if change == "bucket":
         write_config(tmp_path, **json.loads(cached.read_text())["datasets"][0] | {"resolution": [48, 32]})
     assert _stale(cached, vae_file, *flags) == "abc"

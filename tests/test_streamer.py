@@ -38,3 +38,36 @@ def test_a_closed_streamer_has_made_its_copies():
     streamer.begin_pass("no grad")
     streamer.close()
     assert device.queue == []
+
+
+def timed_pass(streamer, device):
+    """One training pass in which each use computes for a second."""
+    streamer.begin_pass("training")
+    for weight in (A, B, C, C, B, A):
+        device.used(streamer.use(weight), seconds=1.0)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_computing_waits_for_what_a_copy_takes_longer_than_the_use_beside_it(timing):
+    device = FakeDevice(timing)
+    weights = [StreamedWeight(torch.ones(64)) for _ in range(3)]
+    streamer = WeightStreamer(weights, {256: 2}, device, device, version=lambda: 0)
+    for _ in range(2):
+        timed_pass(streamer, device)
+    waiting, began, device.copy_seconds = streamer.time_waits(), device.now, 3.0
+    timed_pass(streamer, device)
+    # C is copied from 1 s to 4 s and needed at 2 s, A from 6 s to 9 s and needed at 7 s.
+    assert (waiting.take(), device.now - began) == (2 + 2, 10)
+    assert waiting.take() == 0
+
+
+def test_waits_that_the_device_has_not_come_to_are_told_later():
+    device = FakeDevice()
+    streamer = WeightStreamer([StreamedWeight(torch.ones(64))] * 3, {256: 2}, device, device, version=lambda: 0)
+    waiting, device.copy_seconds, device.behind = streamer.time_waits(), 3.0, True
+    timed_pass(streamer, device)
+    assert waiting.take() == 0
+    device.behind = False
+    # The first pass foresees nothing: A, B, C and A again are copied when the host asks for them, which is while the
+    # device still computes with the weight before, if there is one.
+    assert waiting.take() == 3 + 2 + 2 + 2

@@ -1,6 +1,7 @@
 """Text files as editors and shells leave them: encodings, byte order marks, line ends, backslashes in paths."""
 
 import json
+import re
 
 import pytest
 
@@ -97,3 +98,41 @@ def test_empty_texts_in_a_dataset_file_are_as_if_left_out(tmp_path):
     text += 'cache_directory = ""\ncaption_extension = ".txt"\n'
     [dataset] = read_dataset_config(_written(tmp_path / "d.toml", text)).datasets
     assert (dataset.cache_directory, dataset.caption_prefix) == (dataset.image_directory, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("a = \u201cx\u201d", 'U+201C LEFT DOUBLE QUOTATION MARK stands there: write plain quotes (")'),
+        ("a = \u2018x\u2019", "U+2018 LEFT SINGLE QUOTATION MARK stands there: write plain quotes"),
+        ("a\u2014b = 1", "U+2014 EM DASH stands there: write a plain hyphen or ="),
+        ("a\u00a0= 1", "U+00A0 NO-BREAK SPACE stands there: delete it"),
+        ("a\u200b = 1", "U+200B ZERO WIDTH SPACE stands there: delete it"),
+        ("\x1a", "U+001A CONTROL stands there: delete it"),
+        ("a = True", "write true or false in small letters"),
+        ("a = /train/owl", "text must be in quotes"),
+        ("a = character1", "text must be in quotes"),
+    ],
+)
+def test_what_makes_toml_invalid_is_named_if_it_shows(tmp_path, line, hint):
+    (tmp_path / "a.toml").write_text(f"# first\n{line}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(f"; {hint}")):
+        read_toml(tmp_path / "a.toml")
+
+
+def test_a_table_of_datasets_in_single_brackets_is_noticed(tmp_path):
+    (tmp_path / "a.toml").write_text('[datasets]\nimage_directory = "p"\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"\[datasets\] needs double brackets"):
+        read_dataset_config(tmp_path / "a.toml")
+
+
+def test_a_zero_byte_alone_does_not_make_a_file_utf16(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"a = 1\n\0")
+    with pytest.raises(InputError, match="it holds zero bytes; it is probably damaged"):
+        read_toml(tmp_path / "a.toml")
+
+
+def test_a_key_that_is_twice_in_json_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": {"b": 1, "c": 2, "b": 3}}', encoding="utf-8")
+    with pytest.raises(InputError, match="the key 'b' is there twice"):
+        read_json(tmp_path / "a.json", "file")

@@ -338,7 +338,12 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folder):
         ("--mixed_precision", "fp16"): "needs a GPU",
         ("--optimizer_type", "muon"): "matrices",
         ("--lr_scheduler", "none"): "unknown",
-        ("--lr_warmup_steps", "50", "--lr_scheduler", "linear"): "the run has only 10 steps",
+        (
+            "--lr_warmup_steps",
+            "50",
+            "--lr_scheduler",
+            "linear",
+        ): "^--lr_warmup_steps 50: the run has only 10 steps; take fewer, or",
         ("--max_timestep", "0.001", "--preserve_distribution_shape"): "widen the range",
     }.items():
         with pytest.raises(InputError, match=told):

@@ -1,22 +1,30 @@
 """Validation: the loss on held-out pictures at fixed noise, and how far predictions at general captions have moved."""
 
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import CONFIG, run, write_dataset, write_inputs, write_sample_models
 
-from utils.data.cache_files import read_latents, read_text
+from utils.data import origins
+from utils.data.cache_files import image_latents_path, read_latents, read_text, text_path, write_latents
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset
+from utils.data.held_out import held_out
+from utils.data.items import Item
+from utils.data.origins import Origin, read_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.general_captions import general_captions
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
-from utils.run.noise_bins import curves
+from utils.run.noise_bins import SEED, curves
 from utils.run.validation import LEVELS, validation_sums
 from utils.slice_saving import read_header, read_ledger
 from wan.errors import InputError
 from wan.model import WanModel
+from wan.safetensors_header import read_file_header
 
 CPU = torch.device("cpu")
 UNIFORM = TimestepConfig(sampling="uniform")
@@ -48,6 +56,48 @@ def test_a_share_of_the_sources_is_held_out_and_never_trained(config, share, hel
     assert trained.isdisjoint(item.name for item in dataset.held_out)
 
 
+def items_of(folder, names, content=None):
+    """Items with caches in a folder of their own, made of a file of that content."""
+    made = []
+    for name in names:
+        path, size = image_latents_path(folder, name, (16, 16)), (16, 16)
+        origin = content and Origin("", content[name], {"vae": "v"})
+        write_latents(path, torch.zeros(16, 1, 2, 2), size, origin=origin)
+        made.append(Item(f"{name}.png", path, text_path(folder, name), size, 1, (16, 1, 2, 2), (3, 48), ("a",)))
+    return made
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_held_out_picture_is_trained_in_no_other_dataset(tmp_path, order):
+    """The second dataset lists some of the same files, the third has copies of them under other names."""
+    contents = [f"{number}" for number in range(9)]
+    first = items_of(tmp_path / "a", [f"a{number}" for number in contents], {f"a{n}": n for n in contents})
+    first = [replace(item, source=tmp_path / item.name) for item in first]
+    again = items_of(tmp_path / "b", [f"a{number}" for number in contents[3:]])
+    again = [replace(item, source=tmp_path / item.name) for item in again]
+    copies = items_of(tmp_path / "c", [f"c{number}" for number in contents], {f"c{n}": n for n in contents})
+    chosen = held_out([first, again, copies][::order], 0.3)
+    numbers = {item.name[1] for item in chosen}
+    assert len(numbers) >= 3
+    assert {item.latents for item in chosen} == {
+        item.latents for item in (*first, *again, *copies) if item.name[1] in numbers
+    }
+
+
+def test_pictures_of_one_name_in_subfolders_are_held_out_by_their_paths(tmp_path):
+    names = [f"{folder}/IMG_0001" for folder in "hgfedcba"]
+    assert [item.text.parent.name for item in held_out([items_of(tmp_path, names)], 0.2)] == ["b", "a"]
+
+
+def test_copies_of_one_picture_leave_nothing_to_train_on(config):
+    dataset = config("0.5")
+    for item in build_training_dataset(config("0")).items:  # two black pictures, each several times
+        origin = read_origin(item.source, {"vae": "v"})
+        write_latents(item.latents, read_latents(item.latents), item.bucket, origin=origin)
+    with pytest.raises(InputError, match="leaves nothing to train on, because all files are copies of one another"):
+        build_training_dataset(dataset)
+
+
 @pytest.mark.parametrize("share", ["1", "-0.1", "true", '"a"', "nan"])
 def test_a_share_that_leaves_nothing_to_train_is_refused(config, share):
     with pytest.raises(InputError, match="validation_split must be a number from 0 up to, but not including, 1"):
@@ -62,21 +112,21 @@ def test_the_loss_is_that_of_each_picture_at_each_noise_level_in_plain_arithmeti
         latents, text = read_latents(item.latents).float(), read_text(item.text)
         for level in range(LEVELS):
             sigma = torch.tensor([(level + 0.5) / LEVELS])
-            noise = torch.randn(latents.shape, generator=draw_generator(5, "validation", item.name, level))
+            noise = torch.randn(latents.shape, generator=draw_generator(SEED, "validation", item.name, level))
             with torch.no_grad():
                 predicted = model(((1 - sigma) * latents + sigma * noise)[None], 1000 * sigma, [text])[0]
             loss = (predicted.float() - (noise - latents)).square().mean().item()
             low = 250 * (level // 2)
             for place in ("", f" t {low}-{low + 250}"):
                 by_bin.setdefault(place, []).append(loss)
-    found = curves("loss", validation_sums(model, items, UNIFORM, 5, most_values, CPU))
+    found = curves("loss", validation_sums(model, items, UNIFORM, most_values, CPU))
     expected = {f"validation/loss{place}": sum(losses) / len(losses) for place, losses in by_bin.items()}
     assert len(items) == 2 and found == pytest.approx(expected, rel=1e-5)
 
 
 def probe_of(model, items, most_values=10**6):
     texts = [torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3)]
-    return start_probe(ProbedOn(texts, items, UNIFORM, 5), model, most_values, CPU)
+    return start_probe(ProbedOn(texts, items, UNIFORM), model, most_values, CPU)
 
 
 def test_forgetting_is_the_squared_distance_from_the_start(config, model):
@@ -145,6 +195,33 @@ def test_a_resumed_run_is_validated_as_the_uninterrupted_one(folder):
     assert len((folder / "out" / "one-best.slice.safetensors").read_bytes()) == len(best)
 
 
+def test_every_run_starts_from_the_same_numbers_whatever_its_seed_and_batches(folder):
+    folder, t5 = folder
+    starts = []
+    for more in (("--seed", "3"), ("--seed", "4"), ("--seed", "4", "--gradient_accumulation_steps", "2")):
+        told = run(folder, *t5, *more, "--validate_every_n_steps", "99", "--max_train_epochs", "1", "--overwrite")
+        starts.append(validated(told)[0])
+    assert len(set(starts)) == 1
+
+
+def test_a_resumed_run_may_be_the_first_to_measure_forgetting(folder):
+    folder, t5 = folder
+    flags = ("--save_state", "--max_train_epochs", "1")
+    whole = validated(run(folder, *t5, *flags, "--max_train_epochs", "2", "--output_name", "whole"))
+    run(folder, *flags)
+    resumed = validated(run(folder, *t5, *flags, "--max_train_epochs", "2", "--resume", "latest"))
+    assert list(resumed) == [6] and resumed[6] == whole[6] and resumed[6][1] > 0
+
+
+def test_where_every_general_caption_is_preserved_forgetting_is_not_measured_and_that_is_said(folder):
+    folder, t5 = folder
+    (folder / "all.txt").write_text("\n".join(general_captions()), encoding="utf-8")
+    preserve = ("--preserve_prompts", str(folder / "all.txt"), "--preserve_levels", "1", "--preserve_every", "1")
+    told = run(folder, *t5, *preserve, "--max_train_epochs", "1")
+    assert [line for line in told if line.startswith("note: forgetting is not measured, because the run trains or")]
+    assert not validated(told) and [line for line in told if line.startswith("step 3: validation loss")]
+
+
 def test_without_a_text_encoder_or_pictures_the_other_is_measured(folder, tmp_path):
     folder, t5 = folder
     told = run(folder, "--validate_every_n_epochs", "2")
@@ -158,7 +235,7 @@ def test_without_a_text_encoder_or_pictures_the_other_is_measured(folder, tmp_pa
 def test_a_dataset_of_its_own_is_validated_on_unless_it_is_trained(folder):
     folder, _ = folder
     (folder / "data.toml").write_text((folder / "data.toml").read_text(encoding="utf-8").split("[general]")[0])
-    with pytest.raises(InputError, match=r"is in --dataset_config and in --validation_dataset_config"):
+    with pytest.raises(InputError, match="and 7 more files are in --dataset_config and in --validation_dataset_config"):
         run(folder, "--validation_dataset_config", str(folder / "data.toml"))
     other = write_dataset(folder / "other", "other")
     whole = other.read_text(encoding="utf-8")
@@ -170,6 +247,44 @@ def test_a_dataset_of_its_own_is_validated_on_unless_it_is_trained(folder):
     assert [line.partition(" (")[0].rpartition(" ")[0] for line in told if line.startswith("step")] == [
         "step 0: validation loss", "step 5: validation loss"
     ]  # fmt: skip
+
+
+def _made_by(folder, vae, text_encoder, content=str):
+    """Lets the caches of a dataset say what they were made of and by; `content` gives a picture's hash by its stem."""
+    for path in sorted((folder / "pics").glob("*_wan*.safetensors")):
+        made_by, is_text = {"vae": vae, "text_encoder": text_encoder}, path.name.endswith("_te.safetensors")
+        stem = path.name.split("_")[0]
+        state = origins.file_state(folder / "pics" / f"{stem}.png")
+        origin = origins.Origin(state, content(stem), made_by)
+        tensors, metadata = load_file(path), read_file_header(path)[1]
+        save_file(tensors, path, {**metadata, **(origins.made_by_metadata(made_by) if is_text else origin.metadata())})
+
+
+def test_datasets_that_were_cached_with_different_vaes_are_told(tmp_path):
+    tables = [write_dataset(tmp_path / name, name).read_text(encoding="utf-8") for name in "ab"]
+    (tmp_path / "both.toml").write_text("\n".join(tables), encoding="utf-8")
+    _made_by(tmp_path / "a", "one", "one", content=str)
+    _made_by(tmp_path / "b", "two", "one")
+    told = build_training_dataset(read_dataset_config(tmp_path / "both.toml")).describe()
+    line = (
+        "latent caches made with another VAE than the others (cache them again to make them alike): 8, such as bhigh0"
+    )
+    assert [found[: len(line)] for found in told if "made with" in found] == [line]
+
+
+def test_what_is_validated_on_is_told_and_compared_with_what_trains(folder, tmp_path):
+    shutil.copytree(folder[0], tmp_path / "run")
+    data, other = write_dataset(tmp_path / "a"), write_dataset(tmp_path / "b", "other")
+    _made_by(tmp_path / "a", "one", "one")
+    _made_by(tmp_path / "b", "two", "two")
+    flags = ["--dataset_config", str(data), "--validation_dataset_config", str(other), "--max_train_steps", "1"]
+    told = [line for line in run(tmp_path / "run", *flags) if line.startswith("validation")]
+    assert told[0].startswith("validation dataset 1: 8 pictures (16x32x1: 5, 32x16x1: 3)")
+    assert told[1].startswith("validation: latent caches made with another VAE than those that are trained on")
+    assert told[2].startswith("validation: text caches made with another text encoder than those that are trained on")
+    _made_by(tmp_path / "b", "one", "one", content=lambda stem: stem.removeprefix("other"))
+    with pytest.raises(InputError, match=r"otherhigh0\.png and 7 more files are in --dataset_config and"):
+        run(tmp_path / "run", *flags, "--overwrite")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from utils.pixels.rates import own_rate
 from utils.pixels.remarks import HDR, TRANSPARENT, VARIABLE_RATE
 from utils.pixels.tone_mapping import compressed_nits
 from utils.pixels.videos import count_frames, read_video, stored_video_size, video_size
+from wan.errors import InputError
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 # The matrix that turns what is stored, and how an upright picture is stored for it.
@@ -196,3 +197,14 @@ def test_a_rate_that_is_not_the_dataset_files_is_said_with_both(tmp_path, source
     lines = rate_lines(VideoDataset(tmp_path, source_fps=source_fps), {path: own_rate(path)})
     assert len(lines) == (said is not None)
     assert all(words in lines[0] for words in said or [])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "it is empty (0 bytes)"), (b"<html>not found</html>", "it is damaged, or what it holds is not a video")],
+)
+def test_a_file_that_is_not_a_video_is_told_in_plain_words(tmp_path, content, said):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        video_size(tmp_path / "a.mp4")
+    assert str(refused.value) == f"{tmp_path / 'a.mp4'} cannot be read: {said}"

@@ -18,10 +18,12 @@ METADATA = {"num_heads": "4", "text_len": "7"}
 LEFT = f".{this_process().split('-')[0]}-4194399-1{UNFINISHED}"  # by a process of this machine that is gone
 
 
-def write_base(path: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, prefix: str = "") -> Path:
+def write_base(
+    path: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, prefix: str = "", config: WanConfig = CONFIG
+) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        weights = {prefix + name: tensor.to(dtype) for name, tensor in WanModel(CONFIG).state_dict().items()}
+        weights = {prefix + name: tensor.to(dtype) for name, tensor in WanModel(config).state_dict().items()}
     save_file(weights, path, METADATA)
     return path
 
@@ -41,9 +43,9 @@ def train_concept(base: Path, folder: Path, name: str, ff: str, ffid: int, compu
     return trained
 
 
-def write_chain(folder: Path) -> Path:
+def write_chain(folder: Path, config: WanConfig = CONFIG) -> Path:
     """base, one (ff 0.05, ffid 2), two on top of it (ff 0.03, ffid 1) as checkpoints and slices; the folder."""
-    write_base(folder / "base.safetensors")
+    write_base(folder / "base.safetensors", config=config)
     train_concept(folder / "base.safetensors", folder, "one", "0.05", 2)
     train_concept(folder / "one.safetensors", folder, "two", "0.03", 1)
     return folder

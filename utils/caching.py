@@ -18,13 +18,16 @@ from tqdm import tqdm
 from utils.data.cache_files import (
     is_cache,
     latents_files,
+    read_clip,
+    read_condition,
+    read_latents,
     remove_unfinished,
     text_files,
     text_path,
-    text_problem,
     write_latents,
     write_text,
 )
+from utils.data.cache_problems import CLIP, CONDITION, LATENTS, cache_parts, text_problem
 from utils.data.cache_summary import Caching, after_latents, after_text, rate_lines, summary_lines
 from utils.data.clips import Clip, batched_units, batches, how_to_read, read_ahead
 from utils.data.origins import weights_identity
@@ -41,11 +44,13 @@ from utils.data.sources import (
 )
 from utils.devices import cpu_line
 from utils.files import writable_folder
+from utils.learning.conditions import picture_condition
 from utils.locks import sole_writer
 from utils.pixels.rates import own_rate
 from utils.pixels.remarks import count_and_names, remark_lines
-from wan.configs import WAN_2_1_VAE
+from wan.configs import Conditions
 from wan.errors import InputError
+from wan.image_encoder import ImageEncoder, load_image_encoder
 from wan.text_encoder import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae
 
@@ -54,11 +59,15 @@ _SPECIMEN = 'Ein Kätzchen, 一只猫 and a cat\'s "3" kittens'  # tokenizers th
 
 @dataclass(frozen=True)
 class CacheLatentsConfig:
-    """`batch_size` None takes each dataset's own; `workers` are the threads that read pictures and videos ahead."""
+    """`batch_size` None takes each dataset's own; `workers` are the threads that read pictures and videos ahead.
+
+    The datasets say which VAE they are for, and what is cached beside latents; `clip` is needed if CLIP tokens are.
+    """
 
     dataset: DatasetConfig
     vae: Path
     device: torch.device
+    clip: Path | None = None
     vae_dtype: torch.dtype = torch.bfloat16
     batch_size: int | None = None
     workers: int = 1
@@ -81,11 +90,22 @@ class CacheTextConfig:
     keep_cache: bool = False
 
 
+@dataclass(frozen=True)
+class _Encoders:
+    """What makes latent caches; `conditions` are what is made beside the latents."""
+
+    vae: WanVAE
+    clip: ImageEncoder | None
+    conditions: Conditions
+    dtype: torch.dtype  # of the latents in the cache
+
+
 def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> None:
     """Encodes every picture and clip of the datasets and writes their cache files.
 
-    InputError if a dataset, a file or the VAE cannot be read, another process caches latents into one of the folders,
-    or a latent is not finite.
+    For image-to-video models with what they are given: the first frames, or the first and last ones. InputError if a
+    dataset, a file, the VAE or CLIP cannot be read, another process caches latents into one of the folders, or a latent
+    is not finite.
     """
     listed = [(dataset, _listed(dataset, config.workers, say)) for dataset in config.dataset.datasets]
     # Sizes before the VAE, so that files that cannot be opened are found before anything is loaded or written.
@@ -97,15 +117,15 @@ def cache_latents(config: CacheLatentsConfig, say: Callable[[str], None]) -> Non
     if line := cpu_line(config.device):
         say(line)
     with _locked_folders(config.dataset, "latents"):
-        vae = load_vae(config.vae, config.vae_dtype, config.device, WAN_2_1_VAE.channels)
+        encoders = _load_encoders(config)
         done = Caching(left_out=sum(len(sources.left_out) for _, sources in listed))
         for number, (dataset, sized) in enumerate(plans, 1):
             remove_unfinished(dataset.cache_directory, "_wan", dataset.recursive)
-            wanted, cached = _cache_dataset_latents(dataset, sized, vae, config, number, say)
+            wanted, cached = _cache_dataset_latents(dataset, sized, encoders, config, number, say)
             done += cached
             if not config.keep_cache:
                 done += _delete_others(latents_files(dataset.cache_directory, dataset.recursive), wanted, say)
-    for line in [*summary_lines("latents", done), after_latents(config.dataset, listed)]:
+    for line in [*summary_lines("latents", done), after_latents(config.dataset, listed, done)]:
         say(line)
 
 
@@ -129,6 +149,16 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
                 done += _delete_others(text_files(dataset.cache_directory, dataset.recursive), wanted, say)
     for line in [*summary_lines("captions", done, encoder.text_len), after_text(config.dataset)]:
         say(line)
+
+
+def _load_encoders(config: CacheLatentsConfig) -> _Encoders:
+    conditions = config.dataset.conditions
+    assert conditions.clip == (config.clip is not None)
+    vae = load_vae(config.vae, config.vae_dtype, config.device, config.dataset.latents.channels)
+    # Half precision is what Wan runs CLIP in, and slow on a CPU.
+    clip_dtype = torch.float16 if config.device.type == "cuda" else torch.float32
+    clip = None if config.clip is None else load_image_encoder(config.clip, clip_dtype, config.device)
+    return _Encoders(vae, clip, conditions, config.vae_dtype)
 
 
 @contextmanager
@@ -163,7 +193,7 @@ def _say_rates(dataset: AnyDataset, sized: Sequence[SizedSource], workers: int, 
 def _cache_dataset_latents(
     dataset: AnyDataset,
     sized: Sequence[SizedSource],
-    vae: WanVAE,
+    encoders: _Encoders,
     config: CacheLatentsConfig,
     number: int,
     say: Callable[[str], None],
@@ -172,8 +202,8 @@ def _cache_dataset_latents(
     batch_size = config.batch_size or dataset.batch_size
     wanted: set[Path] = set()
     done = Caching()
-    encoder = {"vae": _vae_identity(vae), "vae_dtype": str(config.vae_dtype).removeprefix("torch.")}
-    how = how_to_read(dataset, encoder, config.recache)
+    made_by = {"vae": _vae_identity(encoders.vae), "vae_dtype": str(encoders.dtype).removeprefix("torch.")}
+    how = how_to_read(dataset, made_by, encoders.clip and _clip_identity(encoders.clip), config.recache)
     units = batched_units(dataset, sized, batch_size)
     short: list[Path] = []
     remarked: dict[str, list[Path]] = defaultdict(list)
@@ -185,9 +215,8 @@ def _cache_dataset_latents(
             for source, remark in sorted({(clip.source, remark) for clip in clips for remark in clip.remarks}):
                 remarked[remark].append(source)
             fresh = [clip for clip in clips if clip.pixels_THWC is not None]
-            _encode_clips(fresh, vae, batch_size, config.vae_dtype)
-            untold = tuple(clip.path for clip in clips if clip.origin is None)
-            done += Caching(made=len(fresh), current=len(clips) - len(fresh), untold=untold)
+            _encode_clips(fresh, encoders, batch_size)
+            done += _done(clips, encoders.conditions)
             bar.update(len(unit))
     if short:
         say(f"videos shorter than the smallest of their target_frames, left out: {count_and_names(short)}")
@@ -197,34 +226,77 @@ def _cache_dataset_latents(
     return wanted, done + Caching(left_out=len(short))
 
 
+def _done(clips: Sequence[Clip], conditions: Conditions) -> Caching:
+    fresh = [clip for clip in clips if clip.pixels_THWC is not None]
+    return Caching(
+        made=len(fresh),
+        current=len(clips) - len(fresh),
+        added_to=sum(bool(clip.kept) for clip in fresh),
+        one_frame=sum((clip.frame_count or 1) == 1 for clip in clips) if conditions.pictures else 0,
+        untold=tuple(clip.path for clip in clips if clip.origin is None),
+    )
+
+
 def _vae_identity(vae: WanVAE) -> str:
     """What stays the same if only the decoder, which draws samples, is another one."""
     weights = vae.model.state_dict()
     return weights_identity(weights[name] for name in weights if not name.startswith(("decoder.", "post_quant_conv.")))
 
 
-def _encode_clips(clips: Sequence[Clip], vae: WanVAE, batch_size: int, dtype: torch.dtype) -> None:
+def _clip_identity(clip: ImageEncoder) -> str:
+    """The same in every precision that it is loaded in."""
+    return weights_identity(tensor.half() for tensor in clip.model.state_dict().values())
+
+
+def _encode_clips(clips: Sequence[Clip], encoders: _Encoders, batch_size: int) -> None:
     """Encodes a unit in batches of equal shape; writes once all are encoded, so that no video is cached in part."""
-    by_shape = defaultdict(list)
+    alike = defaultdict(list)
     for clip in clips:
-        by_shape[clip.pixels_THWC.shape].append(clip)
-    together = [batch for members in by_shape.values() for batch in batches(members, batch_size)]
-    encoded = [_encode_batch(batch, vae).to("cpu", dtype) for batch in together]
-    for batch, latents_BCFHW in zip(together, encoded, strict=True):
-        for clip, latents_CFHW in zip(batch, latents_BCFHW, strict=True):
-            write_latents(clip.path, latents_CFHW, clip.named_size, clip.frame_count, clip.origin, clip.mask_HW)
+        alike[clip.pixels_THWC.shape, clip.kept].append(clip)
+    together = [batch for members in alike.values() for batch in batches(members, batch_size)]
+    encoded = [_encode_batch(batch, encoders) for batch in together]
+    for batch, parts in zip(together, encoded, strict=True):
+        for clip, own in zip(batch, parts, strict=True):
+            _write_clip(clip, own)
 
 
-def _encode_batch(batch: Sequence[Clip], vae: WanVAE) -> torch.Tensor:
+def _write_clip(clip: Clip, made: Mapping[str, torch.Tensor]) -> None:
+    """Writes a clip's cache anew, with the parts of it that are kept."""
+    read = {LATENTS: read_latents, CONDITION: read_condition, CLIP: read_clip}
+    parts = {**made, **{part: read[part](clip.path) for part in clip.kept}}
+    rest = (clip.named_size, clip.frame_count, clip.origin, clip.mask_HW, parts.get(CONDITION), parts.get(CLIP))
+    write_latents(clip.path, parts[LATENTS], *rest)
+
+
+def _encode_batch(batch: Sequence[Clip], encoders: _Encoders) -> list[dict[str, torch.Tensor]]:
+    """For each of some clips of one shape, the parts that are not kept, on the CPU, in the dtypes of the cache."""
+    vae, conditions = encoders.vae, encoders.conditions
+    parts = cache_parts(conditions) - batch[0].kept
     pixels_BTHWC = torch.from_numpy(np.stack([clip.pixels_THWC for clip in batch])).to(vae.device)
     video_BCTHW = rearrange(pixels_BTHWC.float() / 127.5 - 1, "b t h w c -> b c t h w")
-    latents_BCFHW = vae.encode(video_BCTHW.to(vae.dtype))
-    for clip, latents_CFHW in zip(batch, latents_BCFHW, strict=True):
-        _refuse_not_finite(latents_CFHW, f"the latents for {clip.path.name}", "try --vae_dtype float32")
-    return latents_BCFHW
+    pictures_BCHW = [video_BCTHW[:, :, frame] for frame in (0, -1)[: conditions.pictures]]
+    made = {}
+    if LATENTS in parts:
+        made[LATENTS] = vae.encode(video_BCTHW).to("cpu", encoders.dtype)
+    if CONDITION in parts:
+        made[CONDITION] = picture_condition(vae, pictures_BCHW, video_BCTHW.shape[2]).to("cpu", encoders.dtype)
+    if CLIP in parts:
+        tokens_BPI = torch.cat([encoders.clip.encode(picture) for picture in pictures_BCHW], dim=1)
+        made[CLIP] = tokens_BPI.to("cpu", torch.float16)
+    for part, values in made.items():
+        _refuse_not_finite(part, values, batch)
+    return [{part: values[number] for part, values in made.items()} for number in range(len(batch))]
 
 
-def _refuse_not_finite(values: torch.Tensor, what: str, advice: str) -> None:
+def _refuse_not_finite(part: str, values: torch.Tensor, batch: Sequence[Clip]) -> None:
+    for clip, own in zip(batch, values, strict=True):
+        if part == CLIP:
+            _check_finite(own, f"the CLIP tokens for {clip.path.name}", "the file of --clip may be damaged")
+        else:
+            _check_finite(own, f"the latents for {clip.path.name}", "try --vae_dtype float32")
+
+
+def _check_finite(values: torch.Tensor, what: str, advice: str) -> None:
     if not torch.isfinite(values).all():
         raise InputError(f"{what} contain NaN or infinity and were not written: {advice}")
 
@@ -267,7 +339,7 @@ def _encode_texts(texts: Mapping[str, Path], encoder: TextEncoder, batch_size: i
     for batch in batches(list(texts), batch_size):
         for text, text_SD in zip(batch, encoder(list(batch)), strict=True):
             name = texts[text].name
-            _refuse_not_finite(text_SD, f"the tokens for {name}", "the text encoder's file may be damaged")
+            _check_finite(text_SD, f"the tokens for {name}", "the text encoder's file may be damaged")
             encoded[text] = text_SD.to("cpu", torch.bfloat16)
     return encoded
 

@@ -1,6 +1,7 @@
 """Pictures, videos and latents from prompts: the job behind wan_generate_video.py.
 
-One model is in memory at a time: the text encoder, then each DiT, then the VAE decodes.
+One model is in memory at a time: what encodes pictures, the text encoder, each DiT, then the VAE decodes. The VAE,
+which is small, waits on the CPU.
 """
 
 import glob
@@ -28,9 +29,12 @@ from utils.sampling.denoising import (
     decode_latent,
     encode_samples,
     resolve_sample,
+    size_line,
 )
+from utils.sampling.picture_rules import pictures_taken
 from utils.sampling.prompts import SamplePrompt, parse_prompt_line
-from utils.sampling.sample_metadata import sample_settings, settings_of_latent
+from utils.sampling.sample_metadata import picture_names, sample_settings, settings_of_latent
+from utils.sampling.starts import encode_starts
 from utils.slice_saving import base_identity
 from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
@@ -55,7 +59,7 @@ class GenerateConfig:
     task: str
     save_path: Path
     output_type: str
-    fps: int
+    fps: int | None  # None: that of the models with this VAE
     write_metadata: bool
     prompts: tuple[SamplePrompt, ...]
     typed_defaults: SamplePrompt | None  # set: prompts are typed, one a line
@@ -66,6 +70,7 @@ class GenerateConfig:
     slice_strengths: tuple[float, ...]
     vae: Path | None
     t5: Path | None
+    clip: Path | None  # the image encoder, for tasks that read pictures through it
     tokenizer: Path | None
     solver: str
     boundary: float | None  # share of the timesteps above which dit_high_noise works
@@ -159,10 +164,15 @@ def _read_expert(
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
-    """The VAE on the CPU: loaded first, because it is small and a wrong file should not cost a sampling run."""
-    if config.output_type == "latent":
+    """The VAE on the CPU: loaded first, because it is small and a wrong file should not cost a sampling run.
+
+    None if only latents are saved and no picture is encoded.
+    """
+    task = TASKS[config.task]
+    encodes = config.vae is not None and pictures_taken(task)[1] > 0
+    if config.output_type == "latent" and not encodes:
         return None
-    return load_vae(config.vae, config.vae_dtype, "cpu", TASKS[config.task].latents.channels)
+    return load_vae(config.vae, config.vae_dtype, "cpu", task.latents.channels)
 
 
 def _sample_typed(
@@ -174,12 +184,19 @@ def _sample_typed(
         if not line.strip():
             break
         try:
-            prompt = parse_prompt_line(line, config.typed_defaults, f"line {number}")
+            prompt = parse_prompt_line(line, config.typed_defaults, f"line {number}", TASKS[config.task])
+            check_vae(prompt, vae)
         except InputError as error:
             say(f"error: {error}")  # the user can correct it on the next line
             continue
         paths += _sample_all(config, [prompt], experts, vae, say)
     return paths
+
+
+def check_vae(prompt: SamplePrompt, vae: object | None) -> None:
+    """InputError if the prompt starts from a picture and there is no VAE to encode it."""
+    if prompt.image_path is not None and vae is None:
+        raise InputError(f"--vae is missing: it encodes the picture {prompt.image_path}")
 
 
 def _sample_all(
@@ -190,11 +207,14 @@ def _sample_all(
     say: Callable[[str], None],
 ) -> list[Path]:
     samples = [_resolve(prompt, config, experts[-1].defaults) for prompt in prompts]
-    for sample in samples:
-        say(_describe(sample))
+    for prompt, sample in zip(prompts, samples, strict=True):
+        for line in filter(None, [size_line(prompt, sample), _describe(sample)]):
+            say(line)
+    image_dim = experts[0].widths.image_dim
+    starts = encode_starts(samples, TASKS[config.task], vae, config.clip, image_dim, config.device, say)
     texts = _encode(config, experts, samples, say)
     writers.remove_unfinished(config.save_path)
-    denoisings = [Denoising(sample) for sample in samples]
+    denoisings = [Denoising(sample, start) for sample, start in zip(samples, starts, strict=True)]
     with tqdm(total=sum(sample.steps for sample in samples), desc="steps", unit="step") as bar:
         for expert in experts:
             _run_expert(config, expert, denoisings, texts, bar.update, say)
@@ -207,8 +227,9 @@ def _resolve(prompt: SamplePrompt, config: GenerateConfig, defaults: SampleDefau
 
 
 def _describe(sample: Sample) -> str:
+    pictures = f" from {' to '.join(sample.pictures)}" if sample.pictures else ""
     return (
-        f"{sample.prompt!r}: {sample.width}x{sample.height}, {sample.frames} frames, seed {sample.seed}, "
+        f"{sample.prompt!r}{pictures}: {sample.width}x{sample.height}, {sample.frames} frames, seed {sample.seed}, "
         f"{sample.steps} steps of {sample.solver}, flow shift {sample.flow_shift:g}, guidance {sample.guidance_scale:g}"
     )
 
@@ -262,12 +283,13 @@ def _save_all(
             metadata = _latent_metadata(denoising.sample) if config.write_metadata else {}
             path = config.save_path / f"{stem}_latent.safetensors"
             paths.append(writers.save_latent(path, denoising.latent_CFHW, metadata))
-    if vae is not None:
+    if config.output_type != "latent":
         vae.to(config.device)
         paths += [
             _save_decoded(config, vae, denoising.latent_CFHW, stem, _settings(denoising.sample, experts))
             for stem, denoising in zip(stems, denoisings, strict=True)
         ]
+        vae.to("cpu")
     for path in paths:
         say(f"saved {path}")
     return paths
@@ -299,6 +321,7 @@ def _latent_metadata(sample: Sample) -> dict[str, str]:
         "infer_steps": sample.steps,
         "guidance_scale": sample.guidance_scale,
         "negative_prompt": sample.negative_prompt,
+        **picture_names(sample),
     }
     return {key: str(value) for key, value in values.items()}
 
@@ -322,12 +345,13 @@ def _save_decoded(
         settings = writers.NO_SETTINGS
     if config.output_type in _FRAME_OUTPUTS:
         return writers.save_frames(config.save_path, stem, video_3THW, settings)
-    return writers.save_sample(config.save_path, stem, video_3THW, config.fps, settings)
+    fps = vae.kind.layout.fps if config.fps is None else config.fps
+    return writers.save_sample(config.save_path, stem, video_3THW, fps, settings)
 
 
 def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
     loaded = [writers.load_latent(path) for path in config.latent_paths]
-    vae = load_vae(config.vae, config.vae_dtype, config.device, TASKS[config.task].latents.channels)
+    vae = _vae_of_latents(config, {len(latent_CFHW) for latent_CFHW, _ in loaded})
     writers.remove_unfinished(config.save_path)
     stems = _free_stems(config.save_path, [file_name(metadata.get("seeds", "0")) for _, metadata in loaded])
     paths = []
@@ -336,3 +360,13 @@ def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> 
         paths.append(_save_decoded(config, vae, latent_CFHW, file_name(f"{stem}_{source.stem}"), settings))
         say(f"saved {paths[-1]}")
     return paths
+
+
+def _vae_of_latents(config: GenerateConfig, channels: set[int]) -> WanVAE:
+    """The VAE of latents with these channels, whatever the task is: it is the one that they were made for."""
+    if len(channels) > 1:
+        raise InputError(
+            f"--latent_path: the files have latents of {' and '.join(map(str, sorted(channels)))} channels, which are "
+            "of different VAEs: decode them one kind after the other"
+        )
+    return load_vae(config.vae, config.vae_dtype, config.device, channels.pop())

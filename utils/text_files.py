@@ -3,10 +3,12 @@
 import json
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
-from utils.files import existing_file
+from utils.files import existing_file, quoted
 from wan.errors import InputError
+from wan.values import character_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,9 +25,9 @@ def read_toml(path: Path) -> dict:
     try:
         return _parsed(tomllib.loads, text, f"{path} is not valid toml")
     except InputError as error:
-        line = re.search(r"at line (\d+)", str(error))
-        typed = line and re.search(r'"([^"]*\\[^"]*)"', text.split("\n")[int(line[1]) - 1])
-        raise InputError(f"{error}; {_two_ways(typed[1])}" if typed else str(error)) from None
+        at = re.search(r"at line (\d+), column (\d+)", str(error))
+        hint = _toml_hint(text.split("\n")[int(at[1]) - 1], int(at[2]) - 1) if at else ""
+        raise InputError(f"{error}{hint}") from None
 
 
 def escaped_path(text: str, in_json: bool = False) -> str | None:
@@ -61,8 +63,11 @@ def read_text(path: Path, what: str) -> str:
         encoding = _other_encoding(data)
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path} is not UTF-8 text (line {line}); {_how_to_convert(path, encoding)}") from None
-    if "\0" in text:  # every second byte, where it is UTF-16 without a mark
-        raise InputError(f"{path} is not UTF-8 text: it holds zero bytes; {_how_to_convert(path, 'UTF-16')}")
+    if "\0" in text:
+        # Every second byte, where it is UTF-16 without a mark.
+        is_wide = text.count("\0") > len(text) / 3
+        remedy = _how_to_convert(path, "UTF-16") if is_wide else "it is probably damaged: save it again in your editor"
+        raise InputError(f"{path} is not UTF-8 text: it holds zero bytes; {remedy}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -72,6 +77,24 @@ def text_lines(text: str) -> list[str]:
     A byte order mark before a line, which joining files leaves there, is no part of it.
     """
     return [line.removeprefix("\ufeff") for line in text.split("\n")]
+
+
+def _toml_hint(line: str, column: int) -> str:
+    """What to do about a line that cannot be read from `column` on, as far as it shows."""
+    if typed := re.search(r'"([^"]*\\[^"]*)"', line):
+        return f"; {_two_ways(typed[1])}"
+    rest = line[column:]
+    stranger = rest[:1] if rest[:1] > "~" or (rest and rest[0] < " " and rest[0] != "\t") else ""
+    if stranger:
+        [name] = character_names(stranger)
+        is_quote, is_dash = unicodedata.category(stranger) in ("Pi", "Pf"), unicodedata.category(stranger) == "Pd"
+        instead = 'write plain quotes (")' if is_quote else "write a plain hyphen or =" if is_dash else "delete it"
+        return f"; {name} stands there: {instead}"
+    if re.match(r"(true|false)\b", rest, re.I):
+        return "; write true or false in small letters"
+    if re.match(r"[A-Za-z_/~.]", rest) and "=" in line[:column]:
+        return "; text must be in quotes"
+    return ""
 
 
 def _two_ways(typed: str) -> str:
@@ -94,10 +117,19 @@ def _how_to_convert(path: Path, encoding: str) -> str:
 
 
 def _json_value(text: str) -> object:
-    value = json.loads(text)
+    value = json.loads(text, object_pairs_hook=_without_repeats)
     # Escapes can spell half a character, which can be neither printed nor part of a path: encoding tells.
     json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON; of a key that is there twice, readers take either value."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {quoted(twice)} is there twice")
+    return table
 
 
 def _parsed(parse, text: str, problem: str):

@@ -1,7 +1,7 @@
 """Trains one slice of a Wan checkpoint on a dataset: the job behind wan_train_network.py."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -20,14 +20,15 @@ from utils.learning.lr_schedules import build_scheduler
 from utils.learning.optimizers import build_optimizer, learning_rates
 from utils.locks import sole_writer
 from utils.preserve.asking import AskingPlan, encode_old_prompts, keep_answers
+from utils.preserve.general_captions import general_captions
 from utils.run.checks import Inputs, RunPlan, check, read_inputs
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.fingerprint import other_settings, start_hash
 from utils.run.finite import check_start_is_finite
-from utils.run.forgetting import Probe, ProbedOn, encode_probe, start_probe
+from utils.run.forgetting import CAPTIONS, Probe, ProbedOn, encode_probe, start_probe
 from utils.run.opening_lines import opening_lines, timestep_lines
 from utils.run.plan import first_items
-from utils.run.progress import StepBar
+from utils.run.progress import StepBar, StepTimer
 from utils.run.run import Place, Run, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
 from utils.run.save_schedule import SaveConfig, remove_overwritten, save_after_epoch, save_after_step, save_at_end
@@ -145,17 +146,30 @@ def _encode_prompts(
         )
     if asking:
         asking = encode_old_prompts(config.preserve, asking, accelerator, say)
-    return samples, asking, _encode_probe(config.validation, inputs, plan, accelerator)
+    return samples, asking, _encode_probe(config.validation, inputs, plan, accelerator, say)
 
 
 def _encode_probe(
-    validation: ValidationConfig | None, inputs: Inputs, plan: RunPlan, accelerator: Accelerator
+    validation: ValidationConfig | None,
+    inputs: Inputs,
+    plan: RunPlan,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
 ) -> list[Tensor]:
-    """The captions at which forgetting is measured; none where it is not, or from the start of an earlier run."""
-    if validation is None or validation.t5 is None or (plan.resume and read_state(plan.resume).validation):
+    """The captions at which forgetting is measured; none where it is not, or from the start that a state keeps."""
+    if validation is None or validation.t5 is None or _kept_probe(plan):
         return []
-    without = _not_to_probe(inputs, plan)
-    return encode_probe(validation.t5, validation.tokenizer, without, inputs.model_config, accelerator)
+    captions = general_captions(without=_not_to_probe(inputs, plan))[:CAPTIONS]
+    if not captions:
+        say("note: forgetting is not measured, because the run trains or preserves every caption that it would ask")
+        return []
+    return encode_probe(validation.t5, validation.tokenizer, captions, inputs.model_config, accelerator)
+
+
+def _kept_probe(plan: RunPlan) -> Mapping | None:
+    """What the state that the run continues from keeps of the predictions at its start."""
+    saved = read_state(plan.resume).validation if plan.resume else None
+    return saved["probe"] if saved else None
 
 
 def _not_to_probe(inputs: Inputs, plan: RunPlan) -> set[str]:
@@ -204,7 +218,7 @@ def prepare(
     say: Callable[[str], None],
 ) -> Run:
     """Everything that the loop works with; records the reference predictions that the run preserves."""
-    model, trained = placed.model, placed.trained
+    model, trained, streamer = placed.model, placed.trained, placed.placement.streamer
     optimizer = build_optimizer(config.optimizer, trained.parameters())
     settings = {**plan.settings, **start_hash(trained)}
     replaces = config.save.overwrite or plan.continues
@@ -231,6 +245,7 @@ def prepare(
         validation=_validation(config, inputs, plan, probed, model, accelerator.device),
         debug=TrainingDebug(trained, len(model.blocks), inputs.header.files, applied) if watches else None,
         say=say,
+        timer=StepTimer(streamer.time_waits().take if streamer else None),
     )
 
 
@@ -245,14 +260,14 @@ def _validation(
     """What the run is validated on; forgetting is measured from the model as it was before the run's first step."""
     if config.validation is None:
         return None
-    saved = read_state(plan.resume).validation if plan.resume else None
     most_values = WITHOUT_GRADIENT * plan.most_values
-    if saved and saved["probe"]:
-        probe = Probe.from_state(saved["probe"])
+    if kept := _kept_probe(plan):
+        probe = Probe.from_state(kept)
     else:
-        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps, inputs.seed)
+        asked = ProbedOn(probed, inputs.dataset.items, config.timesteps, config.i2v_share)
         probe = start_probe(asked, model, most_values, device) if probed else None
-    return Validation(config.validation, inputs.validated, config.timesteps, inputs.seed, most_values, probe)
+    rest = (most_values, probe, config.i2v_share)
+    return Validation(config.validation, inputs.validated, config.timesteps, *rest)
 
 
 def _start_trackers(run: Run) -> None:

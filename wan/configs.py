@@ -33,6 +33,11 @@ class WanConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     image_dim: int | None = None
 
+    @property
+    def starts_from_latents(self) -> bool:
+        """Whether a first frame is given to the model as a clean one among its noisy latents, at timestep 0."""
+        return self.model_type == "ti2v"
+
 
 @dataclass(frozen=True)
 class LatentLayout:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.errors import InputError
-from wan.state_dict_files import fill_model, read_state_dict
+from wan.state_dict_files import load_model, read_state_dict
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -48,7 +48,7 @@ class ImageEncoder:
     """A loaded CLIP image encoder without its last block, whose output Wan does not use; frozen."""
 
     def __init__(self, model: "CLIPVisionModel"):
-        self.model = model.requires_grad_(False).eval()
+        self.model = model
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,14 +100,13 @@ def load_image_encoder(
     sizes = encoder_sizes(tensors, metadata, source)
     from transformers import CLIPVisionConfig, CLIPVisionModel  # here, because it takes seconds
 
-    with torch.device("meta"):
-        model = CLIPVisionModel(CLIPVisionConfig(**sizes, hidden_act="gelu", layer_norm_eps=1e-5))
+    config = CLIPVisionConfig(**sizes, hidden_act="gelu", layer_norm_eps=1e-5)
     # Some versions of transformers have the encoder inside the model under this name, others have no prefix.
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""
-    fill_model(model, {prefix + name: tensor for name, tensor in tensors.items()}, dtype, device, source)
-    # Not in the file, so it is still on meta.
-    position_ids = torch.arange(tensors[_POSITIONS].shape[0], device=device)[None]
-    model.get_submodule(f"{prefix}embeddings").register_buffer("position_ids", position_ids, persistent=False)
+    prefixes = ("vision_model.",)
+    model = load_model(lambda: CLIPVisionModel(config), tensors, dtype, device, source, prefixes)
+    for module in model.modules():
+        if "position_ids" in module._buffers:  # not in the file, so it is still on meta
+            module.position_ids = torch.arange(tensors[_POSITIONS].shape[0], device=device)[None]
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     return ImageEncoder(model)
 

@@ -28,14 +28,18 @@ _OTHER_FILES = {
     "decoder.": "is a VAE; use the file of the transformer",
     "token_embedding.": "is a text encoder; use the file of the transformer",
     "shared.weight": "is a text encoder; use the file of the transformer",
+    "visual.": "is a CLIP image encoder; use the file of the transformer",
+    "vision_model.": "is a CLIP image encoder; use the file of the transformer",
 }
 _OTHER_MODELS = {
     "vace_": "a VACE model",
     "control_adapter.": "a camera control model",
+    "cam_encoder.": "a camera control model",
     "ref_conv.": "a Fun-Control model",
     "casual_audio_encoder.": "a speech-to-video model",
     "face_adapter.": "an Animate model",
     "audio_proj.": "a model driven by audio",
+    "fps_embedding.": "a diffusion forcing model",
 }
 _SUPPORTED = f"which is not supported; supported are the models of --task {', '.join(TASKS)}"
 
@@ -124,14 +128,21 @@ def check_fits_task(header: CheckpointHeader, task_name: str) -> None:
         fits = list(kinds)
     if task_name in fits:
         return
-    widths = f"width {config.dim}, {config.num_layers} blocks, {config.in_dim} input channels"
-    advice = f"use --task {' or '.join(fits)}" if fits else "no task has a model of this size"
-    raise InputError(f"{header.files[0]} ({widths}) does not fit --task {task_name}: {advice}")
+    advice = f"use --task {' or '.join(fits)}" if fits else "no task has such a model"
+    raise InputError(f"{header.files[0]} ({_described(config)}) does not fit --task {task_name}: {advice}")
 
 
 def _kind(config: WanConfig) -> tuple[str, bool]:
     """What a model is given to make a video."""
     return config.model_type, config.image_dim is not None
+
+
+def _described(config: WanConfig) -> str:
+    """What tells the models of two tasks apart, in words."""
+    widths = f"width {config.dim}, {config.num_layers} blocks, {config.in_dim} input channels"
+    if config.image_dim is None:
+        return widths
+    return f"{widths}, CLIP for {'two pictures' if config.model_type == 'flf2v' else 'one picture'}"
 
 
 def is_shard(path: Path) -> bool:
@@ -208,6 +219,8 @@ def _only_checkpoint(folder: Path) -> Path:
     if len(stems) == 1:
         return folder / names[0]
     found = ", ".join([*indices, *names][:4]) or "none"
+    if (folder / "model_index.json").is_file() and not names:
+        raise InputError(f"{folder} {_OTHER_FILES['condition_embedder.']}")
     experts = [name for name in ("high_noise_model", "low_noise_model") if (folder / name).is_dir()]
     hint = f"; use its folder {' or '.join(experts)}" if experts else "; name the file itself"
     raise InputError(f"{folder} does not contain exactly one checkpoint (found: {found}){hint}")
@@ -235,6 +248,9 @@ def _find_prefix(path: Path, stored: Mapping[str, TensorEntry]) -> str:
     for part, what in _OTHER_FILES.items():
         if any(part in name for name in names):
             raise InputError(f"{path} {what}")
+    for part, what in _OTHER_MODELS.items():
+        if any(part in name for name in names):
+            raise InputError(f"{path} is a part of {what}, {_SUPPORTED}")
     raise InputError(
         f"{path} is not a Wan transformer: it has no tensor head.modulation, with or without a known prefix"
     )
@@ -251,7 +267,8 @@ def _length(header: CheckpointHeader, name: str, dimensions: int, axis: int) -> 
 def _model_type(header: CheckpointHeader, in_dim: int, out_dim: int, has_clip: bool) -> str:
     if in_dim == out_dim and not has_clip:
         return "ti2v" if out_dim == 48 else "t2v"
-    if in_dim == 2 * out_dim + 4:  # the latents, 4 channels of mask, the latents of the given pictures
+    # The latents, 4 channels of mask, the latents of the given pictures; with 48 channels it is an inpainting model.
+    if in_dim == 2 * out_dim + 4 and out_dim != 48:
         return "flf2v" if "img_emb.emb_pos" in header.tensors else "i2v"
     with_clip = " and a CLIP branch" if has_clip else ""
     raise InputError(

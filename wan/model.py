@@ -7,6 +7,8 @@ No autocast: the dtype of the weights is the compute dtype; where float32 is nee
 the residual stream is bf16, while norm statistics, modulation, gates, RoPE, the time path and the head are float32.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,7 +17,23 @@ from torch import Tensor, nn
 from wan.configs import WanConfig
 from wan.errors import InputError
 
+_TOKENS_TOGETHER = 4096  # in the feed-forward, whose hidden values would otherwise be most of what a step holds
 PICTURE_TOKENS = 257  # of CLIP: 16 x 16 patches and one for the whole picture
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTimes:
+    """Timesteps per token: the values, and which of them each token has. No search, so no wait for the device."""
+
+    values_U: Tensor
+    numbers_BL: Tensor  # int64
+
+    @classmethod
+    def found_in(cls, t_BL: Tensor) -> "TokenTimes":
+        """Those of a plain tensor, each value once; on meta, where none can be seen, as many as clean frames give."""
+        if t_BL.is_meta:
+            return cls(t_BL.new_empty(len(t_BL) + 1), torch.empty_like(t_BL, dtype=torch.int64))
+        return cls(*t_BL.unique(return_inverse=True))
 
 
 def rope_frequencies(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -61,25 +79,74 @@ class LinearFloat32(nn.Linear):
         return torch.cat([F.linear(x, w.float(), b.float()) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
 
-def modulated_norm(x_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """float32 layer norm of `x_BLD` without weights, scaled by 1 + scale and shifted (both [B, T, D])."""
-    return torch.addcmul(shift, F.layer_norm(x_BLD.float(), x_BLD.shape[-1:], eps=eps), 1 + scale)
+def at_tokens(rows: Tensor, times_BL: Tensor | None) -> Tensor:
+    """[B, T, D] of rows that are [B, 1, D], or [1, U, D] and numbered by `times_BL`."""
+    return rows if times_BL is None else rows[0, times_BL]
 
 
-def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate: Tensor) -> Tensor:
-    """x + y * gate: the float32 gate [B, T, D] promotes both operations, so the result is rounded only once."""
-    return (x_BLD + y_BLD * gate).to(x_BLD.dtype)
+def _summed_to_rows(values_BLD: Tensor, rows: Tensor, times_BL: Tensor | None) -> Tensor:
+    """The gradient of rows whose at_tokens have the gradients `values_BLD`."""
+    if times_BL is None:
+        return values_BLD.sum_to_size(rows.shape)
+    return torch.zeros_like(rows[0]).index_add(0, times_BL.flatten(), values_BLD.flatten(0, 1))[None]
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    """Keeps the input in its own dtype and each token's statistics, where autograd would keep float32 copies."""
+
+    @staticmethod
+    def forward(ctx, x_BLD, shift, scale, times_BL, eps):
+        wide_BLD = x_BLD.float()
+        normed_BLD, mean, rstd = torch.native_layer_norm(wide_BLD, wide_BLD.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x_BLD, shift, scale, times_BL, mean, rstd)
+        return torch.addcmul(at_tokens(shift, times_BL), normed_BLD, 1 + at_tokens(scale, times_BL))
+
+    @staticmethod
+    def backward(ctx, grad_BLD):
+        x_BLD, shift, scale, times_BL, mean, rstd = ctx.saved_tensors
+        dx = dshift = dscale = None
+        wide_BLD = x_BLD.float()
+        if ctx.needs_input_grad[1]:
+            dshift = _summed_to_rows(grad_BLD, shift, times_BL)
+        if ctx.needs_input_grad[2]:
+            dscale = _summed_to_rows(grad_BLD * (wide_BLD - mean) * rstd, scale, times_BL)
+        if ctx.needs_input_grad[0]:
+            dnormed_BLD = grad_BLD * (1 + at_tokens(scale, times_BL))
+            rest = (wide_BLD.shape[-1:], mean, rstd, None, None, [True, False, False])
+            dx = torch.ops.aten.native_layer_norm_backward(dnormed_BLD, wide_BLD, *rest)[0].to(x_BLD.dtype)
+        return dx, dshift, dscale, None, None
+
+
+def modulated_norm(x_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float, times_BL: Tensor | None = None) -> Tensor:
+    """float32 layer norm of `x_BLD` without weights, scaled by 1 + scale and shifted (both rows for at_tokens)."""
+    return _ModulatedNorm.apply(x_BLD, shift, scale, times_BL, eps)
+
+
+class _GatedResidual(torch.autograd.Function):
+    """Passes the gradient on in the dtype it came in, where autograd would make float32 ones for both terms first."""
+
+    @staticmethod
+    def forward(ctx, x_BLD, y_BLD, gate, times_BL):
+        ctx.save_for_backward(gate, times_BL, y_BLD if ctx.needs_input_grad[2] else None)
+        ctx.dtype = y_BLD.dtype
+        return (x_BLD + y_BLD * at_tokens(gate, times_BL)).to(x_BLD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_BLD):
+        gate, times_BL, y_BLD = ctx.saved_tensors
+        dgate = _summed_to_rows(grad_BLD * y_BLD.float(), gate, times_BL) if ctx.needs_input_grad[2] else None
+        return grad_BLD, (grad_BLD * at_tokens(gate, times_BL)).to(ctx.dtype), dgate, None
+
+
+def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate: Tensor, times_BL: Tensor | None = None) -> Tensor:
+    """x + y * gate: the float32 gate (rows for at_tokens) promotes both, so the result is rounded only once."""
+    return _GatedResidual.apply(x_BLD, y_BLD, gate, times_BL)
 
 
 def attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
     """Softmax attention over all keys, with the heads joined: [B, L, D]."""
     q_BNLK, k_BNSK, v_BNSK = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
     return F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK).transpose(1, 2).flatten(2)
-
-
-def at_tokens(rows: Tensor, times_BL: Tensor | None) -> Tensor:
-    """[B, T, D] of rows that are [B, 1, D], or [1, U, D] and numbered by `times_BL`."""
-    return rows if times_BL is None else rows[0, times_BL]
 
 
 class Attention(nn.Module):
@@ -153,14 +220,26 @@ class WanBlock(nn.Module):
         With `times_BL`, it is [1, U, 6, D], and each token takes the row that its number in `times_BL` names.
         """
 
-        def row(number: int) -> Tensor:  # one at a time: per token, each is as large as x_BLD in float32
-            return at_tokens(self.modulation.float()[:, number] + e0[:, :, number], times_BL)
-
-        y_BLD = modulated_norm(x_BLD, row(0), row(1), self.eps).to(x_BLD.dtype)
-        x_BLD = gated_residual(x_BLD, self.self_attn(y_BLD, freqs), row(2))
+        attended_BLD = self.self_attn(self.modulated(x_BLD, e0, 0, times_BL), freqs)
+        x_BLD = gated_residual(x_BLD, attended_BLD, self.row(e0, 2), times_BL)
+        del attended_BLD  # as large as x_BLD
         x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), context_BSD, picture_BPD)
-        y_BLD = modulated_norm(x_BLD, row(3), row(4), self.eps).to(x_BLD.dtype)
-        return gated_residual(x_BLD, self.ffn(y_BLD), row(5))
+        parts = x_BLD.split(_TOKENS_TOGETHER, dim=1)
+        times = [None] * len(parts) if times_BL is None else times_BL.split(_TOKENS_TOGETHER, dim=1)
+        return torch.cat([self.feed_forward(*part, e0) for part in zip(parts, times, strict=True)], dim=1)
+
+    def feed_forward(self, x_BLD: Tensor, times_BL: Tensor | None, e0: Tensor) -> Tensor:
+        """Some of the tokens after their feed-forward; they do not depend on each other."""
+        y_BLD = self.ffn(self.modulated(x_BLD, e0, 3, times_BL))
+        return gated_residual(x_BLD, y_BLD, self.row(e0, 5), times_BL)
+
+    def modulated(self, x_BLD: Tensor, e0: Tensor, first: int, times_BL: Tensor | None) -> Tensor:
+        """The norm of `x_BLD` with row number `first` as its shift and the next one as its scale, in x's dtype."""
+        shift, scale = (self.row(e0, number) for number in (first, first + 1))
+        return modulated_norm(x_BLD, shift, scale, self.eps, times_BL).to(x_BLD.dtype)
+
+    def row(self, e0: Tensor, number: int) -> Tensor:
+        return self.modulation.float()[:, number] + e0[:, :, number]
 
 
 class Head(nn.Module):
@@ -174,8 +253,8 @@ class Head(nn.Module):
         self.head = LinearFloat32(config.dim, frames * rows * columns * config.out_dim)
 
     def forward(self, x_BLD: Tensor, e: Tensor, times_BL: Tensor | None = None) -> Tensor:
-        shift, scale = (at_tokens(self.modulation.float()[:, row] + e, times_BL) for row in range(2))
-        return self.head(modulated_norm(x_BLD, shift, scale, self.eps))
+        shift, scale = (self.modulation.float()[:, row] + e for row in range(2))
+        return self.head(modulated_norm(x_BLD, shift, scale, self.eps, times_BL))
 
 
 class PictureEmbedding(nn.Module):
@@ -223,7 +302,7 @@ class WanModel(nn.Module):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | TokenTimes,
         context: list[Tensor],
         y: Tensor | None = None,
         image_embeds: Tensor | None = None,
@@ -232,7 +311,7 @@ class WanModel(nn.Module):
 
         x: latents [B, C, F, H, W], to which image-to-video models join y [B, C', F, H, W] on the channels: 4 of mask,
         then the latents of a clip that holds the given pictures.
-        t: timesteps from 0 to 1000, [B], or [B, L] where they differ per token.
+        t: timesteps from 0 to 1000, [B], or [B, L] where they differ per token, or these as TokenTimes.
         context: a text embedding [n, text_dim] per sample, padded here with zeros to text_len.
         image_embeds: the CLIP tokens [B, P, image_dim] of the given picture, or of the first and then the last one.
         """
@@ -256,13 +335,15 @@ class WanModel(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)
         return F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 
-    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def embed_time(self, t: Tensor | TokenTimes) -> tuple[Tensor, Tensor, Tensor | None]:
         """float32 [B, 1, D] for the head and [B, 1, 6, D] for the blocks.
 
         Of timesteps per token, [1, U, D], [1, U, 6, D] and the number [B, L] of each token's own: there are few
         different ones, and rows for every token would take six times the memory of x_BLD in float32.
         """
-        values, times_BL = t.unique(return_inverse=True) if t.dim() == 2 else (t, None)
+        if isinstance(t, Tensor) and t.dim() == 2:
+            t = TokenTimes.found_in(t)
+        values, times_BL = (t, None) if isinstance(t, Tensor) else (t.values_U, t.numbers_BL)
         e = self.time_embedding(sinusoidal_embedding(values, self.config.freq_dim))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
         axis = 1 if times_BL is None else 0

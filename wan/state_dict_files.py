@@ -1,9 +1,10 @@
-"""State dicts of the VAE and the text encoder from .safetensors and .pth files, memory-mapped and free of code."""
+"""The VAE, the text encoder and the image encoder from .safetensors and .pth files, memory-mapped and free of code."""
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from wan.errors import InputError
 from wan.safetensors_header import read_file_header, why_not_a_file
 
+Model = TypeVar("Model", bound=nn.Module)
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -41,14 +43,24 @@ def strip_prefix(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> di
     return dict(tensors)
 
 
-def fill_model(
-    model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device, source: str
-) -> None:
-    """Gives a model built on meta its weights, in `dtype` on `device`; what needs no conversion stays memory-mapped.
+def load_model(
+    make: Callable[[], Model],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    source: str,
+    prefixes: tuple[str, ...] = (),
+) -> Model:
+    """The model that `make` makes, frozen, with these weights in `dtype` on `device`.
 
-    InputError, starting with `source`, if names or shapes are not exactly the model's.
+    What needs no conversion stays memory-mapped. The model's own names have the first of `prefixes` that one of them
+    begins with before those of `tensors`. InputError, starting with `source`, if names or shapes are not exactly its.
     """
+    with torch.device("meta"):
+        model = make()
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    prefix = next((own for own in prefixes if any(name.startswith(own) for name in wanted)), "")
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     for problem, names in (
         ("lacks", sorted(wanted.keys() - found.keys())),
@@ -59,6 +71,7 @@ def fill_model(
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             raise InputError(f"{source}: it {problem} tensors: {', '.join(names[:2])}{more}")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def _read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:

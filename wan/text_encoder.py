@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wan.errors import InputError
 from wan.memory import available_bytes, check_room, free_device_bytes
-from wan.state_dict_files import fill_model, read_state_dict, strip_prefix
+from wan.state_dict_files import load_model, read_state_dict, strip_prefix
 from wan.tokenizer import clean_prompt, open_tokenizer, read_tokenizer, tokenizer_file
 from wan.values import Number
 
@@ -53,7 +53,7 @@ class TextEncoder:
     def __init__(
         self, model: "UMT5EncoderModel", path: Path, tokenizer: Path | None, embedded: bytes | None, text_len: int
     ):
-        self.model = model.requires_grad_(False).eval()
+        self.model = model
         self.text_len = text_len
         self._path, self._tokenizer, self._embedded = path, tokenizer, embedded
 
@@ -135,14 +135,14 @@ def load_text_encoder(
     sizes = _sizes(tensors, source)
     from transformers import UMT5Config, UMT5EncoderModel  # here, because it takes seconds
 
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
-    if text_dim not in (None, model.config.d_model):
+    if text_dim not in (None, sizes["d_model"]):
         raise InputError(
-            f"{path} gives embeddings of width {model.config.d_model}, the transformer expects {text_dim}: use the "
+            f"{path} gives embeddings of width {sizes['d_model']}, the transformer expects {text_dim}: use the "
             "text encoder of its release"
         )
-    fill_model(model, tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, dtype, device, source)
+    config = UMT5Config(**sizes, feed_forward_proj="gated-gelu")
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    model = load_model(lambda: UMT5EncoderModel(config), tensors, dtype, device, source)
     model.tie_weights()
     assert model.encoder.embed_tokens.weight.data_ptr() == model.shared.weight.data_ptr()
     return TextEncoder(

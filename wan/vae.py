@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wan.configs import WAN_2_1_VAE, WAN_2_2_VAE, LatentLayout
 from wan.errors import InputError
-from wan.state_dict_files import fill_model, read_state_dict, strip_prefix
+from wan.state_dict_files import load_model, read_state_dict, strip_prefix
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -90,7 +90,7 @@ class WanVAE:
     """A loaded VAE of Wan 2.1 or 2.2; frozen, in evaluation mode."""
 
     def __init__(self, model: "AutoencoderKLWan", kind: VAEKind):
-        self.model = model.requires_grad_(False).eval()
+        self.model = model
         self.kind = kind
 
     @property
@@ -163,11 +163,16 @@ def load_vae(
         )
     from diffusers import AutoencoderKLWan  # here, because it takes seconds
 
-    with torch.device("meta"):
-        model = AutoencoderKLWan(**autoencoder_settings(tensors, kind))
+    settings = autoencoder_settings(tensors, kind)
     renamed = {diffusers_name(name): tensor for name, tensor in tensors.items()}
-    fill_model(model, renamed, dtype, device, f"{path} is not a {kind.name}")
-    return WanVAE(model, kind)
+    source = f"{path} is not a {kind.name}"
+    return WanVAE(load_model(lambda: AutoencoderKLWan(**settings), renamed, dtype, device, source), kind)
+
+
+def read_vae_kind(path: str | Path) -> VAEKind:
+    """Which of Wan's VAEs a file holds; its weights are not read. InputError as load_vae."""
+    tensors, _ = read_state_dict(path, "VAE")
+    return _kind(strip_prefix(tensors, ("model.",)), path)
 
 
 def diffusers_name(name: str) -> str:

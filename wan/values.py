@@ -11,6 +11,7 @@ _SHOWN = 40  # characters of a value in a message
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
 _IN_NAMES = ("U+00A0 NO-BREAK SPACE", "U+202F NARROW NO-BREAK SPACE", "U+3000 IDEOGRAPHIC SPACE")  # macOS writes them
+_QUOTES = "\"'\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 _CONTROLS = {"\t": "TAB", "\n": "LINE FEED", "\r": "CARRIAGE RETURN (of Windows line ends)", "\0": "NUL"}
 
 
@@ -30,7 +31,7 @@ class Number:
     def __call__(self, value: object) -> int | float:
         number = self._convert(value)
         if number is None or not self.a <= number <= self.b or (self.without_a and number == self.a):
-            raise ValueError(f"must be {self.allowed}, not {shown(value)}")
+            raise ValueError(f"must be {self.allowed}, not {shown(value)}{_strangers(value)}")
         return number
 
     @property
@@ -54,6 +55,12 @@ class Number:
         return number if isinstance(number, int) or math.isfinite(number) else None
 
 
+def _strangers(value: object) -> str:
+    """The names of the characters that no number has, though they may look like those that one has."""
+    names = character_names(one for one in str(value) if ord(one) > 127) if isinstance(value, str) else ()
+    return f", which holds {', '.join(names)}" if names else ""
+
+
 def _digits(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
@@ -74,6 +81,8 @@ def shown(value: object) -> str:
         text = str(value)
     except ValueError:  # an int of thousands of digits
         return "a number of thousands of digits"
+    if not text:
+        return "an empty text"
     if not text.isprintable():  # it may steer a terminal, or hold half a character
         text = repr(text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
@@ -82,7 +91,13 @@ def shown(value: object) -> str:
 def invisible(text: str) -> list[str]:
     """The names of the characters in `text` that no editor or console shows: "U+200B ZERO WIDTH SPACE"."""
     hidden = [one for one in text if one != " " and unicodedata.category(one) in _INVISIBLE and one not in _JOINERS]
-    return [f"U+{ord(one):04X} {unicodedata.name(one, _CONTROLS.get(one, 'CONTROL'))}" for one in dict.fromkeys(hidden)]
+    return character_names(hidden)
+
+
+def character_names(characters: Iterable[str]) -> list[str]:
+    """Each character once, with its number and name: "U+201C LEFT DOUBLE QUOTATION MARK"."""
+    names = {one: unicodedata.name(one, _CONTROLS.get(one, "CONTROL")) for one in characters}
+    return [f"U+{ord(one):04X} {name}" for one, name in names.items()]
 
 
 def hidden(text: str) -> str:
@@ -102,6 +117,13 @@ def outer_space_problem(text: str) -> str | None:
         return None
     where = "begins" if text.startswith(" ") else "ends"
     return f'"{shown(text)}" {where} with a space: delete it'
+
+
+def quotes_problem(text: str) -> str | None:
+    """What to do about a name in quotes that the shell did not take away; None if it is in none."""
+    if len(text) < 2 or text[0] not in _QUOTES or text[-1] not in _QUOTES:
+        return None
+    return f"{shown(text)} has quotes that are part of the name: use plain double quotes"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

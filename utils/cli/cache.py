@@ -13,7 +13,9 @@ from utils.cli.unsupported import CACHING_LATENTS, CACHING_TEXT
 from utils.data.config import read_dataset_config
 from utils.devices import default_device
 from utils.files import existing_file
+from wan.configs import NO_CONDITIONS, WAN_2_1_VAE, Conditions, LatentLayout
 from wan.errors import InputError
+from wan.vae import WAN_2_1, VAEKind, read_vae_kind
 from wan.values import Number
 
 _BATCH = Number(1, 10_000, whole=True)
@@ -28,8 +30,13 @@ def parse_cache_latents(argv: Sequence[str] | None = None) -> CacheLatentsConfig
     group = parser.add_argument_group("input files")
     _add_dataset(group)
     group.add_argument(
-        "--vae", type=Path, required=True, metavar="FILE", help="Wan 2.1 VAE, .safetensors or .pth (required)"
+        "--vae",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="Wan 2.1 VAE, or for ti2v-5B the Wan 2.2 VAE, .safetensors or .pth (required)",
     )
+    _add_pictures(parser)
     group = _add_computing(parser, "pictures and videos")
     group.add_argument(
         "--vae_dtype",
@@ -42,11 +49,14 @@ def parse_cache_latents(argv: Sequence[str] | None = None) -> CacheLatentsConfig
     _add_cache(parser)
     refuse_flags(parser, CACHING_LATENTS)
     args = parser.parse_args(argv)
+    kind = read_vae_kind(existing_file(args.vae, "--vae"))
+    conditions = _conditions(args, kind)
     return CacheLatentsConfig(
-        vae=existing_file(args.vae, "--vae"),
+        vae=args.vae,
+        clip=args.clip,
         vae_dtype=args.vae_dtype,
         disable_cudnn=args.disable_cudnn_backend,
-        **_shared(args),
+        **_shared(args, kind.layout, conditions),
     )
 
 
@@ -73,6 +83,39 @@ def parse_cache_text(argv: Sequence[str] | None = None) -> CacheTextConfig:
     if args.tokenizer is not None and not args.tokenizer.exists():
         raise InputError(f"--tokenizer {args.tokenizer} does not exist")
     return CacheTextConfig(t5=existing_file(args.t5, "--t5"), tokenizer=args.tokenizer, **_shared(args))
+
+
+def _add_pictures(parser: Parser) -> None:
+    group = parser.add_argument_group("image-to-video models")
+    group.add_argument(
+        "--i2v", action="store_true", help="cache each clip's first frame too, for i2v-14B and i2v-A14B (default: off)"
+    )
+    group.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FILE",
+        help="CLIP image encoder of Wan 2.1, which i2v-14B and flf2v-14B need, .pth or .safetensors; implies --i2v",
+    )
+    group.add_argument(
+        "--flf2v",
+        action="store_true",
+        help="cache each clip's first and last frame, for flf2v-14B; needs --clip (default: off)",
+    )
+
+
+def _conditions(args: argparse.Namespace, kind: VAEKind) -> Conditions:
+    """What is cached beside latents; InputError if the flags and the VAE are not those of one model."""
+    given = [flag for flag in ("--i2v", "--clip", "--flf2v") if getattr(args, flag.removeprefix("--"))]
+    if given and kind is not WAN_2_1:
+        raise InputError(
+            f"{given[0]} is for models with the {WAN_2_1.name}, and --vae {args.vae} is the {kind.name} ({kind.tasks})"
+            ", whose latents hold the first frame: leave it out"
+        )
+    if args.flf2v and args.clip is None:
+        raise InputError("--flf2v needs --clip FILE, because flf2v-14B reads CLIP tokens of both frames")
+    if args.clip is not None:
+        existing_file(args.clip, "--clip")
+    return Conditions(2 if args.flf2v else 1 if given else 0, args.clip is not None)
 
 
 def _add_dataset(group) -> None:
@@ -117,11 +160,13 @@ def _add_cache(parser: Parser) -> None:
     )
 
 
-def _shared(args: argparse.Namespace) -> dict:
+def _shared(
+    args: argparse.Namespace, latents: LatentLayout = WAN_2_1_VAE, conditions: Conditions = NO_CONDITIONS
+) -> dict:
     if args.recache and args.skip_existing:
         raise InputError("--recache makes every cache again and --skip_existing none that is current: give one of them")
     return {
-        "dataset": read_dataset_config(args.dataset_config),
+        "dataset": read_dataset_config(args.dataset_config, latents, conditions),
         "device": args.device or default_device(),
         "batch_size": args.batch_size,
         "workers": args.num_workers or max(1, (os.cpu_count() or 1) - 1),

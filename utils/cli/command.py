@@ -16,7 +16,7 @@ from typing import TextIO
 
 from wan.configs import TASKS
 from wan.errors import InputError
-from wan.values import Number, hidden, hidden_problem, nearest, outer_space_problem, shown
+from wan.values import Number, hidden, hidden_problem, nearest, outer_space_problem, quotes_problem, shown
 
 DTYPES = {  # of --vae_dtype and --dit_dtype, by torch's names
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
@@ -26,7 +26,8 @@ DTYPES = {  # of --vae_dtype and --dit_dtype, by torch's names
 
 
 _LONG_DASH = re.compile(r"-?([\u2010-\u2015\u2212])[-\u2010-\u2015\u2212]?([A-Za-z]\w*)(=.*)?", re.DOTALL)
-_QUOTES = "\"'\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
+# What continues a line in a shell: elsewhere it arrives as an argument.
+_CONTINUES = {"\\": "shells of Linux and macOS", "^": "cmd", "`": "PowerShell"}
 
 FREE_TEXT = "TEXT"  # the metavar of flags that take any characters
 USAGE = "%(prog)s [options]"  # of a script whose flags follow in groups
@@ -62,8 +63,13 @@ class Parser(argparse.ArgumentParser):
         if flag is None:
             if not unknown[0].strip(" "):
                 return f"{unknown[0]!r} was not expected; a backslash that continues a line must be its last character"
+            if unknown[0] in _CONTINUES:
+                others = ", ".join(f"{sign} in {shell}" for sign, shell in _CONTINUES.items())
+                return f"{unknown[0]} does not continue a line here ({others}): write the command in one line"
             return f"{shown(unknown[0])} was not expected: no flag takes it"
         flag = flag.partition("=")[0]
+        if others := self._commands_with(flag):
+            return f"{flag} is a flag of {' and '.join(others)}, not of this command"
         return f"unknown flag {shown(flag)}{nearest(flag, self.known_flags())}"
 
     def known_flags(self, with_unsupported: bool = False) -> list[str]:
@@ -75,6 +81,12 @@ class Parser(argparse.ArgumentParser):
             elif with_unsupported or action.help is not argparse.SUPPRESS:
                 flags += action.option_strings
         return flags
+
+    def _commands_with(self, flag: str) -> list[str]:
+        """The subcommands that have this flag."""
+        subcommands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        named = [pair for action in subcommands for pair in action.choices.items()]
+        return [name for name, parser in named if flag in parser.known_flags()]
 
     def takes_path(self, flag: str) -> bool:
         """Whether the values of a flag are paths."""
@@ -121,11 +133,7 @@ def _path_problem(text: str) -> str | None:
         return "is empty: give a path, or leave the flag out"
     if os.path.lexists(text):
         return None
-    if problem := hidden_problem(text) or outer_space_problem(text):
-        return problem
-    if text[0] in _QUOTES and text[-1] in _QUOTES:
-        return f"{shown(text)} has quotes that are part of the name: use plain double quotes"
-    return None
+    return hidden_problem(text) or outer_space_problem(text) or quotes_problem(text)
 
 
 class _Help(argparse.HelpFormatter):

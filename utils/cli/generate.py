@@ -22,16 +22,19 @@ from utils.cli.swap_flags import add_swap_flags, read_swap
 from utils.cli.unsupported import GENERATION
 from utils.devices import default_device
 from utils.files import existing_file
-from utils.generation import OUTPUT_TYPES, GenerateConfig
+from utils.generation import OUTPUT_TYPES, GenerateConfig, check_vae
 from utils.sampling.denoising import SOLVERS
+from utils.sampling.picture_rules import pictures_taken
 from utils.sampling.prompts import FRAMES, SAMPLE_STEPS, SamplePrompt, check_prompt, read_prompt_file
+from utils.sampling.starts import check_clip
 from wan.configs import TASKS, WanTask
 from wan.errors import InputError
 from wan.values import GUIDANCE, SEED, SHIFT, STRENGTH, Number, nearest, shown
 
 _LATENT_OUTPUTS = tuple(kind for kind in OUTPUT_TYPES if kind not in ("video", "images"))
 _ATTENTION = ("torch", "sdpa")
-_PIXELS = Number(1, 10**6, whole=True)  # multiples of 16 up to a limit: see check_prompt
+_PIXELS = Number(1, 10**6, whole=True)  # multiples of 16 or 32 up to a limit: see check_prompt
+_PICTURES = ("--image_path", "--end_image_path")
 _FPS = Number(1, 240, whole=True)
 _TIMESTEP = Number(0, 1000)
 
@@ -40,15 +43,19 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
     """The job that the flags describe; InputError if it cannot be done. Nothing is written."""
     flags = _parser().parse_args(argv)
     task = TASKS[flags.task]
+    _check_latents(flags)
     defaults = _prompt_defaults(flags, task)
     _check_combinations(flags, task)
+    prompts = _prompts(flags, defaults, task)
+    for prompt in prompts:
+        check_vae(prompt, flags.vae)
     return GenerateConfig(
         task=flags.task,
         save_path=_output_folder(flags.save_path),
         output_type=flags.output_type,
-        fps=task.fps if flags.fps is None else flags.fps,
+        fps=flags.fps,
         write_metadata=not flags.no_metadata,
-        prompts=_prompts(flags, defaults),
+        prompts=prompts,
         typed_defaults=defaults if flags.interactive else None,
         latent_paths=tuple(existing_file(path, "--latent_path") for path in flags.latent_path or ()),
         dit=flags.dit,
@@ -57,6 +64,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         slice_strengths=_slice_strengths(flags),
         vae=_file(flags.vae, "--vae"),
         t5=_file(flags.t5, "--t5"),
+        clip=_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         solver=flags.sample_solver,
         boundary=_boundary(flags, task),
@@ -73,6 +81,7 @@ def _parser() -> Parser:
         usage=USAGE, description="Generates pictures, videos and latents from prompts with a Wan checkpoint."
     )
     _add_prompts(parser)
+    _add_pictures(parser)
     _add_files(parser)
     _add_sampling(parser)
     _add_output(parser)
@@ -96,6 +105,18 @@ def _add_prompts(parser: Parser) -> None:
     add("--latent_path", type=Path, nargs="+", metavar="FILE", help="saved latents to decode (default: none)")
 
 
+def _add_pictures(parser: Parser) -> None:
+    add = parser.add_argument_group("pictures to start from (in a prompt, --i and --ei)").add_argument
+    add(
+        "--image_path",
+        type=Path,
+        metavar="FILE",
+        help="picture that is the first frame, for i2v-A14B, i2v-14B, flf2v-14B and, where wanted, ti2v-5B; it is "
+        "scaled to cover the size, and cropped (default: none)",
+    )
+    add("--end_image_path", type=Path, metavar="FILE", help="picture that is flf2v-14B's last frame (default: none)")
+
+
 def _add_files(parser: Parser) -> None:
     add = parser.add_argument_group("input files").add_argument
     add(
@@ -103,8 +124,7 @@ def _add_files(parser: Parser) -> None:
         type=task,
         default="t2v-14B",
         metavar="TASK",
-        help="the kind of model, which sets the sampling defaults: t2v-A14B, t2v-14B, t2v-1.3B or t2i-14B "
-        "(default: %(default)s)",
+        help=f"the kind of model, which sets the sampling defaults: {', '.join(TASKS)} (default: %(default)s)",
     )
     add("--dit", type=Path, metavar="FILE", help="Wan checkpoint; of two experts the low-noise one (default: none)")
     add(
@@ -128,8 +148,20 @@ def _add_files(parser: Parser) -> None:
         metavar="STRENGTH",
         help="one strength for all slices, or one for each; 1 is as trained (default: 1)",
     )
-    add("--vae", type=Path, metavar="FILE", help="Wan 2.1 VAE, needed unless only latents are saved (default: none)")
+    add(
+        "--vae",
+        type=Path,
+        metavar="FILE",
+        help="Wan 2.1 VAE, for ti2v-5B the Wan 2.2 VAE; needed to encode pictures, and unless only latents are saved "
+        "(default: none)",
+    )
     add("--t5", type=Path, metavar="FILE", help="UMT5 text encoder, needed for prompts (default: none)")
+    add(
+        "--clip",
+        type=Path,
+        metavar="FILE",
+        help="CLIP image encoder, needed for i2v-14B and flf2v-14B (default: none)",
+    )
     add(
         "--tokenizer",
         type=Path,
@@ -149,15 +181,15 @@ def _add_sampling(parser: Parser) -> None:
         "--video_size",
         type=number(_PIXELS),
         nargs=2,
-        default=(256, 256),
+        default=(None, None),
         metavar=("HEIGHT", "WIDTH"),
-        help="size in pixels, height first (default: 256 256)",
+        help="size in pixels, height first (default: Wan's for the shape of the picture, without one 256 256)",
     )
     add(
         "--video_length",
         type=number(FRAMES),
         metavar="N",
-        help="frames: 1 for a picture, else 4k+1 (default: the task's, 81 or 1)",
+        help="frames: 1 for a picture, else 4k+1 (default: the task's, 81, 121 or 1)",
     )
     add(
         "--infer_steps",
@@ -169,26 +201,27 @@ def _add_sampling(parser: Parser) -> None:
         "--flow_shift",
         type=number(SHIFT),
         metavar="SHIFT",
-        help="above 1 spends more steps on noisy latents (default: the checkpoint's or task's, 5 or 12)",
+        help="above 1 spends more steps on noisy latents (default: the checkpoint's or task's, 3 to 16)",
     )
     add(
         "--guidance_scale",
         type=number(GUIDANCE),
         metavar="SCALE",
         help="strength of the prompt; 1 is without guidance and takes half the time (default: the checkpoint's or "
-        "task's, 3 or 5)",
+        "task's, 3 to 5)",
     )
     add(
         "--guidance_scale_high_noise",
         type=number(GUIDANCE),
         metavar="SCALE",
-        help="the same for --dit_high_noise (default: the checkpoint's or task's, 4)",
+        help="the same for --dit_high_noise (default: the checkpoint's or task's, 4 or 3.5)",
     )
     add(
         "--timestep_boundary",
         type=number(_TIMESTEP),
         metavar="T",
-        help="timestep where the experts change over, from 0 to 1 or from 0 to 1000 (default: the task's, 0.875)",
+        help="timestep where the experts change over, from 0 to 1 or from 0 to 1000 (default: the task's, 0.875 or "
+        "0.9)",
     )
     add(
         "--sample_solver",
@@ -209,7 +242,7 @@ def _add_output(parser: Parser) -> None:
         default="video",
         help="what to save; both is latent and video (default: %(default)s)",
     )
-    add("--fps", type=number(_FPS), metavar="N", help="frames per second of a video (default: the task's, 16)")
+    add("--fps", type=number(_FPS), metavar="N", help="frames per second of a video (default: the task's, 16 or 24)")
     add(
         "--no_metadata",
         action="store_true",
@@ -276,13 +309,22 @@ def _prompt_defaults(flags: argparse.Namespace, task: WanTask) -> SamplePrompt:
         steps=flags.infer_steps,
         guidance_scale=flags.guidance_scale,
         flow_shift=flags.flow_shift,
+        image_path=flags.image_path,
+        end_image_path=flags.end_image_path,
     )
-    return check_prompt(defaults, "flags")
+    return check_prompt(defaults, "flags", task, _PICTURES, complete=flags.prompt is not None)
+
+
+def _check_latents(flags: argparse.Namespace) -> None:
+    """Nothing is asked for that cannot happen where saved latents are decoded."""
+    if flags.latent_path and flags.output_type in _LATENT_OUTPUTS:
+        raise InputError(f"--output_type {flags.output_type} would only copy --latent_path; use video or images")
+    for flag in (*_PICTURES, "--clip"):
+        if flags.latent_path and getattr(flags, flag[2:]) is not None:
+            raise InputError(f"{flag} has no effect on --latent_path, whose files are decoded; leave it out")
 
 
 def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
-    if flags.latent_path and flags.output_type in _LATENT_OUTPUTS:
-        raise InputError(f"--output_type {flags.output_type} would only copy --latent_path; use video or images")
     for name, value in (
         ("--guidance_scale_high_noise", flags.guidance_scale_high_noise),
         ("--timestep_boundary", flags.timestep_boundary),
@@ -290,17 +332,21 @@ def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
         if value is not None and flags.dit_high_noise is None:
             raise InputError(f"{name} is for two experts: give --dit_high_noise too, or leave it out")
     if flags.dit_high_noise is not None and task.boundary is None and flags.timestep_boundary is None:
-        raise InputError(f"--dit_high_noise with --task {task.name} needs --timestep_boundary (or --task t2v-A14B)")
-    _check_models(flags)
+        two = " or ".join(name for name, other in TASKS.items() if other.boundary is not None)
+        raise InputError(f"--dit_high_noise with --task {task.name} needs --timestep_boundary (or --task {two})")
+    _check_models(flags, task)
 
 
-def _check_models(flags: argparse.Namespace) -> None:
+def _check_models(flags: argparse.Namespace, task: WanTask) -> None:
     """Every file that the job needs is given."""
     needed = ["--dit", "--t5"] if flags.latent_path is None else []
-    needed += ["--vae"] if flags.output_type != "latent" else []
+    needed += ["--vae"] if flags.output_type != "latent" or pictures_taken(task)[0] else []
+    if flags.latent_path is None:
+        check_clip(task, flags.clip)
     for flag in needed:
         if getattr(flags, flag[2:]) is None:
-            raise InputError(f"{flag} is missing; --output_type {flags.output_type} needs {', '.join(needed)}")
+            what = f"--task {task.name} with --output_type {flags.output_type}"
+            raise InputError(f"{flag} is missing; {what} needs {', '.join(needed)}")
 
 
 def _boundary(flags: argparse.Namespace, task: WanTask) -> float | None:
@@ -308,9 +354,9 @@ def _boundary(flags: argparse.Namespace, task: WanTask) -> float | None:
     return task.boundary if given is None else given / 1000 if given > 1 else given
 
 
-def _prompts(flags: argparse.Namespace, defaults: SamplePrompt) -> tuple[SamplePrompt, ...]:
+def _prompts(flags: argparse.Namespace, defaults: SamplePrompt, task: WanTask) -> tuple[SamplePrompt, ...]:
     if flags.from_file is not None:
-        return tuple(read_prompt_file(flags.from_file, defaults))
+        return tuple(read_prompt_file(flags.from_file, defaults, task))
     return () if flags.prompt is None else (defaults,)
 
 

@@ -3,6 +3,7 @@
 Each command imports what it needs: torch takes seconds to import, and `list` only reads headers.
 """
 
+import glob
 import json
 from argparse import Namespace
 from collections.abc import Sequence
@@ -124,15 +125,24 @@ def _add_overwrite(command: Parser) -> None:
 
 
 def _list(flags: Namespace) -> None:
-    files = list_files(flags.files)
+    files = list_files([path for given in flags.files for path in _matching(given)])
     print(json.dumps(as_json(files), indent=1) if flags.json else "\n".join(table(files)))
+
+
+def _matching(given: Path) -> list[Path]:
+    """The files that a pattern such as saves/*.safetensors names: the shells of Windows leave that to the program."""
+    if given.exists() or not any(mark in str(given) for mark in "*?"):
+        return [given]
+    if not (found := sorted(map(Path, glob.glob(str(given))))):
+        raise InputError(f"no file is called {given}")
+    return found
 
 
 def _show(flags: Namespace) -> None:
     from utils.slices.page import page, write_page
     from utils.slices.report import read_chains
 
-    files, chains = read_chains(flags.files)
+    files, chains = read_chains([path for given in flags.files for path in _matching(given)])
     changes = None
     if flags.base:
         from utils.slices.moved import changes_of

@@ -8,12 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 
 from utils.cli.command import USAGE, Parser, refuse_flags, unknown_choice
+from utils.cli.config_file import flags_of_file
 from utils.cli.learning_flags import read_optimizer, read_schedule, read_timesteps
 from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
-from utils.data.sources import DatasetConfig
+from utils.data.sources import DatasetConfig, VideoDataset
 from utils.files import existing_file
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, LogConfig, MetadataConfig, TrainConfig
@@ -22,12 +23,15 @@ from utils.run.save_schedule import KINDS, SaveConfig
 from utils.run.state import LATEST, no_state, state_folders
 from utils.run.validation import ValidationConfig
 from utils.sampling.prompts import read_prompt_file
+from utils.sampling.starts import check_clip
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
-from utils.text_files import escaped_path, read_toml
+from utils.text_files import read_toml
+from wan.configs import TASKS
 from wan.errors import InputError
-from wan.values import nearest, shown
+from wan.values import outer_space_problem, quotes_problem, shown
 
+_I2V_SHARE = 0.5  # of ti2v-5B's clips
 _LEVELS = 8  # of noise, at which reference predictions of a prompt are recorded
 _LONGEST_NAME = 200  # bytes, of the 255 that a file name may have; a sample's adds up to 50
 
@@ -41,7 +45,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     _check_text(flags)
     _check_slice(flags)
     _check_required(flags)
-    save, dataset = _save(flags), read_dataset_config(flags.dataset_config)
+    save, dataset = _save(flags), _dataset(flags, flags.dataset_config)
     return TrainConfig(
         task=flags.task,
         dit=flags.dit,
@@ -57,6 +61,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         samples=_samples(flags),
         preserve=_preserve(flags),
         validation=_validation(flags, dataset),
+        i2v_share=_i2v_share(flags, dataset),
         vae=flags.vae,
         inputs=_inputs(flags),
         mixed_precision=_mixed_precision(flags),
@@ -89,65 +94,7 @@ def _parse(argv: Sequence[str] | None) -> Namespace:
     flags = parser.parse_args(argv)
     if flags.config_file is None:
         return flags
-    return parser.parse_args(argv, namespace=_defaults(parser, flags.config_file))
-
-
-def _defaults(parser: Parser, path: Path) -> Namespace:
-    """The flags of a --config_file; InputError names the file and the key that is wrong."""
-    # Without the suffix too, as musubi-tuner takes it.
-    path = path if path.suffix else path.with_suffix(".toml")
-    settings = _flat(read_toml(path))
-    for key in settings:
-        if f"--{key}" not in parser.known_flags(with_unsupported=True) or key == "config_file":
-            known = [flag[2:] for flag in parser.known_flags()]
-            raise InputError(f"{path}: unknown key {shown(key)}{nearest(key, known)} (--help lists them)")
-        _check_backslashes(parser, key, settings[key], path)
-    try:
-        return parser.parse_args(_as_arguments(settings))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _check_backslashes(parser: Parser, key: str, value: object, path: Path) -> None:
-    if parser.takes_path(f"--{key}"):
-        for text in value if isinstance(value, list) else [value]:
-            if hint := escaped_path(str(text)):
-                raise InputError(f"{path}: {key} is {shown(text)}: {hint}")
-
-
-def _flat(tables: dict) -> dict:
-    """The file's keys with their values, whatever table they are in.
-
-    Empty texts are left out: graphical programs write them for what is not set.
-    """
-    settings = {}
-    for key, value in tables.items():
-        value = [one for one in value if not _is_blank(one)] if isinstance(value, list) else value
-        settings |= _flat(value) if isinstance(value, dict) else {} if _is_blank(value) else {key: value}
-    return settings
-
-
-def _is_blank(value: object) -> bool:
-    return value == [] or (isinstance(value, str) and not value.strip())
-
-
-def _as_arguments(settings: dict) -> list[str]:
-    arguments = []
-    for key, value in settings.items():
-        if isinstance(value, list):
-            arguments += [f"--{key}", *map(_text, value)]
-        elif value is True:
-            arguments.append(f"--{key}")
-        elif value is not False:
-            arguments.append(f"--{key}={_text(value)}")
-    return arguments
-
-
-def _text(value: object) -> str:
-    try:
-        return str(value)
-    except ValueError:  # an int of thousands of digits; what replaces it is refused wherever a number is needed
-        return shown(value)
+    return parser.parse_args(argv, namespace=flags_of_file(parser, flags.config_file))
 
 
 def _check_text(flags: Namespace) -> None:
@@ -175,6 +122,8 @@ def _check_required(flags: Namespace) -> None:
     for name in ("dit", "dataset_config", "output_dir", "output_name"):
         if getattr(flags, name) is None:
             raise InputError(f"--{name} is missing")
+    if problem := outer_space_problem(flags.output_name) or quotes_problem(flags.output_name):
+        raise InputError(f"--output_name {problem}")
     if not flags.output_name.strip(". ") or set(flags.output_name) & set('/\\:*?"<>|'):
         raise InputError(
             f"--output_name {shown(flags.output_name)} must be a file name; give the folder as --output_dir"
@@ -190,9 +139,34 @@ def _check_required(flags: Namespace) -> None:
         )
 
 
+def _dataset(flags: Namespace, path: Path) -> DatasetConfig:
+    task = TASKS[flags.task]
+    return read_dataset_config(path, task.latents, task.conditions)
+
+
+def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
+    """The share of clips that start from their first frame, where there is a choice."""
+    has_clips = any(isinstance(own, VideoDataset) for own in dataset.datasets)
+    has_choice = TASKS[flags.task].config.starts_from_latents
+    if flags.i2v_share is None:
+        return _I2V_SHARE if has_choice and has_clips else 0.0
+    if not has_choice:
+        names = [name for name, task in TASKS.items() if task.config.starts_from_latents]
+        raise InputError(
+            f"--i2v_share has no effect with --task {flags.task}: it is for {', '.join(names)}, the model that makes "
+            "videos with and without a first frame; leave it out"
+        )
+    if not has_clips:
+        raise InputError(
+            f"--i2v_share has no effect on pictures, which train as text-to-video, and {flags.dataset_config} has no "
+            "videos; leave it out"
+        )
+    return flags.i2v_share
+
+
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
     named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts, flags.preserve_answers]
-    named.append(flags.validation_dataset_config)
+    named += [flags.validation_dataset_config, flags.clip]
     named += [*flags.slices, *map(Path, flags.preserve_prompts or []), flags.config_file, flags.log_tracker_config]
     return tuple(path for path in named if path)
 
@@ -239,13 +213,16 @@ def _metadata(flags: Namespace) -> MetadataConfig:
         description=flags.metadata_description,
         license=flags.metadata_license,
         tags=flags.metadata_tags,
-        resolution=flags.metadata_reso,
+        resolution=flags.metadata_reso or "x".join(map(str, TASKS[flags.task].sizes[0])),
         architecture=flags.metadata_arch,
         comment=flags.training_comment,
     )
 
 
 def _samples(flags: Namespace) -> SampleConfig | None:
+    task = TASKS[flags.task]
+    if flags.clip or flags.sample_prompts:
+        check_clip(task, flags.clip)
     turns = {
         "--sample_every_n_epochs": flags.sample_every_n_epochs,
         "--sample_every_n_steps": flags.sample_every_n_steps,
@@ -262,9 +239,10 @@ def _samples(flags: Namespace) -> SampleConfig | None:
     if missing:
         raise InputError(f"--sample_prompts needs {' and '.join(missing)} to draw samples")
     return SampleConfig(
-        prompts=tuple(read_prompt_file(flags.sample_prompts)),
+        prompts=tuple(read_prompt_file(flags.sample_prompts, task=task)),
         vae=existing_file(flags.vae, "--vae"),
         t5=existing_file(flags.t5, "--t5"),
+        clip=flags.clip and existing_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         vae_dtype=flags.vae_dtype,
         every_n_epochs=flags.sample_every_n_epochs,
@@ -288,7 +266,7 @@ def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | 
             return None
         if flags.t5 is None:
             raise InputError(f"there is nothing to validate: {_VALIDATE_ON}, or --t5, which measures forgetting")
-    validated = flags.validation_dataset_config and read_dataset_config(flags.validation_dataset_config)
+    validated = flags.validation_dataset_config and _dataset(flags, flags.validation_dataset_config)
     if validated and validated.validation_split:
         raise InputError(
             f"validation_split is for --dataset_config: leave it out of {validated.path}, which is validated on as a "

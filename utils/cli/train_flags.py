@@ -9,9 +9,11 @@ from utils.cli.command import DTYPES, dtype, number, task
 from utils.cli.learning_flags import add_learning_flags
 from utils.cli.swap_flags import add_swap_flags
 from utils.run.save_schedule import KINDS
+from wan.configs import TASKS
 from wan.values import COUNT, COUNT_OR_NONE, SEED, STEPS, Number
 
 _ANY_ID = Number(-(10**40), 10**40, whole=True, words="a whole number")
+_SHARE = Number(0, 1)
 _WEIGHT = Number(0, 1e6, without_a=True)
 _LEVELS = Number(1, 1000, whole=True)
 _MINUTES = Number(1, 10**6, whole=True)
@@ -72,16 +74,32 @@ def _add_files(parser: ArgumentParser) -> None:
         type=task,
         default="t2v-14B",
         metavar="TASK",
-        help="the kind of model: t2v-A14B, t2v-14B, t2v-1.3B or t2i-14B (default: %(default)s)",
+        help=f"the kind of model: {', '.join(TASKS)} (default: %(default)s)",
     )
-    add("--dit", type=Path, metavar="FILE", help="Wan checkpoint to train, .safetensors (required)")
+    add(
+        "--dit",
+        type=Path,
+        metavar="FILE",
+        help="Wan checkpoint to train, .safetensors, of the kind that --task says (required)",
+    )
     add("--dataset_config", type=Path, metavar="FILE", help="dataset file, .toml or .json (required)")
-    add("--vae", type=Path, metavar="FILE", help="Wan 2.1 VAE, needed for samples (default: none)")
+    add(
+        "--vae",
+        type=Path,
+        metavar="FILE",
+        help="Wan 2.1 VAE, or the Wan 2.2 VAE of ti2v-5B, needed for samples (default: none)",
+    )
     add(
         "--t5",
         type=Path,
         metavar="FILE",
         help="UMT5 text encoder, needed for samples and --preserve_prompts (default: none)",
+    )
+    add(
+        "--clip",
+        type=Path,
+        metavar="FILE",
+        help="CLIP image encoder, needed for samples of i2v-14B and flf2v-14B (default: none)",
     )
     add(
         "--tokenizer",
@@ -148,13 +166,20 @@ def _add_training(parser: ArgumentParser) -> None:
         metavar="MINUTES",
         help="how long the processes of a run on several GPUs wait for each other (default: one day)",
     )
+    add(
+        "--i2v_share",
+        type=number(_SHARE),
+        metavar="SHARE",
+        help="of ti2v-5B: the share of the clips, drawn anew in each epoch, that train as image-to-video from their "
+        "first frame; the others, and pictures, train as text-to-video (default: 0.5)",
+    )
     add("--cuda_allow_tf32", action="store_true", help="faster, less exact float32 products on the GPU (default: off)")
     add("--cuda_cudnn_benchmark", action="store_true", help="let cuDNN time its kernels first (default: off)")
     add("--sdpa", action="store_true", help="accepted for compatibility: attention is always PyTorch's")
     add(
         "--force_v2_1_time_embedding",
         action="store_true",
-        help="accepted for compatibility: the time embedding always has one timestep per sample",
+        help="accepted for compatibility: the time embedding is computed once for each different timestep",
     )
 
 
@@ -249,8 +274,8 @@ def _add_saving(parser: ArgumentParser) -> None:
     add(
         "--overwrite",
         action="store_true",
-        help="replace an earlier run of this --output_name: its states and numbered saves are deleted before the first "
-        "step (default: stop if there is one)",
+        help="replace an earlier run of this --output_name: its states, numbered saves and best slice are deleted "
+        "before the first step (default: stop if there is one)",
     )
     add(
         "--save_precision",
@@ -346,7 +371,7 @@ def _add_metadata(parser: ArgumentParser) -> None:
         ("description", "its description (default: none)"),
         ("license", "its license (default: none)"),
         ("tags", "tags, separated by commas (default: none)"),
-        ("reso", "resolution that it is for, such as 512x512 (default: 1280x720)"),
+        ("reso", "resolution that it is for, such as 512x512 (default: that of --task)"),
         ("arch", "architecture to name (default: wan2.1)"),
     ):
         add(f"--metadata_{name}", metavar="TEXT", help=what)

@@ -8,7 +8,6 @@ _ONE_EXPERT = (
     "each of the two experts is trained by its own run: give that expert's file as --dit and its timesteps as "
     "--min_timestep and --max_timestep"
 )
-_PICTURES = "only text-to-video models can be trained; leave it out"
 _HUB = "nothing is uploaded; upload the files in --output_dir yourself"
 _DDP = "the slice's gradients are averaged without DDP; leave it out"
 
@@ -25,7 +24,6 @@ _TRAINING_TOGETHER = {
         *("--compile_cache_size_limit", "--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
     ),
     _ONE_EXPERT: ("--dit_high_noise", "--timestep_boundary", "--offload_inactive_dit"),
-    _PICTURES: ("--clip", "--one_frame"),
     _HUB: (
         *("--huggingface_repo_id", "--huggingface_repo_type", "--huggingface_path_in_repo", "--huggingface_token"),
         *("--huggingface_repo_visibility", "--save_state_to_huggingface", "--resume_from_huggingface"),
@@ -35,6 +33,8 @@ _TRAINING_TOGETHER = {
 }
 TRAINING = {
     **{flag: reason for reason, flags in _TRAINING_TOGETHER.items() for flag in flags},
+    "--i2v": "it is for wan_cache_latents.py; here --task says which kind of model is trained; leave it out",
+    "--one_frame": "models are trained on whole clips, and on pictures where they make videos from text; leave it out",
     "--img_in_txt_in_offloading": "it is for HunyuanVideo; use --blocks_to_swap",
     "--guidance_scale": "it is for HunyuanVideo; a sample's guidance scale is --l in its line of --sample_prompts",
     "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
@@ -48,7 +48,10 @@ _NO_LORA = "LoRA files cannot be loaded; give slice files to --slices, or a whol
 _NO_FP8 = (
     "the computation is in 16 or 32 bits; an fp8 --dit is converted to bf16, and --blocks_to_swap saves GPU memory"
 )
-_NO_PICTURES = "only text-to-video is supported; leave it out"
+_NO_CONTROL = "models with control videos are not supported, nor is video-to-video; leave it out"
+_NO_ONE_FRAME = (
+    "one-frame inference is not supported; a picture as the first frame is --image_path, as the last --end_image_path"
+)
 _ONE_GUIDANCE = "guidance is the same in every step and layer; set its strength with --guidance_scale"
 
 _GENERATION_TOGETHER = {
@@ -57,10 +60,8 @@ _GENERATION_TOGETHER = {
         *("--include_patterns", "--exclude_patterns", "--lycoris", "--save_merged_model"),
     ),
     _NO_FP8: ("--fp8", "--fp8_scaled", "--fp8_fast"),
-    _NO_PICTURES: (
-        *("--clip", "--image_path", "--end_image_path", "--video_path", "--control_path", "--control_image_path"),
-        "--control_image_mask_path",
-    ),
+    _NO_CONTROL: ("--video_path", "--control_path"),
+    _NO_ONE_FRAME: ("--one_frame_inference", "--control_image_path", "--control_image_mask_path"),
     _ONE_GUIDANCE: (
         *("--cfg_skip_mode", "--cfg_apply_ratio", "--slg_layers", "--slg_scale", "--slg_start", "--slg_end"),
         "--slg_mode",
@@ -76,19 +77,16 @@ GENERATION = {
     "--vae_cache_cpu": "leave it out; a smaller --video_size or --video_length takes less memory to decode",
     "--fp8_t5": "the text encoder runs in bf16; leave it out",
     "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
-    "--one_frame_inference": "it makes one picture from others; for a picture from text use --video_length 1",
-    "--trim_tail_frames": "videos are saved whole; --video_length sets the number of frames",
+    "--trim_tail_frames": "an end picture is the last frame and adds none; --video_length sets the number of frames",
 }
 
-_ONLY_TEXT = "this caches for text-to-video, which needs the latents alone; leave it out"
 _NO_PREVIEW = "cached latents are not displayed; open the pictures themselves"
 _HUNYUAN_VAE = "it is for HunyuanVideo's VAE; to save memory use a smaller --batch_size, or --device cpu"
 
 CACHING_LATENTS = {
-    **dict.fromkeys(("--i2v", "--clip"), _ONLY_TEXT),
     **dict.fromkeys(("--debug_mode", "--console_width", "--console_back", "--console_num_images"), _NO_PREVIEW),
     **dict.fromkeys(("--vae_chunk_size", "--vae_spatial_tile_sample_min_size"), _HUNYUAN_VAE),
-    "--one_frame": "one-frame training is for image-to-video models; use a dataset of pictures",
+    "--one_frame": "pictures made from other pictures cannot be trained; leave it out",
     "--vae_cache_cpu": "the VAE keeps its frame cache on the GPU; use a smaller --batch_size, or --device cpu",
     "--vae_tiling": "tiled latents differ from whole ones; use a smaller --batch_size, or --device cpu",
 }

@@ -13,19 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from utils import locks
-from utils.data.origins import (
-    Origin,
-    difference,
-    made_by_in,
-    made_by_metadata,
-    origin_in,
-    source_changed,
-    without_origin,
-)
+from utils.data.origins import Origin, made_by_in, made_by_metadata, origin_in, without_origin
 from utils.files import file_problem, quoted
 from utils.locks import UNFINISHED
 from utils.slice_saving import whole_file
-from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 from wan.safetensors_header import TensorEntry, read_file_header
 
@@ -34,6 +25,9 @@ _FORMAT = {"architecture": "wan", "format_version": "1.0.1"}
 _LATENTS_NAME = re.compile(r"(.+)_([0-9]{4,6})x([0-9]{4,6})_wan\.safetensors", re.DOTALL)
 _CLIP_STEM = re.compile(r"(.+)_([0-9]{5,6})-([0-9]{3,5})", re.DOTALL)
 _LATENTS_KEY = re.compile(r"latents_(\d+)x(\d+)x(\d+)_\w+")
+# What image-to-video models read besides: the given pictures as latents, and their CLIP tokens.
+_CONDITION_KEY = re.compile(r"latents_image_(\d+)x(\d+)x(\d+)_\w+")
+_CLIP_KEY = re.compile(r"clip_\w+")
 _TEXT_KEY = re.compile(r"varlen_t5_\w+")
 # Captions after the first. musubi-tuner reads them into its batches too, where nothing looks at them; "varlen" keeps it
 # from stacking them.
@@ -42,7 +36,7 @@ _FURTHER_KEY = re.compile(r"varlen_caption([1-9]\d{0,5})_\w+")
 _MASK_KEY = re.compile(r"varlen_loss_mask_\w+")
 _CAPTION = re.compile(r"caption\d+")
 _DTYPES = ("F32", "F16", "BF16")
-_TEXT_AXES = "[tokens, width]"
+_LATENTS_AXES, _TEXT_AXES = "[channels, frames, height, width]", "[tokens, width]"
 
 
 @dataclass(frozen=True)
@@ -115,21 +109,30 @@ def write_latents(
     frame_count: int | None = None,
     origin: Origin | None = None,
     mask_HW: torch.Tensor | None = None,
+    condition_CFHW: torch.Tensor | None = None,
+    clip_PI: torch.Tensor | None = None,
 ) -> None:
     """Writes one item's latents in their dtype; `size` is the one in the name, `frame_count` is for videos.
 
-    `mask_HW` weights the loss of each latent pixel. InputError if a file that is not a cache is in the way.
+    `mask_HW` weights the loss of each latent pixel; `condition_CFHW` and `clip_PI` are the given pictures, as latents
+    after their mask and as CLIP tokens. InputError if a file that is not a cache is in the way.
     """
     _refuse_others_file(path, _LATENTS_KEY)
     frames, height, width = latents_CFHW.shape[1:]
-    key = f"latents_{frames}x{height}x{width}_{_dtype_name(latents_CFHW)}"
+    size_and_dtype = f"{frames}x{height}x{width}_{_dtype_name(latents_CFHW)}"
+    tensors = {f"latents_{size_and_dtype}": latents_CFHW}
+    if condition_CFHW is not None:
+        tensors[f"latents_image_{size_and_dtype}"] = condition_CFHW
+    if clip_PI is not None:
+        tensors[f"clip_{_dtype_name(latents_CFHW)}"] = clip_PI  # the latents' dtype there too, whatever its own is
+    if mask_HW is not None:
+        tensors[f"varlen_loss_mask_{_dtype_name(mask_HW)}"] = mask_HW
     metadata = {**_FORMAT, "width": str(size[0]), "height": str(size[1])}
     if frame_count is not None:
         metadata["frame_count"] = str(frame_count)
     if origin is not None:
         metadata |= origin.metadata()
-    masks = {} if mask_HW is None else {f"varlen_loss_mask_{_dtype_name(mask_HW)}": mask_HW}
-    _write(path, {key: latents_CFHW, **masks}, metadata)
+    _write(path, tensors, metadata)
 
 
 def write_text(
@@ -156,7 +159,18 @@ def write_text(
 
 def read_latents(path: Path) -> torch.Tensor:
     """[C, F, H, W] in the file's dtype; InputError names a file that is damaged or holds NaN or infinity."""
-    return _read(path, _latents_entry(path)[0])
+    return _read(path, latents_header(path)[0])
+
+
+def read_condition(path: Path) -> torch.Tensor:
+    """[4 + C, F, H, W] in the file's dtype: a mask, then the latents of the given pictures. Errors as read_latents."""
+    entry = _only_entry(path, _header(path)[0], _CONDITION_KEY, "latents_image", _LATENTS_AXES)
+    return _read(path, entry)
+
+
+def read_clip(path: Path) -> torch.Tensor:
+    """[P, I] in the file's dtype: the CLIP tokens of the given pictures. Errors as read_latents."""
+    return _read(path, _only_entry(path, _header(path)[0], _CLIP_KEY, "clip", _TEXT_AXES))
 
 
 def read_mask(path: Path) -> torch.Tensor:
@@ -178,7 +192,7 @@ def read_text(path: Path, caption: str | None = None) -> torch.Tensor:
 
     InputError names a file that is damaged, holds NaN or infinity, or lacks the caption.
     """
-    (first, *further), _ = _text_entries(path)
+    (first, *further), _ = text_header(path)
     if caption is None or first.caption in (None, caption):
         return _read(path, first.entry)
     found = next((text for text in further if text.caption == caption), None)
@@ -187,9 +201,46 @@ def read_text(path: Path, caption: str | None = None) -> torch.Tensor:
     return _read(path, found.entry)
 
 
+def latents_header(path: Path) -> tuple[TensorEntry, dict[str, str]]:
+    """The entry of a cache's latents, and the file's metadata; InputError if they cannot be trained on."""
+    entries, metadata = _header(path)
+    return _only_entry(path, entries, _LATENTS_KEY, "latents", _LATENTS_AXES), metadata
+
+
 def latents_shape(path: Path) -> tuple[int, ...]:
     """(C, F, H, W) from the file's header; InputError if that is not a latent to train on."""
-    return _latents_entry(path)[0].shape
+    return latents_header(path)[0].shape
+
+
+def condition_shape(path: Path) -> tuple[int, ...] | None:
+    """The shape of read_condition from the file's header, None if it holds none; errors as latents_shape."""
+    return _shape(path, _CONDITION_KEY, "latents_image", _LATENTS_AXES)
+
+
+def clip_shape(path: Path) -> tuple[int, ...] | None:
+    """The shape of read_clip from the file's header, None if it holds none; errors as latents_shape."""
+    return _shape(path, _CLIP_KEY, "clip", _TEXT_AXES)
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """The tensor of one caption's tokens; the caption is None where the file does not tell it."""
+
+    entry: TensorEntry
+    caption: str | None
+
+
+def text_header(path: Path) -> tuple[list[CachedText], dict[str, str]]:
+    """The captions of a text cache and its metadata; InputError if one cannot be trained on."""
+    entries, metadata = _header(path)
+    first = _only_entry(path, entries, _TEXT_KEY, "text", _TEXT_AXES)
+    numbered = {int(found[1]): name for name in entries if (found := _FURTHER_KEY.fullmatch(name))}
+    further = [CachedText(entries[name], metadata.get(f"caption{number}")) for number, name in sorted(numbered.items())]
+    for text in further:
+        _check_entry(path, text.entry, "text", _TEXT_AXES)
+        if text.entry.shape[1] != first.shape[1]:
+            raise InputError(f"{path} holds captions of two widths, {first.shape[1]} and {text.entry.shape[1]}")
+    return [CachedText(first, metadata.get("caption1")), *further], metadata
 
 
 def text_shapes(path: Path) -> list[tuple[str | None, tuple[int, ...]]]:
@@ -197,12 +248,12 @@ def text_shapes(path: Path) -> list[tuple[str | None, tuple[int, ...]]]:
 
     The first one is where musubi-tuner looks.
     """
-    return [(text.caption, text.entry.shape) for text in _text_entries(path)[0]]
+    return [(text.caption, text.entry.shape) for text in text_header(path)[0]]
 
 
 def latents_origin(path: Path) -> Origin | None:
     """What a latent cache was made of and by; None if it does not say so. InputError as latents_shape."""
-    return origin_in(_latents_entry(path)[1])
+    return origin_in(latents_header(path)[1])
 
 
 def made_by_of(path: Path) -> Mapping[str, str]:
@@ -211,65 +262,6 @@ def made_by_of(path: Path) -> Mapping[str, str]:
         return made_by_in(read_file_header(path)[1])
     except InputError:
         return {}
-
-
-def latents_problem(
-    cache: Path, source: Path | None, frames: int, bucket: tuple[int, int], wanted: Mapping[str, str] | None = None
-) -> str | None:
-    """Why the latents of `frames` frames at `bucket` (width, height) cannot be trained on; None if they can.
-
-    `source` is None where only the cache is left; `wanted` are the settings that it should have been made by.
-    """
-    if not cache.is_file():
-        return "has no latent cache"
-    shape = WAN_2_1_VAE.shape(frames, bucket[1], bucket[0])
-    try:
-        entry, metadata = _latents_entry(cache)
-    except InputError as error:  # to be cached again like one that is missing
-        return f"has a damaged latent cache ({error})"
-    if entry.shape != shape:
-        return f"was cached as latents {_times(entry.shape)}, the dataset file now asks for {_times(shape)}"
-    if wanted and "mask" in wanted and (problem := _mask_problem(cache, shape)):
-        return problem
-    origin = origin_in(metadata)
-    if origin is not None and (otherwise := difference(origin.made_by, wanted or {})):
-        return f"was cached {otherwise}"
-    if source is None:
-        return None
-    if origin is None:
-        return "is newer than its latent cache" if _changed_at(source) > cache.stat().st_mtime_ns else None
-    return "has changed since it was cached" if source_changed(origin, source) else None
-
-
-def _mask_problem(cache: Path, shape: tuple[int, ...]) -> str | None:
-    if not has_mask(cache):
-        return "was cached without its mask"
-    try:
-        found = tuple(read_mask(cache).shape)
-    except InputError as error:
-        return f"has a damaged mask in its latent cache ({error})"
-    return None if found == shape[-2:] else f"was cached with a mask of {_times(found)} latent pixels"
-
-
-def text_problem(cache: Path, texts: Sequence[str], wanted: Mapping[str, str] | None = None) -> str | None:
-    """Why the encoded tokens of the captions `texts` cannot be trained on; None if they can.
-
-    `wanted` as for latents_problem.
-    """
-    if not cache.is_file():
-        return "has no text cache"
-    try:
-        found, metadata = _text_entries(cache)
-    except InputError as error:  # to be cached again like one that is missing
-        return f"has a damaged text cache ({error})"
-    # A first caption that the file does not tell cannot be compared.
-    cached = {text.caption for text in found[1:]} | {texts[0] if found[0].caption is None else found[0].caption}
-    if cached >= set(texts):
-        otherwise = difference(made_by_in(metadata), wanted or {})
-        return f"was cached {otherwise}" if otherwise else None
-    if texts[-1] == "" and cached >= set(texts[:-1]):
-        return "has a text cache without the empty caption, which caption_dropout_rate needs"
-    return "has another caption than its text cache" if len(texts) == 1 else "has captions that its text cache lacks"
 
 
 def _refuse_others_file(path: Path, key: re.Pattern) -> None:
@@ -326,38 +318,17 @@ def _tensor(path: Path, key: str) -> torch.Tensor:
         raise InputError(f"{path} cannot be read ({error}): delete it and cache again") from None
 
 
-def _latents_entry(path: Path) -> tuple[TensorEntry, dict[str, str]]:
-    entries, metadata = _header(path)
-    return _only_entry(path, entries, _LATENTS_KEY, "latents", "[channels, frames, height, width]"), metadata
-
-
-@dataclass(frozen=True)
-class _Text:
-    """The tensor of one caption's tokens; the caption is None where the file does not tell it."""
-
-    entry: TensorEntry
-    caption: str | None
-
-
-def _text_entries(path: Path) -> tuple[list[_Text], dict[str, str]]:
-    """The captions of a text cache and its metadata; InputError if one cannot be trained on."""
-    entries, metadata = _header(path)
-    first = _only_entry(path, entries, _TEXT_KEY, "text", _TEXT_AXES)
-    numbered = {int(found[1]): name for name in entries if (found := _FURTHER_KEY.fullmatch(name))}
-    further = [_Text(entries[name], metadata.get(f"caption{number}")) for number, name in sorted(numbered.items())]
-    for text in further:
-        _check_entry(path, text.entry, "text", _TEXT_AXES)
-        if text.entry.shape[1] != first.shape[1]:
-            raise InputError(f"{path} holds captions of two widths, {first.shape[1]} and {text.entry.shape[1]}")
-    return [_Text(first, metadata.get("caption1")), *further], metadata
-
-
 def _header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         return read_file_header(path)
     except InputError as error:
         reason = str(error).removeprefix(f"{path} ")
         raise InputError(f"{path} is not a readable cache file: {reason}") from None
+
+
+def _shape(path: Path, key: re.Pattern, what: str, axes: str) -> tuple[int, ...] | None:
+    entries = _header(path)[0]
+    return _only_entry(path, entries, key, what, axes).shape if any(map(key.fullmatch, entries)) else None
 
 
 def _only_entry(path: Path, entries: Mapping[str, TensorEntry], key: re.Pattern, what: str, axes: str) -> TensorEntry:
@@ -374,12 +345,3 @@ def _check_entry(path: Path, entry: TensorEntry, what: str, axes: str) -> None:
         raise InputError(f"{path} holds {what} as {entry.dtype}; allowed: {', '.join(_DTYPES)}")
     if len(entry.shape) != axes.count(",") + 1 or not all(entry.shape):
         raise InputError(f"{path} holds {what} of shape {list(entry.shape)}; {axes} is expected, none of them 0")
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _changed_at(source: Path) -> int:
-    files = source.iterdir() if source.is_dir() else [source]
-    return max(file.stat().st_mtime_ns for file in files)

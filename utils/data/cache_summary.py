@@ -4,24 +4,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from utils.data.cache_files import latents_files, text_path
+from utils.data.cache_files import clip_shape, condition_shape, latents_files, latents_shape, text_path
+from utils.data.cache_problems import given_pictures
 from utils.data.commands import caching_command, training_command
 from utils.data.sources import AnyDataset, DatasetConfig, Sources, VideoDataset
-from utils.pixels.rates import FILE_RATE, WAN_FPS, Rate, is_close
+from utils.pixels.rates import FILE_RATE, Rate, is_close
 from utils.pixels.remarks import count_and_names
+from wan.configs import NO_CONDITIONS, TASKS, WAN_2_1_VAE, WAN_2_2_VAE, Conditions, LatentLayout
+from wan.errors import InputError
 
 
 @dataclass(frozen=True)
 class Caching:
     """What happened to the caches of a dataset, or of several, added up.
 
-    `untold` are current ones that do not say what they were made of; `others` are files that are only named like
-    caches; `cut` are the tokens of each source whose caption is longer than the text encoder reads.
+    `added_to` of those made were current but for what image-to-video models are given; `one_frame` counts those that
+    such models are not trained on. `untold` are current ones that do not say what they were made of; `others` are files
+    that are only named like caches; `cut` are the tokens of each source whose caption is longer than the text encoder
+    reads.
     """
 
     made: int = 0
     current: int = 0
     left_out: int = 0
+    added_to: int = 0
+    one_frame: int = 0
     deleted: int = 0
     untold: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
@@ -35,12 +42,17 @@ class Caching:
 
 def summary_lines(what: str, done: Caching, text_len: int | None = None) -> list[str]:
     """What a command did with caches of a kind ("latents" or "captions"); `text_len` is what the encoder reads."""
-    parts = [f"{done.made} cached"]
+    parts = [f"{done.made} cached" + (f" (of {done.added_to} only what was missing)" if done.added_to else "")]
     parts += [f"{done.current} current and skipped (--recache makes them again)"] if done.current else []
     parts += [f"{done.left_out} left out"] if done.left_out else []
-    gone = "deleted, because their sources are not in this dataset (--keep_cache keeps them)"
+    gone = "deleted, because this dataset does not use them (--keep_cache keeps them)"
     parts += [f"{done.deleted} {gone}"] if done.deleted else []
     lines = [f"{what}: {', '.join(parts)}"]
+    if done.one_frame:
+        lines.append(
+            f"cached, but not trained on by image-to-video models: {done.one_frame} pictures and clips of one frame, "
+            "because the model is given the first frame"
+        )
     if done.untold:
         lines.append(
             "skipped caches that do not say what they were made of, so that only times were compared: "
@@ -57,24 +69,42 @@ def summary_lines(what: str, done: Caching, text_len: int | None = None) -> list
     return lines
 
 
-def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sources]]) -> str:
-    """The next command for the user once latents are cached."""
+def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sources]], done: Caching) -> str:
+    """The next command for the user once latents are cached, or what is missing that could be trained on."""
+    if 0 < done.one_frame == done.made + done.current:
+        return f"next: add a dataset of videos with target_frames of 5 or more to {config.path}, there is none yet"
     texts = [text_path(dataset.cache_directory, own.stem) for dataset, sources in listed for own in sources.found]
     has_texts = all(path.is_file() for path in texts)
-    return f"next: {training_command(config.path) if has_texts else caching_command('text', config.path)}"
+    train = training_command(config.path, config.latents, config.conditions)
+    return f"next: {train if has_texts else caching_command('text', config.path)}"
 
 
 def after_text(config: DatasetConfig) -> str:
     """The next command for the user once captions are cached."""
-    has_latents = all(latents_files(dataset.cache_directory, dataset.recursive) for dataset in config.datasets)
-    return f"next: {training_command(config.path) if has_latents else caching_command('latents', config.path)}"
+    found = [latents_files(dataset.cache_directory, dataset.recursive) for dataset in config.datasets]
+    train = training_command(config.path, *_model_of([path for paths in found for path in paths]))
+    return f"next: {train if all(found) else caching_command('latents', config.path)}"
+
+
+def _model_of(caches: Iterable[Path]) -> tuple[LatentLayout, Conditions]:
+    """What the models need for which latents were cached, by the first cache that can be read."""
+    for path in caches:
+        try:
+            channels, condition, clip = latents_shape(path)[0], condition_shape(path), clip_shape(path)
+        except InputError:  # caching names and replaces it
+            continue
+        pictures = 0 if condition is None else given_pictures(path)
+        found = WAN_2_2_VAE if channels == WAN_2_2_VAE.channels else WAN_2_1_VAE, Conditions(pictures, clip is not None)
+        if found in ((task.latents, task.conditions) for task in TASKS.values()):
+            return found
+    return WAN_2_1_VAE, NO_CONDITIONS
 
 
 def rate_lines(dataset: VideoDataset, rates: Mapping[Path, Rate]) -> list[str]:
     """A line if files have other rates than the dataset file says, or if it says none."""
     if dataset.source_fps == FILE_RATE:
         return []
-    wanted = dataset.source_fps or WAN_FPS
+    wanted = dataset.source_fps or dataset.latents.fps
     differing = {path: rate for path, rate in rates.items() if not is_close(rate.fps, wanted)}
     if not differing:
         return []
@@ -84,7 +114,7 @@ def rate_lines(dataset: VideoDataset, rates: Mapping[Path, Rate]) -> list[str]:
     each = f'source_fps = {fps}, or "{FILE_RATE}" for each file\'s own rate'
     if dataset.source_fps is None:
         return [
-            f"videos of another rate than Wan's {WAN_FPS:g} frames a second: {files}; source_fps is not set, so every "
+            f"videos of another rate than Wan's {wanted} frames a second: {files}; source_fps is not set, so every "
             f"frame is used and their motion changes its speed; to keep it, set {each}"
         ]
     return [f"videos of another rate than source_fps = {dataset.source_fps:g}: {files}; if they are right, set {each}"]

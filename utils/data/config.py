@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from utils.data.sizes import STEP, nearest_multiples
+from utils.data.sizes import nearest_multiples
 from utils.data.sources import (
     CAPTION_MODES,
     FRAME_EXTRACTIONS,
@@ -19,7 +19,7 @@ from utils.data.sources import (
 from utils.files import file_name, names_text, quoted, readable
 from utils.pixels.rates import FILE_RATE
 from utils.text_files import escaped_path, read_json, read_toml
-from wan.configs import WAN_2_1_VAE
+from wan.configs import NO_CONDITIONS, WAN_2_1_VAE, Conditions, LatentLayout
 from wan.errors import InputError
 from wan.values import hidden_problem, nearest, outer_space_problem
 
@@ -27,10 +27,13 @@ _MOST = 1_000_000  # of anything that is counted; batches, repeats and frames st
 _BYTES_OF_A_PIXEL = 12  # as the VAE reads it: three fp32 values
 
 
-def read_dataset_config(path: Path) -> DatasetConfig:
+def read_dataset_config(
+    path: Path, latents: LatentLayout = WAN_2_1_VAE, conditions: Conditions = NO_CONDITIONS
+) -> DatasetConfig:
     """All datasets of the file; a key that a dataset lacks comes from [general], else from the defaults.
 
-    InputError names the table and the key, and says what is allowed there.
+    `latents` and `conditions` are those of the model that is trained: sizes and frame rates follow from them, and what
+    is cached. InputError names the table and the key, and says what is allowed there.
     """
     is_json = path.suffix.lower() == ".json"
     tables = _table(read_json(path, "dataset file"), str(path)) if is_json else read_toml(path)
@@ -44,10 +47,13 @@ def read_dataset_config(path: Path) -> DatasetConfig:
     general = _values(shared, _GENERAL, f"{path} [general]")
     held_out = general.pop("validation_split", 0.0)
     entries = tables.get("datasets", [])
+    if isinstance(entries, dict) and not is_json:
+        raise InputError(f"{path}: [datasets] needs double brackets, [[datasets]], because there may be several")
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} has no [[datasets]] table; at least one is needed")
+    model = {"latents": latents, "conditions": conditions}
     datasets = [
-        _dataset(_table(entry, where), general, where)
+        _dataset(_table(entry, where), {**general, **model}, where)
         for number, entry in enumerate(entries, 1)
         for where in [f"{path} [[datasets]] number {number}"]
     ]
@@ -81,6 +87,8 @@ def _dataset(table: dict, general: dict, where: str) -> AnyDataset:
     values["cache_directory"] = values.get("cache_directory", folder)
     dataset = (VideoDataset if is_video else ImageDataset)(**values)
     _check_resolution(dataset, where)
+    if isinstance(dataset, VideoDataset):
+        _check_target_frames(dataset, where)
     return dataset
 
 
@@ -117,12 +125,17 @@ def _refuse_key(key: str, schema: Mapping[str, Callable], where: str) -> None:
 
 
 def _check_resolution(dataset: AnyDataset, where: str) -> None:
+    multiple = dataset.latents.pixel_multiple
+    if min(dataset.resolution) < multiple:
+        raise InputError(
+            f"{where}: resolution {list(dataset.resolution)}: each side must be from {multiple} to {_MOST} pixels"
+        )
     # With buckets the resolution is only an area; without them it is the size itself.
-    wrong = [side for side in dataset.resolution if side % STEP]
+    wrong = [side for side in dataset.resolution if side % multiple]
     if wrong and not dataset.enable_bucket:
         raise InputError(
-            f"{where}: resolution {list(dataset.resolution)} must be multiples of {STEP}: instead of {wrong[0]} use "
-            f"{nearest_multiples(wrong[0])}, or set enable_bucket = true"
+            f"{where}: resolution {list(dataset.resolution)} must be multiples of {multiple}: instead of {wrong[0]} "
+            f"use {nearest_multiples(wrong[0], multiple)}, or set enable_bucket = true"
         )
     width, height = dataset.resolution
     # A "full" clip is as long as its video, which may be far below max_frames.
@@ -133,6 +146,16 @@ def _check_resolution(dataset: AnyDataset, where: str) -> None:
             f"{where}: {frames} frames at {width}x{height} take {readable(needed)} before they are encoded, and this "
             f"computer has {readable(memory)}: choose a smaller resolution or fewer frames"
         )
+
+
+def _check_target_frames(dataset: VideoDataset, where: str) -> None:
+    for frames in dataset.target_frames:
+        below, stride = dataset.latents.whole_frames(frames), dataset.latents.frame_stride
+        if frames != below:
+            raise InputError(
+                f"{where}: target_frames must be of the form {stride}n+1: instead of {frames} use {below} or "
+                f"{below + stride}"
+            )
 
 
 def _refuse_shared_caches(datasets: list[AnyDataset], path: Path) -> None:
@@ -200,22 +223,15 @@ def _extension(value, where: str) -> str:
 
 def _resolution(value, where: str) -> tuple[int, int]:
     sides = value if isinstance(value, list) else [value, value]
-    if len(sides) != 2 or not all(_is_count(side) and side >= STEP for side in sides):
-        raise InputError(
-            f"{where} must be one whole number or [width, height], each from {STEP} to {_MOST}, not {quoted(value)}"
-        )
+    if len(sides) != 2 or not all(map(_is_count, sides)):
+        raise InputError(f"{where} must be one whole number or [width, height], in pixels, not {quoted(value)}")
     return sides[0], sides[1]
 
 
 def _target_frames(value, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{where} must be a list of whole numbers, for example [1, 25, 45], not {quoted(value)}")
-    for frames in value:
-        below = WAN_2_1_VAE.whole_frames(_count(frames, where))
-        if frames != below:
-            above = below + WAN_2_1_VAE.frame_stride
-            raise InputError(f"{where} must be of the form 4n+1: instead of {frames} use {below} or {above}")
-    return tuple(sorted(set(value)))
+    return tuple(sorted({_count(frames, where) for frames in value}))
 
 
 def _one_of(allowed: Sequence[str]) -> Callable[[object, str], str]:
@@ -300,7 +316,7 @@ _VIDEO = {
     "max_frames": _count,
     "source_fps": _rate,
 }
-_CONTROL = "control pictures and videos are for image-to-video and control models; this trains text-to-video"
+_CONTROL = "it is for control models, which cannot be trained; image-to-video models start from each clip's first frame"
 _FRAME_PACK = "it is for FramePack's one-frame training; this trains Wan"
 _EDIT_MODEL = "it is for picture-editing models; this trains Wan"
 _UNSUPPORTED = {

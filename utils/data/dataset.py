@@ -1,6 +1,6 @@
 """The training dataset: cached latents with their captions' tokens, in batches of one size.
 
-B batch, C channels, F H W latent frames, height, width, S text tokens, D text width.
+B batch, C channels, F H W latent frames, height, width, S text tokens, D text width, P CLIP tokens, I their width.
 """
 
 import hashlib
@@ -8,14 +8,16 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
-from utils.data.cache_files import read_latents, read_mask, read_text
+from utils.data.cache_files import read_clip, read_condition, read_latents, read_mask, read_text
 from utils.data.commands import caching_command
-from utils.data.items import CachedItems, Item, Problem, cached_items
+from utils.data.held_out import held_out
+from utils.data.items import CachedItems, Item, Problem, cached_items, made_otherwise
 from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset
 from utils.interrupts import ignore_interrupts
 from utils.learning.flow_matching import draw_generator
@@ -67,6 +69,12 @@ class TrainingDataset(Dataset):
         return self.items[0].text_shape[1]
 
     @property
+    def clip_width(self) -> int | None:
+        """The width of the CLIP tokens, the same in all items; None without them."""
+        shape = self.items[0].clip_shape
+        return None if shape is None else shape[1]
+
+    @property
     def longest_text(self) -> int:
         """The tokens of the longest caption."""
         return max(item.text_shape[0] for item in self.items)
@@ -105,20 +113,23 @@ class TrainingDataset(Dataset):
         return ShownBatch(entries, tuple(_shown_caption(self._item(entry), seed, epoch, entry) for entry in entries))
 
     def __getitem__(self, batch: ShownBatch | tuple[int, ...]) -> dict:
-        """{"latents": [B, 16, F, H, W] float32, "t5": list of [S, D] in the caches' dtype, "names", "entries"}.
+        """{"latents": [B, C, F, H, W] float32, "t5": list of [S, D] in the caches' dtype, "names", "entries"}.
 
-        "mask" is [B, 1, 1, H, W], or None where the whole of every item is trained on.
+        "mask" is [B, 1, 1, H, W], or None where the whole of every item is trained on. What the model is given of
+        pictures is "y" [B, 4 + C, F, H, W] and "clip" [B, P, I], in float32, or None where it is not given that.
         A tuple of entries shows the first caption of each.
         """
         if not isinstance(batch, ShownBatch):
             batch = ShownBatch(batch, tuple(self._item(entry).caption for entry in batch))
         items = [self._item(entry) for entry in batch.entries]
         return {
-            "latents": torch.stack([read_latents(item.latents).float() for item in items]),
+            "latents": _stacked(items, read_latents),
             "t5": [read_text(item.text, caption) for item, caption in zip(items, batch.captions, strict=True)],
             "names": [item.name for item in items],
             "entries": list(batch.entries),
             "mask": _masks(items),
+            "y": _stacked(items, read_condition) if items[0].conditions.pictures else None,
+            "clip": _stacked(items, read_clip) if items[0].conditions.clip else None,
         }
 
     def _item(self, entry: int) -> Item:
@@ -157,28 +168,32 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
     problems = [problem for cached in found for problem in cached.problems]
     if problems:
         raise InputError(_problem_line(problems, config))
-    held_out = [item for cached in found for item in _held_out(cached.items, config.validation_split)]
-    if config.validation_split and not held_out and any(cached.items for cached in found):
-        raise InputError(
-            f"{config.path}: validation_split holds out nothing, because no dataset has two files to train on: add "
-            "files, or leave it out"
-        )
-    found = [replace(cached, items=tuple(i for i in cached.items if i not in held_out)) for cached in found]
+    validated = held_out([cached.items for cached in found], config.validation_split)
+    if config.validation_split and any(cached.items for cached in found):
+        _check_split(config, validated, found)
+    left_out = {item.latents for item in validated}
+    found = [replace(cached, items=tuple(i for i in cached.items if i.latents not in left_out)) for cached in found]
     items = [item for cached in found for item in cached.items]
     if not items:
+        if any(cached.one_frame for cached in found):
+            raise InputError(
+                f"{config.path}: there are only pictures and clips of one frame, and the model is given the first "
+                "frame, so there is nothing to train on: add a dataset of videos with target_frames of 5 or more"
+            )
         raise InputError(
             f"{config.path}: no video is as long as the smallest of its target_frames; there is nothing to train on"
         )
-    _check_text_widths(items)
+    _check_widths(items)
     _check_entries(config, found)
     lines = [
         line
         for number, (dataset, cached) in enumerate(zip(config.datasets, found, strict=True), 1)
         for line in _describe(number, dataset, cached)
     ]
-    if held_out:
-        lines.append(f"{len(held_out)} more items are held out for validation (validation_split)")
-    return TrainingDataset(items, _buckets(config.datasets, found), lines, held_out)
+    lines += made_otherwise([*items, *validated])
+    if validated:
+        lines.append(f"{len(validated)} more items are held out for validation (validation_split)")
+    return TrainingDataset(items, _buckets(config.datasets, found), lines, validated)
 
 
 class BatchLoader:
@@ -245,8 +260,8 @@ class _SentByPipe(Dataset):
         except InputError as error:
             return error
         texts = [_PlainTensor(text_SD) for text_SD in loaded["t5"]]
-        mask = loaded["mask"] if loaded["mask"] is None else _PlainTensor(loaded["mask"])
-        return {**loaded, "latents": _PlainTensor(loaded["latents"]), "t5": texts, "mask": mask}
+        plain = {name: _PlainTensor(value) if isinstance(value, Tensor) else value for name, value in loaded.items()}
+        return {**plain, "t5": texts}
 
 
 class _PlainTensor:
@@ -277,6 +292,10 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"batches {seed} {epoch}".encode()).digest()[:8], "little") >> 1
 
 
+def _stacked(items: Sequence[Item], read: Callable[[Path], Tensor]) -> Tensor:
+    return torch.stack([read(item.latents).float() for item in items])
+
+
 def _masks(items: Sequence[Item]) -> Tensor | None:
     if not any(item.masked for item in items):
         return None
@@ -301,16 +320,37 @@ def _problem_line(problems: Sequence[Problem], config: DatasetConfig) -> str:
     more = len(problems) - len(named)
     named += [f"and {more} more"] if more else []
     caches = sorted({problem.cache for problem in problems})
-    commands = " ; then ".join(caching_command(cache, config.path) for cache in caches)
+    model = (config.latents, config.conditions)
+    commands = " ; then ".join(caching_command(cache, config.path, *model) for cache in caches)
     return f"{'; '.join(named)}. Run: {commands}"
 
 
-def _check_text_widths(items: Sequence[Item]) -> None:
+def _check_split(config: DatasetConfig, validated: Sequence[Item], found: Sequence[CachedItems]) -> None:
+    """InputError if nothing is held out, or nothing is left to train on."""
+    if not validated:
+        raise InputError(
+            f"{config.path}: validation_split holds out nothing, because no dataset has two files to train on: add "
+            "files, or leave it out"
+        )
+    if len(validated) == sum(len(cached.items) for cached in found):
+        raise InputError(
+            f"{config.path}: validation_split leaves nothing to train on, because all files are copies of one another: "
+            "add files, or leave it out"
+        )
+
+
+def _check_widths(items: Sequence[Item]) -> None:
     widths = sorted({item.text_shape[1] for item in items})
     if len(widths) > 1:
         raise InputError(
             f"the text caches come from different text encoders, their widths are {widths}: run "
             "wan_cache_text_encoder_outputs.py again"
+        )
+    widths = sorted({item.clip_shape[1] for item in items if item.clip_shape is not None})
+    if len(widths) > 1:
+        raise InputError(
+            f"the CLIP tokens come from different image encoders, their widths are {widths}: run wan_cache_latents.py "
+            "--clip again"
         )
 
 
@@ -320,14 +360,6 @@ def _check_entries(config: DatasetConfig, found: Sequence[CachedItems]) -> None:
         raise InputError(
             f"{config.path}: an epoch would show {sum(counts):,} items, more than {_MOST_ENTRIES:,}: lower num_repeats"
         )
-
-
-def _held_out(items: Sequence[Item], share: float) -> list[Item]:
-    """The items of a share of the sources: at least one, not all; the same ones whatever files are added."""
-    sources = sorted({item.text for item in items}, key=lambda path: hashlib.sha256(path.name.encode()).digest())
-    count = min(max(round(share * len(sources)), 1), len(sources) - 1) if share else 0
-    chosen = set(sources[:count])
-    return [item for item in items if item.text in chosen]
 
 
 def _buckets(datasets: Sequence[AnyDataset], found: Sequence[CachedItems]) -> list[_Bucket]:
@@ -347,6 +379,11 @@ def _describe(number: int, dataset: AnyDataset, cached: CachedItems) -> list[str
     listed = ", ".join(f"{w}x{h}x{frames}: {count}" for ((w, h), frames), count in sorted(sizes.items()))
     repeats = f", {dataset.num_repeats} times an epoch" if dataset.num_repeats > 1 else ""
     lines = [f"dataset {number}: {len(cached.items)} {what} ({listed}), batch size {dataset.batch_size}{repeats}"]
+    if cached.one_frame:
+        lines, single = lines if cached.items else [], "pictures" if what == "pictures" else "clips of one frame"
+        lines.append(
+            f"dataset {number}: {cached.one_frame} {single} are left out, because the model is given that frame itself"
+        )
     if cached.left_out:
         why = "without a caption" if isinstance(dataset, ImageDataset) else "shorter than their target_frames"
         names = ", ".join(path.name for path in cached.left_out[:_NAMED_PROBLEMS])

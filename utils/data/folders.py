@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from utils.files import file_problem, folder_entries
-from utils.pixels.media import SIDECAR_SUFFIXES, how_to_read, is_hidden
+from utils.pixels.media import CONVERT, SIDECAR_SUFFIXES, how_to_read, is_hidden
 from utils.pixels.remarks import count_and_names
 
 _MOST_COUNTED = 100_000
@@ -82,10 +82,21 @@ def _line(what: str, paths: Sequence[Path], detail: str | None = None) -> str:
 
 
 def _by_kind(paths: Sequence[Path]) -> str:
-    kinds = Counter(path.suffix.lower() for path in paths).most_common()
-    named = [f"{count} {suffix or 'without an ending'} ({how_to_read(suffix)})" for suffix, count in kinds]
-    more = sum(count for _, count in kinds[_KINDS_NAMED:])
-    return ", ".join(named[:_KINDS_NAMED] + ([f"{more} more"] if more else []))
+    """The kinds by what can be done about them; what may be mere junk comes last."""
+    kinds = defaultdict(list)
+    for suffix, count in Counter(path.suffix.lower() for path in paths).most_common():
+        kinds[how_to_read(suffix)].append(f"{count} {suffix or 'without an ending'}")
+    named = [f"{_first(counts)} ({advice})" for advice, counts in sorted(kinds.items(), key=_is_unknown)]
+    return ", ".join(named)
+
+
+def _is_unknown(kind: tuple[str, list[str]]) -> bool:
+    return kind[0] == CONVERT
+
+
+def _first(counts: Sequence[str]) -> str:
+    more = len(counts) - _KINDS_NAMED
+    return ", ".join([*counts[:_KINDS_NAMED], *([f"{more} more kinds"] if more > 0 else [])])
 
 
 def _subfolder_line(entries: Sequence[Path], suffixes: Sequence[str]) -> str:

@@ -2,23 +2,24 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.data.cache_files import (
     CachedClip,
+    clip_shape,
     has_mask,
     image_latents_path,
     latents_files,
     latents_origin,
-    latents_problem,
+    made_by_of,
     parse_clip_name,
     parse_image_name,
     text_path,
-    text_problem,
     text_shapes,
 )
+from utils.data.cache_problems import cache_problem, other_vae_problem, text_problem, wanted_cache
 from utils.data.masks import is_masked, mask_settings, wants_masks
 from utils.data.origins import clip_settings, dataset_settings, size_text
 from utils.data.sizes import SizedSource, choose_bucket, clip_windows, frames_needed, longest_full_clip, sized_sources
@@ -35,7 +36,8 @@ from utils.files import folder_entries
 from utils.pixels.pictures import is_plain_picture, stored_size
 from utils.pixels.remarks import count_and_names
 from utils.pixels.videos import count_frames, is_plain_video, stored_video_size
-from wan.configs import WAN_2_1_VAE
+from wan.configs import NO_CONDITIONS, Conditions
+from wan.errors import InputError
 
 # Opening files waits for the disk, so threads help on one core too.
 _READERS = 8
@@ -50,7 +52,8 @@ _NOT_PLAIN = (
     "some of these files are turned, transparent, or not 8-bit sRGB, which other programs and older versions read "
     "differently (cache them again to be sure): {files}"
 )
-_OTHER_VAE = "latent caches made with another VAE than the others (cache them again to make them alike): {files}"
+_ENCODERS = (("latent", "VAE", "vae"), ("latent", "CLIP", "image_encoder"), ("text", "text encoder", "text_encoder"))
+_OTHER_ENCODER = "{kind} caches made with another {encoder} than {usual} (cache them again to make them alike): {files}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Item:
     """One picture or clip to train on.
 
     `bucket` is its (width, height) in pixels, `latent_shape` is (C, F, H, W), `text_shape` is (tokens, width) of its
-    longest caption. `dropout` is the share of its entries that train with the empty caption.
+    longest caption. `dropout` is the share of its entries that train with the empty caption. `conditions` are what its
+    latent cache holds for the model beside the latents; `clip_shape` is (tokens, width) of its CLIP tokens.
     """
 
     name: str
@@ -71,6 +75,9 @@ class Item:
     captions: tuple[str, ...]
     dropout: float = 0.0
     masked: bool = False  # its latent cache holds a mask for the loss
+    source: Path | None = None  # None where only its caches are left
+    conditions: Conditions = NO_CONDITIONS
+    clip_shape: tuple[int, int] | None = None
 
     @property
     def caption(self) -> str:
@@ -91,13 +98,16 @@ class Problem:
 class CachedItems:
     """What a dataset trains on, in order of the names; those in `left_out` have no caption or are too short.
 
-    `notes` are lines about caches that are taken although they are not as caching would make them now.
+    `one_frame` counts the pictures and clips of one frame that image-to-video models are not trained on: they are
+    given the first frame, so there would be nothing to learn. `notes` are lines about caches that are taken although
+    they are not as caching would make them now.
     """
 
     items: tuple[Item, ...]
     problems: tuple[Problem, ...]
     left_out: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    one_frame: int = 0
 
 
 def cached_items(dataset: AnyDataset) -> CachedItems:
@@ -109,9 +119,14 @@ def cached_items(dataset: AnyDataset) -> CachedItems:
         sources = list_sources(dataset, _READERS)
     except SourcesGone as error:
         alone = items_of_caches(dataset, caches, str(error))
-        if not alone.items:
-            raise
-        return alone
+        if alone.items or alone.one_frame:
+            return alone
+        if alone.problems:
+            first = alone.problems[0]
+            raise InputError(f"{error}; and of its caches, {first.source} {first.text}") from None
+        raise
+    if _is_of_one_frame(dataset):
+        return CachedItems((), (), sources.left_out, sources.notes, len(sources.found))
     sized = sized_sources(dataset, sources.found, _READERS)
     find = _image_items if isinstance(dataset, ImageDataset) else _video_items
     found = find(dataset, sized, caches)
@@ -121,11 +136,14 @@ def cached_items(dataset: AnyDataset) -> CachedItems:
 
 def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) -> CachedItems:
     """What can be trained on where only the caches are left; `reason` begins the note that says so."""
-    items, problems, captionless = [], [], []
+    items, problems, captionless, one_frame = [], [], [], 0
     for path in caches:
         stem, bucket, frames = _from_name(dataset, path)
         text = text_path(dataset.cache_directory, stem)
         if bucket is None:
+            continue
+        if frames == 1 and dataset.conditions.pictures:
+            one_frame += 1
             continue
         if not text.is_file():
             captionless.append(path)
@@ -133,12 +151,18 @@ def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) ->
         first, *further = _cached_captions(text)
         source = Source(Path(stem), first, further=tuple(further))
         entry = SizedSource(replace(source, path=Path(source.path.name), subfolder=source.path.parent), bucket, bucket)
-        _sort_out(dataset, entry, [(path, frames, latents_problem(path, None, frames, bucket))], items, problems)
-    if wants_masks(dataset):  # their files are gone or not, but the caches hold them
-        items = [replace(item, masked=has_mask(item.latents)) for item in items]
+        problem = cache_problem(path, None, wanted_cache(dataset, frames, bucket))
+        _sort_out(dataset, entry, [(path, frames, problem)], items, problems)
+    masks = wants_masks(dataset)  # their files are gone or not, but the caches hold them
+    items = [replace(item, masked=masks and has_mask(item.latents), source=None) for item in items]
     notes = [f"{reason}; trained on what its cache folder holds"]
     notes += [f"latent caches without a text cache, left out: {count_and_names(captionless)}"] if captionless else []
-    return CachedItems(tuple(items), tuple(problems), (), tuple(notes))
+    return CachedItems(tuple(items), tuple(problems), (), tuple(notes), one_frame)
+
+
+def _is_of_one_frame(dataset: AnyDataset) -> bool:
+    """Whether the model is given the only frame of all that the dataset has."""
+    return isinstance(dataset, ImageDataset) and dataset.conditions.pictures > 0
 
 
 def _cached_captions(text: Path) -> list[str]:
@@ -172,8 +196,8 @@ def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Se
             size = other_sizes[stem]
             entry = replace(entry, size=size, bucket=choose_bucket(dataset, entry.source, size))
             cache = image_latents_path(dataset.cache_directory, stem, size)
-        wanted = {**settings, **mask_settings(dataset, entry.source)}
-        problem = latents_problem(cache, entry.source.path, 1, entry.bucket, wanted)
+        made_by = {**settings, **mask_settings(dataset, entry.source)}
+        problem = cache_problem(cache, entry.source.path, wanted_cache(dataset, 1, entry.bucket, made_by))
         if not cache.is_file() and stem in other_sizes:
             problem = f"is {size_text(entry.size)}, but was {size_text(other_sizes[stem])} when it was cached"
         _sort_out(dataset, entry, [(cache, 1, problem)], items, problems)
@@ -182,19 +206,35 @@ def _image_items(dataset: ImageDataset, sized: Sequence[SizedSource], caches: Se
 
 
 def _origin_notes(dataset: AnyDataset, items: Sequence[Item], sources: Sequence[Source]) -> list[str]:
-    """Lines about caches that do not say what they were made of, or that were made by several VAEs."""
+    """Lines about caches that do not say what they were made of."""
     origins = {item.latents: latents_origin(item.latents) for item in items}
     untold = [path for path, origin in origins.items() if origin is None]
-    vaes = {path: origin.made_by.get("vae") for path, origin in origins.items() if origin is not None}
     notes = [_UNTOLD.format(files=count_and_names(untold))] if untold else []
     if untold:
         texts = {item.text for item in items if origins[item.latents] is None}
         doubtful = [source.path for source in sources if text_path(dataset.cache_directory, source.stem) in texts]
         odd = [path for path in doubtful if not is_plain(dataset, path)]
         notes += [_NOT_PLAIN.format(files=count_and_names(odd))] if odd else []
-    usual = Counter(vaes.values()).most_common(1)
-    others = [path for path, vae in vaes.items() if vae != usual[0][0]]
-    return notes + ([_OTHER_VAE.format(files=count_and_names(others))] if others else [])
+    return notes
+
+
+def made_otherwise(items: Sequence[Item], others: Sequence[Item] | None = None) -> list[str]:
+    """Lines about caches made with another encoder than most of `others`, or of the items themselves."""
+    usual, notes = "the others" if others is None else "those that are trained on", []
+    for kind, encoder, key in _ENCODERS:
+        own, compared = _encoders(items, key), _encoders(items if others is None else others, key)
+        most = Counter(compared.values()).most_common(1)
+        odd = [path for path, identity in own.items() if most and identity != most[0][0]]
+        line = _OTHER_ENCODER.format(kind=kind, encoder=encoder, usual=usual, files=count_and_names(odd))
+        notes += [line] if odd else []
+    return notes
+
+
+def _encoders(items: Sequence[Item], key: str) -> dict[Path, str]:
+    """The encoder of each cache that says it, by its `key` in made_by."""
+    held = [item for item in items if key != "image_encoder" or item.conditions.clip]
+    paths = sorted({item.text if key == "text_encoder" else item.latents for item in held})
+    return {path: found[key] for path in paths if key in (found := made_by_of(path))}
 
 
 def is_plain(dataset: AnyDataset, source: Path) -> bool:
@@ -213,31 +253,43 @@ def _video_items(dataset: VideoDataset, sized: Sequence[SizedSource], caches: Se
     clips_of = defaultdict(list)
     for stem, clip in filter(None, (parse_clip_name(path, dataset.cache_directory) for path in caches)):
         clips_of[stem].append(clip)
-    items, problems, left_out, other_sizes = [], [], [], []
+    items, problems, left_out, other_sizes, one_frame = [], [], [], [], 0
     for entry in sized:
-        clips, problem = _wanted_clips(dataset, entry, clips_of[entry.source.stem])
+        cached = clips_of[entry.source.stem]
+        clips, problem = _wanted_clips(dataset, entry, cached)
+        given = 0 if problem else _count_of_one_frame(dataset, _of_size(cached, entry.bucket).values(), clips)
+        one_frame += given
         if problem:
             problems.append(Problem(entry.source.path, "latents", problem))
-        elif not clips:
+        elif not clips and not given:
             left_out.append(entry.source.path)
-        else:
+        elif clips:
             other_sizes += [entry.source.path] if clips[0].size != entry.bucket else []
             found = [(clip.path, clip.frames, _clip_problem(dataset, clip, entry.source)) for clip in clips]
             _sort_out(dataset, replace(entry, bucket=clips[0].size), found, items, problems)
     notes = [_OTHER_SIZE.format(files=count_and_names(other_sizes))] if other_sizes else []
-    return CachedItems(tuple(items), tuple(problems), tuple(left_out), tuple(notes))
+    return CachedItems(tuple(items), tuple(problems), tuple(left_out), tuple(notes), one_frame)
+
+
+def _count_of_one_frame(dataset: VideoDataset, cached: Iterable[CachedClip], clips: Sequence[CachedClip]) -> int:
+    """How many clips of a video the model is given as a whole; at least one, cached or not, where one is asked for."""
+    is_full = dataset.frame_extraction == "full"
+    is_asked = not clips if is_full else 1 in dataset.target_frames
+    if not dataset.conditions.pictures or not is_asked:
+        return 0
+    return max(1, sum(clip.frames == 1 for clip in cached))
 
 
 def _clip_problem(dataset: VideoDataset, clip: CachedClip, source: Source) -> str | None:
     settings = {**dataset_settings(dataset), **clip_settings(clip.size, clip.start, clip.frames)}
-    wanted = {**settings, **mask_settings(dataset, source)}
-    return latents_problem(clip.path, source.path, clip.frames, clip.size, wanted)
+    made_by = {**settings, **mask_settings(dataset, source)}
+    return cache_problem(clip.path, source.path, wanted_cache(dataset, clip.frames, clip.size, made_by))
 
 
 def _wanted_clips(
     dataset: VideoDataset, entry: SizedSource, cached: Sequence[CachedClip]
 ) -> tuple[list[CachedClip], str | None]:
-    """The cached clips that the dataset asks for, or why they are not all there.
+    """The cached clips that the dataset asks for and the model is trained on, or why they are not all there.
 
     Videos are decoded only where the names alone cannot tell: a number of frames that has no clip at all.
     """
@@ -250,6 +302,9 @@ def _wanted_clips(
         return [fitting[window] for window in windows], None
     if not cached:
         return [], "has no latent cache"
+    nearest = next(iter(fitting.values()), cached[0])
+    if problem := other_vae_problem(nearest.path, dataset.latents):
+        return [], problem
     if not fitting:
         return [], f"was cached at {size_text(cached[0].size)}, the dataset file now asks for {size_text(entry.bucket)}"
     return [], "was cached with other target_frames or another frame_extraction than the dataset file asks for"
@@ -269,14 +324,19 @@ def _other_buckets(dataset: VideoDataset, entry: SizedSource) -> list[tuple[int,
 def _expected_windows(
     dataset: VideoDataset, source: Source, cached: list[tuple[int, int]]
 ) -> Iterator[tuple[int, int]]:
-    """The windows that caching would make, the video's length taken from the last cached clip where there is one."""
+    """The windows that caching would make and the model is trained on.
+
+    The video's length is taken from the last cached clip where there is one.
+    """
+    fewest = 2 if dataset.conditions.pictures else 1
     if dataset.frame_extraction == "full":
         longest = longest_full_clip(dataset, dataset.max_frames)
         known = (0, longest) in cached
-        yield from [(0, longest)] if known else clip_windows(dataset, _length(dataset, source))
+        windows = [(0, longest)] if known else clip_windows(dataset, _length(dataset, source))
+        yield from (window for window in windows if window[1] >= fewest)
         return
     length = None
-    for frames in dataset.target_frames:
+    for frames in (count for count in dataset.target_frames if count >= fewest):
         ends = [start + count for start, count in cached if count == frames]
         if not ends and length is None:
             length = _length(dataset, source)
@@ -286,7 +346,7 @@ def _expected_windows(
 
 def _length(dataset: VideoDataset, source: Source) -> int:
     limit = frames_needed(dataset) or max(dataset.target_frames)
-    return count_frames(source.path, dataset.source_fps, limit=limit)
+    return count_frames(source.path, dataset.source_fps, limit, dataset.latents.fps)
 
 
 def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item], problems: list[Problem]) -> None:
@@ -301,7 +361,8 @@ def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item],
     if not broken:
         text_shape = max(shape for caption, shape in text_shapes(text) if caption is None or caption in texts)
         for cache, frames, _ in found:
-            latent_shape = WAN_2_1_VAE.shape(frames, height, width)
-            masked = is_masked(dataset, source)
-            rest = (text_shape, source.captions, dataset.caption_dropout_rate, masked)
+            latent_shape = dataset.latents.shape(frames, height, width)
+            captions = (text_shape, source.captions, dataset.caption_dropout_rate)
+            tokens = clip_shape(cache) if dataset.conditions.clip else None
+            rest = (*captions, is_masked(dataset, source), source.path, dataset.conditions, tokens)
             items.append(Item(source.path.name, cache, text, entry.bucket, frames, latent_shape, *rest))

@@ -9,8 +9,8 @@ from utils.pixels.media import IMAGE_SUFFIXES, is_hidden
 from wan.errors import InputError
 
 
-def find_masks(folder: Path, stems: Sequence[str]) -> list[Path | None]:
-    """The mask of each stem, which may begin with a subfolder; None where there is none.
+def find_masks(folder: Path, stems: Sequence[str]) -> tuple[list[Path | None], list[Path]]:
+    """The mask of each stem, which may begin with a subfolder, None where there is none; and those of no stem.
 
     InputError if the folder cannot be listed, holds two masks of one name, or none at all of these.
     """
@@ -22,7 +22,8 @@ def find_masks(folder: Path, stems: Sequence[str]) -> list[Path | None]:
             f"mask_directory {folder} holds no mask for any of {len(stems)} files: a mask has the name of its picture "
             f"or video, such as {stems[0]}.png"
         )
-    return found
+    others = {path for masks in by_folder.values() for path in masks.values()} - set(found)
+    return found, sorted(others)
 
 
 def _masks(folder: Path) -> dict[str, Path]:

@@ -13,7 +13,6 @@ from utils.data.origins import content_hash, size_text
 from utils.data.sizes import SizedSource
 from utils.data.sources import AnyDataset, ImageDataset, Source
 from utils.pixels.pictures import image_size, read_alpha, read_image
-from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 
 _BLACK = (0, 0, 0)
@@ -50,7 +49,7 @@ def read_mask(dataset: AnyDataset, entry: SizedSource) -> torch.Tensor | None:
         values_HW = read_alpha(entry.source.path, entry.bucket).astype(np.float32)
     else:
         return None
-    stride = WAN_2_1_VAE.pixel_stride
+    stride = dataset.latents.pixel_stride
     mask_hw = rearrange(torch.from_numpy(values_HW / 255), "(h a) (w b) -> h w (a b)", a=stride, b=stride).mean(-1)
     if not mask_hw.any():
         what = f"its mask {mask} is black" if mask is not None else "it is transparent"

@@ -16,7 +16,7 @@ from utils.data.sources import AnyDataset, VideoDataset
 from utils.pixels.media import IMAGE_SUFFIXES, pictures_in
 from utils.pixels.remarks import colour_name
 
-PIXEL_RULES = "1"  # to be raised when a file that was readable before gives other pixels
+PIXEL_RULES = "2"  # to be raised when a file that was readable before gives other pixels
 _KEYS = _SOURCE, _MADE_BY = "source_file", "made_by"  # musubi-tuner ignores metadata that it does not know
 # What may differ, in the order in which it is told, and how: what was, then what is wanted.
 _DIFFERENCES = {

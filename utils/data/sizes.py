@@ -11,10 +11,8 @@ import numpy as np
 from utils.data.sources import AnyDataset, ImageDataset, Source, VideoDataset
 from utils.pixels.pictures import image_size
 from utils.pixels.videos import video_size
-from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 
-STEP = WAN_2_1_VAE.pixel_multiple
 _MOST_CROPPED = 100  # times the area that is kept; scaling a strip of 1 pixel to a full size would fill the memory
 
 
@@ -39,19 +37,21 @@ def sized_sources(dataset: AnyDataset, sources: Sequence[Source], workers: int) 
 
 
 def choose_bucket(dataset: AnyDataset, source: Source, size: tuple[int, int]) -> tuple[int, int]:
-    """The (width, height) in pixels that a source of `size` is trained at, both multiples of 16.
+    """The (width, height) in pixels that a source of `size` is trained at, multiples of 16, or of 32 for ti2v-5B.
 
     Without buckets it is the dataset's resolution. InputError if hardly anything of the source would be left, or if a
-    picture that is not enlarged has a side below 16.
+    picture that is not enlarged has a shorter side than that.
     """
     width, height = size
+    multiple = dataset.latents.pixel_multiple
     if not dataset.enable_bucket:
         bucket = dataset.resolution
     elif dataset.bucket_no_upscale and width * height <= dataset.resolution[0] * dataset.resolution[1]:
-        bucket = _own_size(source, width, height)
+        bucket = _own_size(source, width, height, multiple)
     else:
         aspect = width / height
-        bucket = min(bucket_sizes(dataset.resolution), key=lambda size: abs(size[0] / size[1] - aspect))
+        sizes = bucket_sizes(dataset.resolution, multiple)
+        bucket = min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
     covered = width * bucket[1], height * bucket[0]
     if max(covered) > _MOST_CROPPED * min(covered):
         raise InputError(
@@ -62,22 +62,25 @@ def choose_bucket(dataset: AnyDataset, source: Source, size: tuple[int, int]) ->
 
 
 @lru_cache
-def bucket_sizes(resolution: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """Every bucket (width, height) of the area of `resolution`, sorted: aspect ratios from about 1:4 to 4:1."""
+def bucket_sizes(resolution: tuple[int, int], multiple: int) -> tuple[tuple[int, int], ...]:
+    """Every bucket (width, height) of the area of `resolution`, sorted: aspect ratios from about 1:4 to 4:1.
+
+    All sides are multiples of `multiple`.
+    """
     area = resolution[0] * resolution[1]
     root = isqrt(area)
     sizes = set()
-    for width in range(max(STEP, _floor(root // 2)), root + STEP, STEP):
-        height = _floor(area // width)
+    for width in range(max(multiple, _floor(root // 2, multiple)), root + multiple, multiple):
+        height = _floor(area // width, multiple)
         if height:
             sizes |= {(width, height), (height, width)}
     return tuple(sorted(sizes))
 
 
-def nearest_multiples(value: int) -> str:
+def nearest_multiples(value: int, multiple: int) -> str:
     """The allowed sides around `value`, as words for an error message."""
-    below = _floor(value)
-    return f"{below} or {below + STEP}" if below else f"{STEP}"
+    below = _floor(value, multiple)
+    return f"{below} or {below + multiple}" if below else f"{multiple}"
 
 
 def clip_windows(dataset: VideoDataset, available: int) -> list[tuple[int, int]]:
@@ -90,7 +93,7 @@ def clip_windows(dataset: VideoDataset, available: int) -> list[tuple[int, int]]
 
 def longest_full_clip(dataset: VideoDataset, available: int) -> int:
     """The frames of the one clip that "full" makes: 4n+1, because the VAE silently drops the others."""
-    return WAN_2_1_VAE.whole_frames(min(available, dataset.max_frames))
+    return dataset.latents.whole_frames(min(available, dataset.max_frames))
 
 
 def frames_needed(dataset: VideoDataset) -> int | None:
@@ -98,14 +101,16 @@ def frames_needed(dataset: VideoDataset) -> int | None:
     return {"head": max(dataset.target_frames), "full": dataset.max_frames}.get(dataset.frame_extraction)
 
 
-def _floor(value: int) -> int:
-    return value - value % STEP
+def _floor(value: int, multiple: int) -> int:
+    return value - value % multiple
 
 
-def _own_size(source: Source, width: int, height: int) -> tuple[int, int]:
-    bucket = _floor(width), _floor(height)
+def _own_size(source: Source, width: int, height: int, multiple: int) -> tuple[int, int]:
+    bucket = _floor(width, multiple), _floor(height, multiple)
     if 0 in bucket:
-        raise InputError(f"{source.path} is {width}x{height}, smaller than {STEP}x{STEP} (bucket_no_upscale is set)")
+        raise InputError(
+            f"{source.path} is {width}x{height}, smaller than {multiple}x{multiple} (bucket_no_upscale is set)"
+        )
     return bucket
 
 

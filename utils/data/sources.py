@@ -9,10 +9,11 @@ from pathlib import Path
 
 from utils.data.folders import FROM_HERE, media_files
 from utils.data.mask_files import find_masks
-from utils.files import file_problem, names_text, path_text
+from utils.files import file_problem, names_text, path_text, quoted
 from utils.pixels.media import COMMON_IMAGE_SUFFIXES, COMMON_VIDEO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from utils.pixels.remarks import count_and_names
 from utils.text_files import escaped_path, parse_json, read_text, text_lines
+from wan.configs import NO_CONDITIONS, WAN_2_1_VAE, Conditions, LatentLayout
 from wan.errors import InputError
 
 _LONGEST_STEM = 170  # bytes: file systems take 255, and the name of an unfinished cache file is up to 80 longer
@@ -22,7 +23,10 @@ CAPTION_MODES = ("whole", "lines")  # what of a caption file is a caption
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """One [[datasets]] table of pictures; the defaults are the toml's."""
+    """One [[datasets]] table of pictures; the defaults are the toml's.
+
+    `latents` and `conditions` are not keys of it: they are what the model needs that is trained.
+    """
 
     cache_directory: Path
     image_directory: Path | None = None
@@ -40,11 +44,13 @@ class ImageDataset:
     caption_dropout_rate: float = 0.0  # the share of an epoch's entries that train with the empty caption
     mask_directory: Path | None = None
     alpha_mask: bool = False
+    latents: LatentLayout = WAN_2_1_VAE
+    conditions: Conditions = NO_CONDITIONS
 
 
 @dataclass(frozen=True)
 class VideoDataset:
-    """One [[datasets]] table of videos; the defaults are the toml's."""
+    """One [[datasets]] table of videos; the defaults are the toml's, the rest is as for pictures."""
 
     cache_directory: Path
     video_directory: Path | None = None
@@ -67,6 +73,8 @@ class VideoDataset:
     caption_prefix: str = ""
     caption_dropout_rate: float = 0.0
     mask_directory: Path | None = None
+    latents: LatentLayout = WAN_2_1_VAE
+    conditions: Conditions = NO_CONDITIONS
 
 
 AnyDataset = ImageDataset | VideoDataset
@@ -79,6 +87,16 @@ class DatasetConfig:
     path: Path
     datasets: tuple[AnyDataset, ...]
     validation_split: float = 0.0  # share of each dataset's pictures that is held out for validation
+
+    @property
+    def latents(self) -> LatentLayout:
+        """How the latents of all datasets are laid out."""
+        return self.datasets[0].latents
+
+    @property
+    def conditions(self) -> Conditions:
+        """What is cached of all datasets beside latents and text."""
+        return self.datasets[0].conditions
 
 
 @dataclass(frozen=True)
@@ -133,7 +151,9 @@ def list_sources(dataset: AnyDataset, workers: int = 1) -> Sources:
     sources = _read_folder(folder, dataset, workers) if lines is None else _read_jsonl(lines, field)
     _check_stems(sources.found)
     found = [_with_captions(source, _final(source.captions, dataset.caption_prefix)) for source in sources.found]
-    sources = replace(sources, found=tuple(found))
+    silent = [source.path for source in found if source.captions == ("",)]
+    notes = [f"with an empty caption, trained on without words: {count_and_names(silent)}"] if silent else []
+    sources = replace(sources, found=tuple(found), notes=(*sources.notes, *notes))
     return sources if dataset.mask_directory is None else _with_masks(sources, dataset.mask_directory)
 
 
@@ -143,10 +163,11 @@ def texts_to_encode(dataset: AnyDataset, source: Source) -> tuple[str, ...]:
 
 
 def _with_masks(sources: Sources, folder: Path) -> Sources:
-    masks = find_masks(folder, [source.stem for source in sources.found])
+    masks, others = find_masks(folder, [source.stem for source in sources.found])
     found = tuple(replace(source, mask=mask) for source, mask in zip(sources.found, masks, strict=True))
     whole = [source.path for source in found if source.mask is None]
     notes = [f"without a mask in {folder}, trained on as a whole: {count_and_names(whole)}"] if whole else []
+    notes += [f"masks of no file that is trained on: {count_and_names(others)}"] if others else []
     return replace(sources, found=found, notes=(*sources.notes, *notes))
 
 
@@ -193,12 +214,14 @@ def _read_captions(path: Path, dataset: AnyDataset) -> list[str] | None:
     return [line.strip() for line in text_lines(text) if line.strip()] or [""]
 
 
-def _check_captions(folder: Path, paths: list[Path], missing: Sequence[Path], dataset: AnyDataset) -> None:
+def _check_captions(folder: Path, paths: Sequence[Path], missing: Sequence[Path], dataset: AnyDataset) -> None:
     if not missing or (len(missing) < len(paths) and isinstance(dataset, ImageDataset)):
         return
     wanted = missing[0].stem + dataset.caption_extension
+    ending = dataset.caption_extension
+    hint = "" if ending[0] in "._-" else f', because caption_extension is "{ending}", without a dot'
     raise InputError(
-        f"{len(missing)} of {len(paths)} files in {folder} have no caption: {missing[0].name} needs {wanted}"
+        f"{len(missing)} of {len(paths)} files in {folder} have no caption: {missing[0].name} needs {wanted}{hint}"
     )
 
 
@@ -206,9 +229,11 @@ def _read_jsonl(file: Path, field: str) -> Sources:
     if problem := file_problem(file):
         kind = SourcesGone if problem == "does not exist" else InputError
         raise kind(f"{path_text(file)} {problem} {FROM_HERE}")
-    lines = [(number, line) for number, line in enumerate(text_lines(read_text(file, "file")), 1) if line.strip()]
+    text = read_text(file, "file")
+    lines = [(number, line) for number, line in enumerate(text_lines(text), 1) if line.strip()]
     if not lines:
-        raise InputError(f"{file} is empty: each line needs a {field} and a caption")
+        raise InputError(f"{file} is empty: each line needs {field} and caption")
+    _refuse_one_value(text, len(lines), field, file)
     entries = [(f"{file} line {number}", _read_line(line, field, f"{file} line {number}")) for number, line in lines]
     _check_listed([(where, Path(entry[field])) for where, entry in entries], or_folder=field == "video_path")
     found = _merged([_listed_source(Path(entry[field]), entry["caption"]) for _, entry in entries])
@@ -234,15 +259,43 @@ def _merged(sources: Sequence[Source]) -> list[Source]:
     return list(by_file.values())
 
 
+def _refuse_one_value(text: str, lines: int, field: str, file: Path) -> None:
+    """InputError for a file that is JSON as a whole, as programs that know no lists of lines write it."""
+    try:
+        value = parse_json(text, str(file))
+    except InputError:
+        return
+    if isinstance(value, list) or lines > 1:
+        what = "one JSON list" if isinstance(value, list) else "one JSON object over several lines"
+        raise InputError(f"{file} is {what}: {_each_line(field)}, without brackets around or commas between them")
+
+
+def _each_line(field: str) -> str:
+    return f'write each {{"{field}": ..., "caption": ...}} in a line of its own'
+
+
 def _read_line(line: str, field: str, where: str) -> dict:
-    entry = parse_json(line, where)
-    if not isinstance(entry, dict) or not {field, "caption"} <= entry.keys():
-        raise InputError(f'{where} must be {{"{field}": ..., "caption": ...}}; it has {_keys(entry)}')
+    try:
+        entry = parse_json(line.strip().removesuffix(","), where)
+    except InputError as error:
+        raise InputError(f"{error}; {_each_line(field)}") from None
+    if line.rstrip().endswith(","):
+        raise InputError(f"{where} ends with a comma: {_each_line(field)}, without commas between them")
+    if not isinstance(entry, dict):
+        raise InputError(f'{where} must be {{"{field}": ..., "caption": ...}}, not {quoted(entry)}')
+    if not {field, "caption"} <= entry.keys():
+        found = names_text(entry) or "no keys"
+        raise InputError(f'{where} must be {{"{field}": ..., "caption": ...}}; it has {found}')
+    if not isinstance(entry[field], str) or not entry[field].strip():
+        raise InputError(f"{where}: {field} must be a path, not {quoted(entry[field])}")
     caption = entry["caption"]
-    captions = caption if isinstance(caption, list) and caption else [caption]
-    if not all(isinstance(value, str) for value in (entry[field], *captions)):
-        raise InputError(f"{where}: {field} must be text, and caption text or a list of texts")
+    if not (isinstance(caption, str) or (isinstance(caption, list) and caption and _are_texts(caption))):
+        raise InputError(f"{where}: caption must be text or a list of texts, not {quoted(caption)}")
     return entry
+
+
+def _are_texts(values: Sequence) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _check_listed(listed: Sequence[tuple[str, Path]], or_folder: bool) -> None:
@@ -254,10 +307,6 @@ def _check_listed(listed: Sequence[tuple[str, Path]], or_folder: bool) -> None:
         hint = f"; {escaped}" if (escaped := escaped_path(str(path), in_json=True)) else ""
         kind = SourcesGone if are_gone and not hint else InputError
         raise kind(f"{where}: {path_text(path)} {problem} {FROM_HERE}{hint}")
-
-
-def _keys(entry: object) -> str:
-    return names_text(entry) if isinstance(entry, dict) and entry else "no keys"
 
 
 def _check_stems(sources: Sequence[Source]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan.model import WanModel
+from wan.model import TokenTimes, WanModel
 from wan.vae import WanVAE
 
 _MASK_CHANNELS = 4  # one for each of the frames that a latent frame covers
@@ -51,18 +51,34 @@ def predict(
     return model(noisy_BCFHW, t, context, given.y_BCFHW, given.clip_BPI)
 
 
-def token_times(t_B: Tensor, starts_clean_B: Tensor, grid: Sequence[int]) -> Tensor:
-    """[B, L]: the timestep of each token, frame by frame; 0 in a clean first frame."""
+def token_times(t_B: Tensor, starts_clean_B: Tensor, grid: Sequence[int]) -> TokenTimes:
+    """The timestep of each token, frame by frame; 0 in a clean first frame."""
     frames, height, width = grid
-    t_BF = t_B[:, None].repeat(1, frames)
-    t_BF[:, 0] = torch.where(starts_clean_B, 0.0, t_B)
-    return t_BF.repeat_interleave(height * width, dim=1)
+    numbers_B = torch.arange(1, len(t_B) + 1, device=t_B.device)
+    numbers_BF = numbers_B[:, None].repeat(1, frames)
+    numbers_BF[:, 0] = torch.where(starts_clean_B, 0, numbers_B)
+    return TokenTimes(torch.cat([t_B.new_zeros(1), t_B]), numbers_BF.repeat_interleave(height * width, dim=1))
 
 
 def with_clean_start(noisy_BCFHW: Tensor, clean_BCFHW: Tensor, starts_clean_B: Tensor) -> Tensor:
     """The noisy latents, with the clean first frame (of C1HW or more) where a sample starts from it."""
     first = torch.where(starts_clean_B.view(-1, 1, 1, 1, 1), clean_BCFHW[:, :, :1], noisy_BCFHW[:, :, :1])
     return torch.cat([first, noisy_BCFHW[:, :, 1:]], dim=2)
+
+
+def started(noisy_BCFHW: Tensor, clean_BCFHW: Tensor, given: Conditioning) -> Tensor:
+    """The noisy latents of samples, the first frame clean in those that start from it."""
+    if given.starts_clean_B is None:
+        return noisy_BCFHW
+    return with_clean_start(noisy_BCFHW, clean_BCFHW, given.starts_clean_B)
+
+
+def loss_mask(given: Conditioning, frames: int, mask_B11HW: Tensor | None = None) -> Tensor | None:
+    """[B, 1, F or 1, H or 1, W or 1]: what a loss is taken over, where that is not all; never a clean first frame."""
+    if given.starts_clean_B is None:
+        return mask_B11HW
+    noisy_B1F11 = noisy_frames(given.starts_clean_B, frames)
+    return noisy_B1F11 if mask_B11HW is None else noisy_B1F11 * mask_B11HW
 
 
 def noisy_frames(starts_clean_B: Tensor, frames: int) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from utils.learning.optimizers import find_attribute, parse_arguments
+from utils.learning.arguments import check_arguments, parse_arguments
+from utils.learning.optimizers import find_attribute
 from wan.errors import InputError
 from wan.values import COUNT, SHARE, Number, nearest, shown
 
@@ -45,6 +46,7 @@ _FLAGS = {
     "timescale": "--lr_scheduler_timescale",
     "min_lr_ratio": "--lr_scheduler_min_lr_ratio",
 }
+_ARGS = "--lr_scheduler_args"
 _STEPS_AND_SHARES = "a number of steps, a share of all steps below 1 (0.05), or a percentage (5%)"
 
 
@@ -66,15 +68,18 @@ class ScheduleConfig:
 def build_scheduler(config: ScheduleConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
     """The schedule over `steps` optimizer steps; InputError if it is unknown or a setting does not fit it."""
     check_schedule_flags(config)
-    arguments = parse_arguments("--lr_scheduler_args", config.args)
+    arguments = parse_arguments(_ARGS, config.args)
     if config.class_path:
         return _build_class(config.class_path, optimizer, arguments)
     name = config.name.lower()
     try:
         factor = _factor(config, name, steps, optimizer.defaults["lr"], arguments)
         _check_factor(factor, name, steps)
+    except InputError:
+        raise
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"--lr_scheduler {name} with {dict(arguments)}: {error}") from None
+        given = f" --lr_scheduler_args {' '.join(config.args)}" if config.args else ""
+        raise InputError(f"--lr_scheduler {name}{given}: {error}") from None
     return LambdaLR(optimizer, factor)
 
 
@@ -95,7 +100,7 @@ def check_schedule_flags(config: ScheduleConfig) -> None:
         raise InputError(_unknown(config.name))
     else:
         _refuse_unread(config, _READS[name], f"--lr_scheduler {name}")
-    parse_arguments("--lr_scheduler_args", config.args)
+    parse_arguments(_ARGS, config.args)
 
 
 def check_schedule(config: ScheduleConfig, steps: int, learning_rate: float = 1.0) -> None:
@@ -115,7 +120,7 @@ def steps_of(text: str, steps: int, flag: str) -> int:
         raise InputError(f"{flag} {shown(text)} must be {_STEPS_AND_SHARES}")
     count = int(value * steps) if is_share else int(value)
     if count > steps:
-        raise InputError(f"{flag} {text}: the run has only {steps} steps")
+        raise InputError(f"{flag} {text}: the run has only {steps} steps; take fewer, or a share of them such as 5%")
     return count
 
 
@@ -165,11 +170,14 @@ def _factor(
             formula, given = _cosine_with_min_lr, {"min_lr_rate": least, "rate": rate}
         case "warmup_stable_decay":
             decay = steps_of(config.decay, steps, _FLAGS["decay"])
+            check_arguments(_ARGS, arguments, _warmup_stable_decay, ours=("warmup", "decay", "steps"))
             return _warmup_stable_decay(warmup, decay, steps, **{"min_lr_ratio": least, **arguments})
         case "rex":
             formula, given = _rex, {"least": least}
         case "piecewise_constant":
+            check_arguments(_ARGS, arguments, _piecewise_constant, ours=())
             return _piecewise_constant(**arguments)
+    check_arguments(_ARGS, arguments, formula, ours=("p", "rate", "decay"))
     return _after_warmup(warmup, steps, formula, {**given, **arguments})
 
 
@@ -288,10 +296,13 @@ def _piecewise_constant(step_rules: str) -> Callable[[int], float]:
 
 def _build_class(path: str, optimizer: Optimizer, arguments: Mapping) -> LRScheduler:
     found = find_attribute(path if "." in path else f"torch.optim.lr_scheduler.{path}", "--lr_scheduler_type")
+    if isinstance(found, type):
+        check_arguments(_ARGS, arguments, found, ours=("optimizer",))
     try:
         scheduler = found(optimizer, **arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(f"--lr_scheduler_type {path} with {dict(arguments)}: {error}") from None
+        given = f" with {dict(arguments)}" if arguments else ""
+        raise InputError(f"--lr_scheduler_type {path}{given}: {error}") from None
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
         raise InputError(f"--lr_scheduler_type {path} is not a schedule over steps of torch.optim.lr_scheduler")
     return scheduler

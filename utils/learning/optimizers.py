@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from utils.learning.arguments import check_arguments, parse_arguments
 from wan.errors import InputError
-from wan.values import Number, literal, nearest, shown
+from wan.values import Number, nearest, shown
 
 LEARNING_RATE = Number(0, 1000, without_a=True)
 
@@ -45,6 +46,9 @@ def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter])
     check_optimizer_flags(config)
     optimizer_class = _find_class(config.name or "AdamW")
     arguments = parse_arguments("--optimizer_args", config.args)
+    if "lr" in arguments:
+        raise InputError(f"--optimizer_args lr={shown(arguments['lr'])}: set it as --learning_rate")
+    check_arguments("--optimizer_args", arguments, optimizer_class, ours=("params", "lr"))
     if _is_adafactor(optimizer_class):
         arguments = _adafactor_arguments(arguments)
     try:
@@ -65,18 +69,6 @@ def check_optimizer_flags(config: OptimizerConfig) -> None:
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raises what build_optimizer would, from a parameter of one value."""
     build_optimizer(config, [nn.Parameter(torch.zeros(1))])
-
-
-def parse_arguments(flag: str, pairs: Sequence[str]) -> dict:
-    """`key=value` pairs as a dict; InputError names the flag."""
-    arguments = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        try:
-            arguments[key.strip()] = literal(value.strip())
-        except ValueError as error:
-            raise InputError(f"{flag} {shown(pair)}: {error}") from None
-    return arguments
 
 
 def find_attribute(path: str, flag: str):

@@ -34,7 +34,8 @@ class Encoding:
 
 def read_encoding(image: Image.Image, light: Light | None) -> Encoding:
     """The encoding of a picture that is opened and not loaded yet."""
-    args = image.tile[0].args if image.tile else ""
+    tiles = getattr(image, "tile", ())
+    args = tiles[0].args if tiles else ""
     rawmode = args if isinstance(args, str) else str((args or [""])[0])
     tags = getattr(image, "tag_v2", {})
     info = image.info
@@ -104,17 +105,21 @@ def _eight_bits(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, bo
     stored = np.asarray(image)
     if stored.dtype == np.int32 and encoding.unsigned:
         stored = stored.view(np.uint32)
-    values = np.nan_to_num(stored.astype(np.float64), posinf=0.0, neginf=0.0)
-    largest = values.max(initial=0.0)
-    white = encoding.white or _guessed_white(largest, image.mode)
-    if encoding.inverted:
-        values = white - values
-    grey = np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8)
+    grey, white = eight_bits(stored, encoding.white, encoding.inverted)
     return Image.fromarray(grey), encoding.white is not None or (image.mode == "F" and white == 1)
 
 
-def _guessed_white(largest: float, mode: str) -> float:
-    if mode == "F":
+def eight_bits(stored: np.ndarray, white: int | None, inverted: bool = False) -> tuple[np.ndarray, float]:
+    """Samples of any kind as uint8, and the value of their white, which is guessed where it is None."""
+    values = np.nan_to_num(stored.astype(np.float64), posinf=0.0, neginf=0.0)
+    white = white or _guessed_white(values.max(initial=0.0), stored.dtype.kind == "f")
+    if inverted:
+        values = white - values
+    return np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8), white
+
+
+def _guessed_white(largest: float, is_float: bool) -> float:
+    if is_float:
         # Just above 1 are highlights of a picture whose white is 1: darkened rather than clipped.
         return 1.0 if largest <= 1 else next((white for white in (255.0, 65535.0) if 16 < largest <= white), largest)
     return next(white for white in (255, 65535, 2**31 - 1, 2**32 - 1) if largest <= white)

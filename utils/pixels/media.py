@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.files import file_problem, folder_entries
+from utils.pixels.tiffs import SAVE_AS_PNG, kind_of
 from wan.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,11 +44,21 @@ SIDECAR_SUFFIXES = (
     *(".txt", ".caption", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".csv", ".xml", ".xmp", ".aae", ".md", ".log"),
     *(".safetensors", ".npz", ".npy", ".pt", ".lock", ".ini", ".db", ".part", ".tmp", ".py", ".sh", ".bat", ".zip"),
 )
+CONVERT = "convert them to .png or .mp4 if they should be"
 _PLUGINS = {
     ".jxl": "pip install pillow-jxl-plugin",
     ".heic": "pip install pillow-heif",
     ".heif": "pip install pillow-heif",
     ".hif": "pip install pillow-heif",
+}
+_EMPTY = "it is empty (0 bytes)"
+# Where and how files of these kinds begin. Phones and web pages give them other names.
+_HEADS = {
+    **{(4, b"ftyp" + brand): ".heic" for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")},
+    (0, b"\xff\x0a"): ".jxl",
+    (0, b"\0\0\0\x0cJXL "): ".jxl",
+    **{(4, b"ftyp" + brand): ".mp4" for brand in (b"isom", b"mp42", b"iso2", b"mp41", b"avc1", b"qt  ")},
+    (0, b"\x1a\x45\xdf\xa3"): ".mkv",
 }
 
 
@@ -59,7 +70,7 @@ def how_to_read(suffix: str) -> str:
         return "give pictures a dataset of their own, with image_directory"
     if suffix in VIDEO_SUFFIXES:
         return "give videos a dataset of their own, with video_directory"
-    return "convert them to .png or .mp4 if they should be"
+    return CONVERT
 
 
 def is_hidden(path: Path) -> bool:
@@ -83,8 +94,8 @@ def readable_media(path: Path) -> Iterator[None]:
         raise InputError(f"{path} {problem}")
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # Pillow's and FFmpeg's readers raise whatever a damaged file leads them to
         raise InputError(f"{path} cannot be read: {_reason(path, error)}") from None
 
@@ -101,7 +112,25 @@ def opened_video(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]
 
 
 def _reason(path: Path, error: Exception) -> str:
-    hint = _PLUGINS.get(path.suffix.lower())
-    if hint and "identify" in str(error):
-        return f"it needs a library, {hint}"
+    if "cannot identify" in str(error):
+        return _what_it_is(path)
+    if "Invalid data found" in str(error):  # FFmpeg's words, with a number of nine digits
+        return "it is damaged, or what it holds is not a video" if path.stat().st_size else _EMPTY
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file holds that Pillow does not know, whatever its name is, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if not head:
+        return _EMPTY
+    suffix = next((suffix for start, suffix in _HEADS.items() if head[start[0] :].startswith(start[1])), None)
+    if suffix and suffix != path.suffix.lower():
+        return f"whatever its name says, it is {suffix[1:].upper()}, and {how_to_read(suffix)}"
+    hint = _PLUGINS.get(path.suffix.lower())
+    if hint:
+        return f"it needs a library, {hint}"
+    if kind := kind_of(path):
+        return f"it is a TIFF with {kind}, which is not supported: {SAVE_AS_PNG}"
+    return f"what it holds is not a picture of a kind that is known: {SAVE_AS_PNG}"

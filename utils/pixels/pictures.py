@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from utils.pixels import tiffs
 from utils.pixels.colours import Encoding, is_plain, read_encoding, to_srgb
 from utils.pixels.media import readable_media
-from utils.pixels.remarks import SEVERAL_FRAMES, TRANSPARENT
+from utils.pixels.remarks import NO_FIXED_RANGE, SEVERAL_FRAMES, TRANSPARENT
 from utils.pixels.resizing import resize_and_crop
 from utils.pixels.tone_mapping import Light, coded_light
 from utils.pixels.turning import UPRIGHT, Turn, exif_turn
 
 WHITE = (255, 255, 255)
-_BITS, _ORIENTATION = 258, 274  # TIFF tags
+_ORIENTATION = 274  # EXIF tag
 _HEAD = 65536  # bytes, in which a file's colours are coded
 
 
@@ -29,9 +30,9 @@ class Pixels:
 
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) of an upright picture, from its header; InputError names a file that is not a picture."""
-    with readable_media(path), Image.open(path) as image:
+    with readable_media(path), _opened(path) as image:
         if image.format == "TIFF":
-            return _tiff_size(image)
+            return tiffs.upright_size(image)
         return _turn(image, path).size(*image.size)
 
 
@@ -44,10 +45,10 @@ def stored_size(path: Path) -> tuple[int, int]:
 def is_plain_picture(path: Path) -> bool:
     """Whether programs that look at nothing but the samples read it alike: upright, opaque, 8-bit sRGB."""
     with readable_media(path), _opened(path) as image:
-        tags = getattr(image, "tag_v2", {})
-        turn = exif_turn(tags[_ORIENTATION]) if _ORIENTATION in tags else _turn(image, path)
+        turn = tiffs.turn_of(image) if image.format == "TIFF" else _turn(image, path)
         encoding = read_encoding(image, _coded_light(path, image.format))
-        return turn == UPRIGHT and not image.has_transparency_data and is_plain(image.mode, encoding)
+        is_deep = image.format is None  # see tiffs.read_deep
+        return not is_deep and turn == UPRIGHT and not image.has_transparency_data and is_plain(image.mode, encoding)
 
 
 def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, int] = WHITE) -> Pixels:
@@ -55,6 +56,7 @@ def read_image(path: Path, size: tuple[int, int], background: tuple[int, int, in
     with readable_media(path), _opened(path) as image:
         encoding = read_encoding(image, _coded_light(path, image.format))
         remarks = {SEVERAL_FRAMES} if _has_frames(image) else set()
+        remarks |= set() if image.info.get("has_range", True) else {NO_FIXED_RANGE}
         image.load()  # which turns a TIFF upright, and its orientation to 1
         turn = _turn(image, path)
         colours, alpha = _without_alpha(image, encoding)
@@ -79,23 +81,15 @@ def read_alpha(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _opened(path: Path) -> Image.Image:
-    image = Image.open(path)
-    if image.format == "TIFF" and set(image.tag_v2.get(_BITS, ())) == {16}:
-        # Pillow takes the samples of an uncompressed plane for 8-bit ones.
-        kind = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
-        image.tile = [
-            tile._replace(args=(tile.args[0] + kind, *tile.args[1:]))
-            if tile.codec_name == "raw" and tile.args[0] in ("R", "G", "B", "A")
-            else tile
-            for tile in image.tile
-        ]
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:
+        if (deep := tiffs.read_deep(path)) is None:
+            raise
+        return deep
+    if image.format == "TIFF":
+        tiffs.prepare(image)
     return image
-
-
-def _tiff_size(image: Image.Image) -> tuple[int, int]:
-    # Pillow's own is turned or not, depending on its version.
-    width, height = image.tag_v2[256], image.tag_v2[257]
-    return exif_turn(image.tag_v2.get(_ORIENTATION)).size(width, height)
 
 
 def _turn(image: Image.Image, path: Path) -> Turn:
@@ -151,8 +145,9 @@ def _without_alpha(image: Image.Image, encoding: Encoding) -> tuple[Image.Image,
     if image.mode in ("1", "L", "RGB") or image.mode.startswith("I;16"):
         colours, alpha = image, _alpha_of_one_colour(image, encoding)
     else:
-        whole = image if image.mode == "RGBA" else image.convert("RGBA")
         is_grey = image.mode in ("LA", "La")
+        whole = image.convert("LA") if image.mode == "La" else image
+        whole = whole if whole.mode == "RGBA" else whole.convert("RGBA")
         colours, alpha = whole.getchannel("R") if is_grey else whole.convert("RGB"), whole.getchannel("A")
     return colours, alpha if alpha.getextrema()[0] < 255 else None
 

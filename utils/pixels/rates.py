@@ -1,4 +1,4 @@
-"""Frame rates of videos: what a file says, and which frames remain at Wan's rate."""
+"""Frame rates of videos: what a file says, and which frames remain at the rate that a model was trained at."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from utils.pixels.media import opened_video
 
-WAN_FPS = 16.0
 FILE_RATE = "file"  # the source_fps that takes each file's own rate
 _TOLERANCE = 0.03  # 29.97 is 30, and a phone's 29.5 as well; 24 is not 25
 _MOST_PACKETS = 2_000  # a minute, so that long files are not read whole
@@ -46,19 +45,19 @@ def is_close(fps: float, other: float) -> bool:
     return abs(fps / other - 1) <= _TOLERANCE
 
 
-def at_wan_rate(frames: Iterable, source_fps: float | str | None, own: Rate | None) -> Iterator:
-    """The frames that are left of `frames` at Wan's 16 a second, if `source_fps` says how many they are.
+def at_rate(frames: Iterable, source_fps: float | str | None, own: Rate | None, wanted_fps: float) -> Iterator:
+    """The frames that are left of `frames` at `wanted_fps` a second, if `source_fps` says how many they are.
 
-    Evenly spaced ones are counted: one stays where floor(i * 16 / source) moves on. Else, what is on the screen at
-    each 1/16 of a second; a `source_fps` that differs from the file's average makes it that much faster or slower.
+    Evenly spaced ones are counted: one stays where floor(i * wanted / source) moves on. Else, what is on the screen
+    each 1 / wanted seconds; a `source_fps` that differs from the file's average makes it that much faster or slower.
     """
     if source_fps is None or (source_fps == FILE_RATE and own is None):
         return iter(frames)
     fps = own.fps if source_fps == FILE_RATE else source_fps
     if own is not None and own.varies:
         speed = 1.0 if is_close(own.fps, fps) else fps / own.fps
-        return _by_time(frames, WAN_FPS / speed, 1 / own.fps)
-    return _by_number(frames, WAN_FPS / fps)
+        return _by_time(frames, wanted_fps / speed, 1 / own.fps)
+    return _by_number(frames, wanted_fps / fps)
 
 
 def _by_number(frames: Iterable, ratio: float) -> Iterator:

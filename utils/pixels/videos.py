@@ -13,11 +13,12 @@ from PIL import Image
 
 from utils.pixels.media import opened_video, pictures_in
 from utils.pixels.pictures import WHITE, Pixels, image_size, is_plain_picture, on_background, read_image, stored_size
-from utils.pixels.rates import at_wan_rate, own_rate
+from utils.pixels.rates import at_rate, own_rate
 from utils.pixels.remarks import HDR, TRANSPARENT, VARIABLE_RATE
 from utils.pixels.resizing import resize_and_crop
 from utils.pixels.tone_mapping import Light, coded_light, to_srgb_pixels
 from utils.pixels.turning import UPRIGHT, Turn, matrix_turn
+from wan.configs import WAN_2_1_VAE
 from wan.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,18 +67,19 @@ def read_video(
     source_fps: float | str | None = None,
     limit: int | None = None,
     background: tuple[int, int, int] = WHITE,
+    wanted_fps: float = WAN_2_1_VAE.fps,
 ) -> Pixels:
     """The frames of a video, or of a folder of pictures, as [frames, height, width, 3] at `size` (width, height).
 
-    With `source_fps`, only the frames that remain at Wan's 16 a second; at most `limit` frames.
+    With `source_fps`, only the frames that remain at `wanted_fps` a second; at most `limit` frames.
     """
     own = None if source_fps is None else own_rate(path)
     if path.is_dir():
-        pictures = islice(at_wan_rate(pictures_in(path), source_fps, own), limit)
+        pictures = islice(at_rate(pictures_in(path), source_fps, own, wanted_fps), limit)
         frames = [read_image(picture, size, background) for picture in pictures]
     else:
         with _decoded(path) as (stream, decoded):
-            kept = islice(at_wan_rate(decoded, source_fps, own), limit)
+            kept = islice(at_rate(decoded, source_fps, own, wanted_fps), limit)
             frames = [_upright(frame, stream, size, background) for frame in kept]
     remarks = frozenset().union(*(frame.remarks for frame in frames))
     if own is not None and own.varies:
@@ -87,13 +89,18 @@ def read_video(
     return Pixels(np.stack(values) if values else np.zeros((0, height, width, 3), np.uint8), remarks)
 
 
-def count_frames(path: Path, source_fps: float | str | None = None, limit: int | None = None) -> int:
+def count_frames(
+    path: Path,
+    source_fps: float | str | None = None,
+    limit: int | None = None,
+    wanted_fps: float = WAN_2_1_VAE.fps,
+) -> int:
     """How many frames read_video would return."""
     own = None if source_fps is None else own_rate(path)
     if path.is_dir():
-        return sum(1 for _ in islice(at_wan_rate(pictures_in(path), source_fps, own), limit))
+        return sum(1 for _ in islice(at_rate(pictures_in(path), source_fps, own, wanted_fps), limit))
     with _decoded(path) as (_, decoded):
-        return sum(1 for _ in islice(at_wan_rate(decoded, source_fps, own), limit))
+        return sum(1 for _ in islice(at_rate(decoded, source_fps, own, wanted_fps), limit))
 
 
 @contextmanager

@@ -18,11 +18,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.data.cache_files import latents_shape, read_latents
+from utils.data.given_pictures import given_to_item, starts_clean
 from utils.data.items import Item
 from utils.files import readable
+from utils.learning.conditions import predict, with_clean_start
 from utils.learning.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sigmas_of
-from utils.preserve.answers_file import Answer, OldPrompt, answer_bytes, is_of_run, read_answers, write_answers
-from utils.preserve.old_prompts import OldPrompts, Preservation, PreserveConfig, encoded, old_prompts
+from utils.preserve.answers_file import (
+    Answer,
+    OldPrompt,
+    Pictures,
+    answer_bytes,
+    is_of_run,
+    picture_shapes,
+    pictures_bytes,
+    read_answers,
+    shared_pictures,
+    write_answers,
+)
+from utils.preserve.old_prompts import OldPrompts, Preservation, PreserveConfig, encoded, given_for, old_prompts
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import Entry
 from wan.configs import WanConfig
@@ -46,6 +59,18 @@ class TrainedOn:
     batches: Sequence[Sequence[int]]  # of an epoch, as entries
     timesteps: TimestepConfig
     seed: int
+    i2v_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class CachedPictures:
+    """What the caches of an item hold of its pictures, in fp16 as the file keeps it."""
+
+    item: Item
+    shapes: tuple[tuple[int, ...], tuple[int, ...] | None]
+
+    def read(self) -> Pictures:
+        return Pictures(*(None if own is None else own.half() for own in given_to_item(self.item)))
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,8 @@ class Question:
     shape: tuple[int, ...]
     sigma: Tensor
     place: tuple[int | str, ...]
+    pictures: CachedPictures | None
+    starts_clean: bool
 
     @property
     def t(self) -> float:
@@ -64,8 +91,9 @@ class Question:
     def noisy(self) -> Tensor:
         """[C, F, H, W] as the file keeps it, in fp16."""
         noise = torch.randn(self.shape, generator=draw_generator(*self.place))
-        noisy_BCFHW, _, _ = add_noise(read_latents(self.item.latents).float()[None], noise[None], self.sigma)
-        return noisy_BCFHW[0].half()
+        latents_BCFHW = read_latents(self.item.latents).float()[None]
+        noisy_BCFHW, _, _ = add_noise(latents_BCFHW, noise[None], self.sigma)
+        return with_clean_start(noisy_BCFHW, latents_BCFHW, torch.tensor([self.starts_clean]))[0].half()
 
 
 @dataclass(frozen=True)
@@ -81,7 +109,8 @@ class AskingPlan:
     @property
     def size(self) -> int:
         """The bytes of the file, at most."""
-        answers = sum(answer_bytes(answer.shape) for old, asked in self.asked for answer in (*old.kept, *asked))
+        rows = [answer for old, asked in self.asked for answer in (*old.kept, *asked)]
+        answers = sum(answer_bytes(answer.shape) for answer in rows) + sum(map(pictures_bytes, shared_pictures(rows)))
         # A token is a byte of the text or more; plus </s> and a space in front.
         tokens = (min(len(old.text.encode()) + 2, self.model.config.text_len) for old, _ in self.asked)
         return answers + 2 * self.model.config.text_dim * sum(tokens)
@@ -136,23 +165,27 @@ def plan_asking(
         return None
     shaped = [(item, latents_shape(item.latents)) for item in trained_on.items]
     asked = tuple(
-        (old, () if old.kept else _questions(old.text, shaped, config.levels, trained_on)) for old in prompts.all
+        (old, () if old.kept else _questions(old.text, shaped, config.levels, trained_on, model.config))
+        for old in prompts.all
     )
     sizes = [sum(math.prod(shaped[entry % len(shaped)][1]) for entry in batch) for batch in trained_on.batches]
     return AskingPlan(path, asked, max(sizes), prompts.notes, model)
 
 
 def _questions(
-    text: str, items: Sequence[tuple[Item, tuple[int, ...]]], levels: int, trained_on: TrainedOn
+    text: str, items: Sequence[tuple[Item, tuple[int, ...]]], levels: int, trained_on: TrainedOn, model: WanConfig
 ) -> tuple[Question, ...]:
-    """At noise levels spread evenly over those that are trained, each with one of the items."""
+    """At noise levels spread evenly over those that are trained, each with one of the items and its pictures."""
     seed, questions = trained_on.seed, []
     for number in range(levels):
         generator = draw_generator(seed, "question", text, number)
         item, shape = items[int(torch.randint(len(items), (), generator=generator))]
         u_B = (number + torch.rand(1, generator=generator, dtype=torch.float64)) / levels
         sigma = sigmas_of(trained_on.timesteps, u_B.clamp(2.0**-53, 1 - 2.0**-53), shape[-2:])
-        questions.append(Question(item, shape, sigma, (seed, "question's noise", text, number)))
+        shapes = picture_shapes(model, shape)
+        pictures = None if shapes is None else CachedPictures(item, shapes)
+        starts = starts_clean(trained_on.i2v_share, shape[1], seed, "question's first frame", text, number)
+        questions.append(Question(item, shape, sigma, (seed, "question's noise", text, number), pictures, starts))
     return tuple(sorted(questions, key=lambda question: question.shape))
 
 
@@ -225,5 +258,8 @@ def _answers(plan: AskingPlan, model: WanModel, device: torch.device) -> Iterato
                 noisy = torch.stack([question.noisy() for question in batch])
                 t_B = torch.tensor([question.t for question in batch])
                 context = [old.text_SD.to(device)] * len(batch)
-                velocity = model(noisy.float().to(device), t_B.to(device), context).float().cpu()
-                yield from map(Answer, noisy, t_B.tolist(), velocity)
+                pictures = [question.pictures and question.pictures.read() for question in batch]
+                starts = [question.starts_clean for question in batch]
+                given = given_for(pictures, starts).to(device)
+                velocity = predict(model, noisy.float().to(device), t_B.to(device), context, given).float().cpu()
+                yield from map(Answer, noisy, t_B.tolist(), velocity, pictures, starts)

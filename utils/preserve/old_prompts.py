@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.data.given_pictures import clean_starts
+from utils.learning.conditions import NOTHING_GIVEN, Conditioning
 from utils.learning.flow_matching import TIMESTEPS
-from utils.preserve.answers_file import Answer, OldPrompt
+from utils.preserve.answers_file import Answer, OldPrompt, Pictures
 from utils.slice_saving import value_digest
 from utils.slices.ledger import Entry
 from wan.configs import WanConfig
@@ -68,20 +70,32 @@ class OldPrompts:
             for answer in old.kept:
                 digest.update(json.dumps([answer.t, answer.shape]).encode())
                 digest.update(value_digest(answer.noisy_CFHW) + value_digest(answer.velocity_CFHW))
+                digest.update(_given_digest(answer))
             if old.text_SD is not None:
                 digest.update(value_digest(old.text_SD))
         return digest.hexdigest()
 
 
+def _given_digest(answer: Answer) -> bytes:
+    """Only of what there is, so that states of runs that preserve text-to-video stay valid."""
+    pictures = answer.pictures
+    values = [] if pictures is None else [pictures.y_CFHW, *([] if pictures.clip_PI is None else [pictures.clip_PI])]
+    return b"".join([*map(value_digest, values), *([b"starts clean"] if answer.starts_clean else [])])
+
+
 @dataclass(frozen=True)
 class Targets:
-    """What the model should predict for noisy latents, noise levels and texts; `share` in the mean over a batch."""
+    """What the model should predict for noisy latents, noise levels, texts and what else it is given.
+
+    `share` is theirs in the mean over a batch.
+    """
 
     noisy_BCFHW: Tensor
     sigma_B: Tensor
     t_B: Tensor
     context: list[Tensor]
     velocity_BCFHW: Tensor
+    given: Conditioning = NOTHING_GIVEN
     share: float = 1.0
 
 
@@ -133,7 +147,18 @@ def _targets(pairs: Sequence[tuple[Tensor, Answer]], share: float, device: torch
     velocity = torch.stack([answer.velocity_CFHW for _, answer in pairs]).float()
     tensors = (noisy, t / TIMESTEPS, t, velocity, *(text_SD for text_SD, _ in pairs))
     noisy, sigma, t, velocity, *context = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return Targets(noisy, sigma, t, context, velocity, share)
+    given = given_for([answer.pictures for _, answer in pairs], [answer.starts_clean for _, answer in pairs])
+    return Targets(noisy, sigma, t, context, velocity, given.to(device), share)
+
+
+def given_for(pictures: Sequence[Pictures | None], starts_clean: Sequence[bool]) -> Conditioning:
+    """What a batch of predictions starts from, which are of one model, and so all have pictures or none has."""
+    y_BCFHW = clip_BPI = None
+    if pictures[0] is not None:
+        y_BCFHW = torch.stack([own.y_CFHW for own in pictures]).float()
+        if pictures[0].clip_PI is not None:
+            clip_BPI = torch.stack([own.clip_PI for own in pictures]).float()
+    return Conditioning(y_BCFHW, clip_BPI, clean_starts(starts_clean))
 
 
 def most_frequent(captions: Sequence[str]) -> list[str]:

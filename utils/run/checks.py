@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.data.dataset import TrainingDataset, build_training_dataset
-from utils.data.items import Item
+from utils.data.held_out import same_pictures
+from utils.data.items import Item, made_otherwise
 from utils.files import writable_folder
 from utils.learning.flow_matching import check_timesteps
 from utils.learning.lr_schedules import check_schedule
@@ -22,9 +23,16 @@ from utils.preserve.asking import AskedModel, AskingPlan, TrainedOn, plan_asking
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.earlier_run import Replaced, check_earlier_run
 from utils.run.fingerprint import base_settings, deciding_settings
-from utils.run.opening_lines import expert_line, input_bytes, saving_lines
+from utils.run.opening_lines import expert_line, first_frame_line, input_bytes, saving_lines
 from utils.run.plan import TrainingPlan, plan_training
-from utils.run.save_schedule import check_saves, disk_use, planned_saves, remove_unfinished
+from utils.run.save_schedule import (
+    best_file,
+    check_saves,
+    disk_use,
+    planned_files,
+    planned_saves,
+    remove_unfinished,
+)
 from utils.run.state import choose_state, seed_of_state
 from utils.run.state_check import check_state, expected_state
 from utils.selective_finetune import check_slice
@@ -91,21 +99,25 @@ def read_inputs(config: TrainConfig, accelerator: Accelerator, say: Callable[[st
     below = read_below(config.dit, header, config.slices, own, dtype, config.continue_slice, config.allow_overlap)
     dataset = build_training_dataset(config.dataset)
     check_dataset(dataset, model_config, config)
-    validated = _validated_items(config, dataset, model_config)
+    validated = _validated_items(config, dataset, model_config, say)
     return Inputs(header, model_config, below, dataset, validated, _agree_on_seed(config, say))
 
 
-def _validated_items(config: TrainConfig, dataset: TrainingDataset, model: WanConfig) -> Sequence[Item]:
+def _validated_items(
+    config: TrainConfig, dataset: TrainingDataset, model: WanConfig, say: Callable[[str], None]
+) -> Sequence[Item]:
     if config.validation is None or config.validation.dataset is None:
         return dataset.held_out
     other = build_training_dataset(config.validation.dataset)
     check_dataset(other, model, replace(config, dataset=config.validation.dataset))
-    trained = {item.latents.resolve() for item in dataset.items}
-    if both := [item.name for item in other.items if item.latents.resolve() in trained]:
+    if both := list(dict.fromkeys(item.name for item in same_pictures(dataset.items, other.items))):
+        files = f"{both[0]} is" if len(both) == 1 else f"{both[0]} and {len(both) - 1} more files are"
         raise InputError(
-            f"{both[0]} is in --dataset_config and in --validation_dataset_config: validate on pictures that are not "
+            f"{files} in --dataset_config and in --validation_dataset_config: validate on pictures that are not "
             "trained on"
         )
+    for line in [*other.describe(), *made_otherwise(other.items, dataset.items)]:
+        say(f"validation {line}" if line.startswith("dataset") else f"validation: {line}")
     return other.items
 
 
@@ -124,7 +136,7 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
     answers = config.save.folder / f"{config.save.name}{ENDING}"
-    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed)
+    trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed, config.i2v_share)
     asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
     replaced, lines = check_plan(config, header, steps, asking, resume, continues)
     kept = asking.largest_kept if asking else ()
@@ -195,6 +207,7 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
 def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
     """InputError if the caches were made for another kind of model, or hold texts that are too long for this one."""
     path = config.dataset.path
+    _check_latents(dataset, model, config)
     if dataset.text_width != model.text_dim:
         raise InputError(
             f"the text caches of {path} are {dataset.text_width} wide, {config.dit} reads {model.text_dim}: make them "
@@ -206,6 +219,21 @@ def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfi
             "shorten it, then run wan_cache_text_encoder_outputs.py again"
         )
     check_timesteps(config.timesteps, latent_sizes(dataset))
+
+
+def _check_latents(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
+    """InputError if latents or CLIP tokens are not as wide as the model reads them."""
+    path = config.dataset.path
+    again = f"make them again (wan_cache_latents.py) with the VAE and CLIP of --task {config.task}"
+    if wrong := next((item for item in dataset.items if item.latent_shape[0] != model.out_dim), None):
+        raise InputError(
+            f"the latent caches of {path} have {wrong.latent_shape[0]} channels, {config.dit} reads {model.out_dim}: "
+            f"{again}"
+        )
+    if dataset.clip_width != model.image_dim:
+        raise InputError(
+            f"the CLIP tokens of {path} are {dataset.clip_width} wide, {config.dit} reads {model.image_dim}: {again}"
+        )
 
 
 def latent_sizes(dataset: TrainingDataset) -> list[tuple[int, int]]:
@@ -244,13 +272,16 @@ def check_plan(
     inputs, others = [*header.files, *config.inputs], {}
     if asking:
         others[asking.path] = asking.size
+    if config.validation and config.validation.save_best:
+        others[best_file(config.save)] = every["slice"]
     check_saves(saves, config.save, inputs, sizes, others)
     if config.samples:
         writable_folder(config.save.folder / "sample", "the folder of samples")
     if config.log.trackers and config.log.folder:
         writable_folder(config.log.folder, "--logging_dir")
     own = own_entry(config.ff, config.ffid, config.save.name)
-    replaced = check_earlier_run(config.save, saves, own, [*inputs, *filter(None, [resume])], continues)
+    planned = [*planned_files(saves), *(path for path in others if path == best_file(config.save))]
+    replaced = check_earlier_run(config.save, planned, own, [*inputs, *filter(None, [resume])], continues)
     free = shutil.disk_usage(config.save.folder).free
     use = disk_use(saves, sizes, values * _STATE_BYTES)
     return replaced, [*replaced.lines, *saving_lines(use, sizes, config.save.folder, free)]
@@ -279,6 +310,8 @@ def say_what_is_read(
     cast = "" if stored == used else f", cast to {dtype_name(used)} at load, saved in {dtype_name(stored)}"
     say(f"{config.dit}: {dtype_name(stored)}{cast}")
     for line in dataset.describe():
+        say(line)
+    if line := first_frame_line(config.i2v_share, dataset.items):
         say(line)
     if line := expert_line(TASKS[config.task], config.dit, config.timesteps):
         say(line)

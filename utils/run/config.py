@@ -65,6 +65,7 @@ class TrainConfig:
     samples: SampleConfig | None = None
     preserve: PreserveConfig | None = None
     validation: ValidationConfig | None = None
+    i2v_share: float = 0.0  # of the clips of ti2v-5B: those that start from their first frame
     vae: Path | None = None  # named in the metadata
     mixed_precision: str = "no"
     inputs: tuple[Path, ...] = ()  # all files that flags name beside dit: no output may replace one

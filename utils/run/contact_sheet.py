@@ -5,7 +5,6 @@ The file holds all that the next turn needs: its cells as pixels, its labels as 
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from utils.run.samples import SavedSample
+from utils.run.sheet_labels import SIZE, label
 from utils.sampling.denoising import Sample
+from utils.sampling.sample_metadata import picture_names
 from utils.sampling.writers import to_frames
 from utils.slice_saving import whole_file
 
@@ -24,7 +25,6 @@ _NEWEST = 16  # columns that are never thinned
 _KEY = "wan_contact_sheet"  # of the PNG's text chunk
 _FORMAT = 1
 _GAP, _LABEL, _TOP = 4, 128, 18  # pixels: between cells, beside each row, above each column
-_FONT = 11
 _READABLE_ROWS = 16  # with more of them, cells are half as large
 
 
@@ -60,11 +60,12 @@ class ContactSheet:
         side = self.side
         size = (_left(side, len(self.columns)), _top(side, len(self.rows)))
         picture = Image.new("RGB", size, "white")
-        pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT)
-        for number, label in enumerate(self.rows.values()):
-            pen.multiline_text((_GAP, _top(side, number)), _wrapped(label, side, font), "black", font)
+        pen = ImageDraw.Draw(picture)
+        for number, prompt in enumerate(self.rows.values()):
+            lines, font = label(prompt, _LABEL - _GAP, side)
+            pen.multiline_text((_GAP, _top(side, number)), lines, "black", font)
         for number, column in enumerate(self.columns):
-            pen.text((_left(side, number), _GAP), f"{column.step:,}", "black", font)
+            pen.text((_left(side, number), _GAP), f"{column.step:,}", "black", ImageFont.load_default(SIZE))
             for row, key in enumerate(self.rows):
                 if key in column.cells:
                     picture.paste(column.cells[key], (_left(side, number), _top(side, row)))
@@ -84,7 +85,7 @@ class ContactSheet:
 def open_sheet(path: Path, settings: Mapping[str, str], samples: Sequence[Sample]) -> ContactSheet:
     """The sheet at `path` with a row for each sample; an empty one if there is none of a run of these settings."""
     run = _digest(dict(settings))
-    new = ContactSheet(run, {_row_key(sample): sample.prompt for sample in samples[:ROWS]})
+    new = ContactSheet(run, {_row_key(sample): _label(sample) for sample in samples[:ROWS]})
     if not path.is_file():
         return new
     try:
@@ -121,7 +122,11 @@ def _read_columns(picture: Image.Image, content: Mapping, new: ContactSheet) -> 
 
 def _row_key(sample: Sample) -> str:
     """Tells rows apart: samples that differ in nothing but the weights share one."""
-    return _digest(vars(sample))
+    return _digest({name: value for name, value in vars(sample).items() if value is not None})
+
+
+def _label(sample: Sample) -> str:
+    return " ".join([sample.prompt, *(f"({name})" for name in picture_names(sample).values())])
 
 
 def _digest(values: Mapping) -> str:
@@ -145,13 +150,3 @@ def _left(side: int, column: int) -> int:
 
 def _top(side: int, row: int) -> int:
     return _TOP + _GAP + row * (side + _GAP)
-
-
-def _wrapped(text: str, height: int, font: ImageFont.FreeTypeFont) -> str:
-    """`text` in lines that fit beside a row."""
-    lines, room = [""], height // (_FONT + 4)
-    for word in re.findall(r"\S{1,16}", text):
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= _LABEL else [*lines, word]
-    lines = [line for line in lines if line]
-    return "\n".join(lines if len(lines) <= room else [*lines[: room - 1], f"{lines[room - 1]}…"])

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.run.save_schedule import Save, SaveConfig, files_of, is_final, planned_files
+from utils.run.save_schedule import SaveConfig, files_of, is_final
 from utils.run.state import state_folders
 from utils.slices.ledger import Entry, read_ledger
 from wan.errors import InputError
@@ -23,15 +23,14 @@ class Replaced:
 
 
 def check_earlier_run(
-    config: SaveConfig, saves: Sequence[Save], own: Entry, inputs: Sequence[Path], continues: bool
+    config: SaveConfig, planned: Sequence[Path], own: Entry, inputs: Sequence[Path], continues: bool
 ) -> Replaced:
     """InputError if files of this name exist and the run neither `continues` them nor has --overwrite.
 
     InputError, too, if the run would replace a file whose newest slice is another one than its `own`. What the run
     reads (`inputs`) is never removed.
     """
-    planned = set(planned_files(saves))
-    lines = _replaced_lines([path for path in planned_files(saves) if path.is_file()], own)
+    lines = _replaced_lines([path for path in planned if path.is_file()], own)
     existing = files_of(config)
     if continues or not existing:
         return Replaced(lines)
@@ -52,8 +51,8 @@ def _exists(config: SaveConfig, existing: Sequence[Path]) -> str:
         resume = "it saved no state that --resume latest could continue"
     return (
         f"{config.folder} holds an earlier run called {config.name} ({_listed([path.name for path in existing])}): "
-        f"{resume}; choose another --output_name, or give --overwrite to delete its states and numbered saves and "
-        "train again"
+        f"{resume}; choose another --output_name, or give --overwrite to delete its states, numbered saves and best "
+        "slice and train again"
     )
 
 

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from utils.data.cache_files import read_latents, read_mask, read_text
 from utils.data.dataset import TrainingDataset
+from utils.data.given_pictures import given_to_item
 from utils.data.items import Item
 from utils.preserve.old_prompts import OldPrompts
 from utils.run.config import MetadataConfig, TrainConfig
@@ -20,6 +21,7 @@ from utils.selective_finetune import TrainedSlice, exact_fraction
 from utils.slice_saving import base_identity, slice_digest, value_digest
 from utils.slices.ledger import KEY
 from utils.slices.on_base import SlicesOnBase
+from wan.configs import TASKS
 from wan.loading import CheckpointHeader
 
 
@@ -70,6 +72,8 @@ def deciding_settings(
         "num_train_items": len(dataset.items),
         "dataset_sha256": _dataset_hash(dataset),
     }
+    if TASKS[config.task].config.starts_from_latents:
+        values["i2v_share"] = config.i2v_share
     return {key: str(value) for key, value in values.items()}
 
 
@@ -121,7 +125,8 @@ def _identity(item: Item) -> tuple:
     own = (item.name, item.bucket, item.frames, item.text_shape, *item.captions)
     # Only what there is, so that states of earlier versions stay valid.
     mask = [value_digest(read_mask(item.latents)).hex()] if item.masked else []
-    return (*own, *([item.dropout] if item.dropout else []), *mask)
+    given = [value_digest(tensor).hex() for tensor in given_to_item(item) if tensor is not None]
+    return (*own, *([item.dropout] if item.dropout else []), *mask, *given)
 
 
 def _texts(item: Item) -> tuple[str, ...]:

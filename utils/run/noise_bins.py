@@ -8,6 +8,7 @@ from torch import Tensor
 
 from utils.learning.flow_matching import TIMESTEPS, TimestepConfig, sigmas_of
 
+SEED = 0  # of the noise; not the run's own, so that runs can be compared
 _EDGES = (0, 250, 500, 750, 1000)  # of the bins, as timesteps
 
 

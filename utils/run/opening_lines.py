@@ -127,6 +127,17 @@ def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | No
     )
 
 
+def first_frame_line(i2v_share: float, items: Sequence[Item]) -> str | None:
+    """How ti2v-5B is trained, where there is a choice: with and without the first frame of its clips."""
+    clips = sum(item.latent_shape[1] > 1 for item in items)
+    if not (i2v_share and clips):
+        return None
+    return (
+        f"{100 * i2v_share:g} % of the showings of {_counted(clips, 'clip')} train as image-to-video, from their first "
+        "frame; everything else trains as text-to-video (--i2v_share)"
+    )
+
+
 def timestep_lines(config: TimestepConfig, latent_size: tuple[int, int], seed: int) -> list[str]:
     """A histogram, as text, of the timesteps that training would draw."""
     u_B = draw_uniforms(config, [draw_generator(seed, "show timesteps")] * 100_000, seed, 0)

@@ -1,4 +1,4 @@
-"""How fast a run trains: seconds per step, latent tokens per second, the share of time that waits for data."""
+"""How fast a run trains: seconds per step, tokens per second, the shares of time that wait for data and weights."""
 
 import time
 from collections import deque
@@ -15,11 +15,17 @@ _END = object()
 class StepTimer:
     """Measures the steps of this process, without the pauses between them in which it saves, samples or validates.
 
-    By the monotonic clock of the host alone: every step brings its loss to the host, so the device cannot fall behind
-    by more than an optimizer update, and nothing has to wait for the sake of measuring.
+    By the monotonic clock of the host: every step brings its loss to the host, so the device cannot fall behind by
+    more than an optimizer update, and nothing has to wait for the sake of measuring. `waited_for_weights` tells for how
+    many seconds the device has waited for swapped weights since it was last asked; None where no block is swapped.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        waited_for_weights: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._waited_for_weights = waited_for_weights
         self._clock = clock
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._paused = 0  # depth
@@ -27,6 +33,7 @@ class StepTimer:
 
     def restart(self) -> None:
         """The next step begins now."""
+        self._forget_waits()
         self._began, self._waited, self._tokens = self._clock(), 0.0, 0
 
     @property
@@ -53,6 +60,7 @@ class StepTimer:
         self._paused -= 1
         if not self._paused:  # else the outer pause counts this one, too
             self._began += self._clock() - began
+            self._forget_waits()
 
     def finish_step(self) -> dict[str, float]:
         """What to log of the step that ends now; the next one begins."""
@@ -61,9 +69,16 @@ class StepTimer:
         if seconds > 0:
             values["time/tokens_per_second"] = self._tokens / seconds
             values["time/data_wait_share"] = min(self._waited / seconds, 1.0)
+            if self._waited_for_weights:
+                values["time/weight_wait_share"] = min(self._waited_for_weights() / seconds, 1.0)
         self._recent.append(seconds)
         self.restart()
         return values
+
+    def _forget_waits(self) -> None:
+        """What waited for weights so far, in another step or in a pause, does not count."""
+        if self._waited_for_weights:
+            self._waited_for_weights()
 
 
 def between_steps(turn: Callable) -> Callable:

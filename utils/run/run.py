@@ -87,7 +87,7 @@ class Run:
     validation: Validation | None
     debug: TrainingDebug | None
     say: Callable[[str], None]
-    timer: StepTimer = field(default_factory=StepTimer)
+    timer: StepTimer
 
 
 def resume(run: Run, folder: Path) -> Place:

@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from utils.sampling.defaults import SampleDefaults
-from utils.sampling.denoising import Sample, cut_lines, decode_latent, encode_samples, resolve_sample, sample_prompt
+from utils.sampling.denoising import (
+    Sample,
+    Start,
+    cut_lines,
+    decode_latent,
+    encode_samples,
+    resolve_sample,
+    sample_prompt,
+    size_line,
+)
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.sample_metadata import sample_settings
+from utils.sampling.starts import check_clip, encode_starts
 from utils.sampling.writers import NO_SETTINGS, save_sample
 from wan.configs import WanConfig, WanTask
 from wan.model import WanModel
@@ -37,13 +47,15 @@ class SampleConfig:
     every_n_epochs: int | None = None
     every_n_steps: int | None = None
     at_first: bool = False
+    clip: Path | None = None  # the image encoder, for tasks that read pictures through it
 
 
 @dataclass(frozen=True)
 class PreparedSamples:
-    """Prompts with their encoded text (CPU), and the VAE (on the CPU between samples)."""
+    """Prompts with their encoded text and pictures (CPU), and the VAE (on the CPU between samples)."""
 
     samples: tuple[Sample, ...]
+    starts: tuple[Start, ...]
     seed_given: tuple[bool, ...]
     texts: Mapping[str, Tensor]
     vae: WanVAE
@@ -68,13 +80,17 @@ def prepare_samples(
     defaults: SampleDefaults,
     say: Callable[[str], None],
 ) -> PreparedSamples:
-    """Encodes the prompts for the model on `device` and frees the text encoder.
+    """Encodes the prompts and their pictures for the model on `device` and frees what encoded them.
 
     What a prompt leaves open comes from `defaults`, else from the task; its seed is the run's.
     """
     defaults = replace(defaults, steps=_STEPS if defaults.steps is None else defaults.steps)
+    check_clip(task, config.clip)
     samples = tuple(resolve_sample(prompt, task, seed, defaults=defaults) for prompt in config.prompts)
+    for line in filter(None, map(size_line, config.prompts, samples)):
+        say(line)
     vae = load_vae(config.vae, config.vae_dtype, "cpu", task.latents.channels)
+    starts = encode_starts(samples, task, vae, config.clip, model.image_dim, device, say)
     text_encoder = load_text_encoder(
         config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
     )
@@ -84,7 +100,7 @@ def prepare_samples(
     del text_encoder
     gc.collect()  # its memory is needed for the transformer
     seed_given = tuple(prompt.seed is not None for prompt in config.prompts)
-    return PreparedSamples(samples, seed_given, texts, vae, task.fps)
+    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps)
 
 
 def due_after_step(config: SampleConfig | None, step: int) -> bool:
@@ -111,7 +127,10 @@ def draw_samples(
     `weights` tells what it was sampled with, for the files' metadata; None leaves all metadata out.
     """
     source = "the model in training"
-    latents = [sample_prompt(model, sample, prepared.texts, device, on_step, source) for sample in prepared.samples]
+    latents = [
+        sample_prompt(model, sample, prepared.texts, device, on_step, source, start)
+        for sample, start in zip(prepared.samples, prepared.starts, strict=True)
+    ]
     prepared.vae.to(device)
     time = datetime.now().strftime("%Y%m%d%H%M%S")
     saved = []

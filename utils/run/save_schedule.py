@@ -22,6 +22,7 @@ from wan.safetensors_header import read_file_header
 KINDS = {"checkpoint": ".safetensors", "slice": ".slice.safetensors", "lora": ".lora.safetensors"}
 STATE = "-state"
 _TURN = r"(-\d{6,}|-step\d{8,})"  # in the names of an epoch's and a step's files
+_BEST = f"-best{KINDS['slice']}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def save_at_end(config: SaveConfig, steps: int) -> Save:
 
 def best_file(config: SaveConfig) -> Path:
     """Where --save_best keeps the slice with the lowest validation loss."""
-    return config.folder / f"{config.name}-best{KINDS['slice']}"
+    return config.folder / f"{config.name}{_BEST}"
 
 
 def stop_state(config: SaveConfig, step: int) -> Path:
@@ -176,7 +177,7 @@ def _check_name(output: Path) -> None:
 
 def remove_unfinished(config: SaveConfig) -> None:
     """Deletes the unfinished files that a run of this name left when it was killed; a living writer's stay."""
-    saved = re.compile(f"{re.escape(config.name)}{_TURN}?({'|'.join(map(re.escape, [*KINDS.values(), ENDING]))})")
+    saved = _names(config, [*KINDS.values(), ENDING])
     # As run/samples names them; another run's name may begin with this one's and an underscore.
     named = r"_(contact_sheet\.png|e?\d{6,}_\d{2,}_\d{14}(_-?\d+)?(_000\.png|\.mp4))"
     sample = re.compile(re.escape(config.name) + named)
@@ -201,10 +202,15 @@ def is_state_of(config: SaveConfig, folder: str) -> bool:
 
 def files_of(config: SaveConfig) -> list[Path]:
     """The files of every kind, and states, that have one of the names this run gives its own; sorted."""
-    endings = "|".join(map(re.escape, KINDS.values()))
-    names = re.compile(f"{re.escape(config.name)}{_TURN}?({endings})")
+    names = _names(config, [*KINDS.values()])
     paths = config.folder.glob(f"{glob.escape(config.name)}*") if config.folder.is_dir() else ()
     return sorted(path for path in paths if names.fullmatch(path.name) or is_state_of(config, path.name))
+
+
+def _names(config: SaveConfig, endings: Sequence[str]) -> re.Pattern:
+    """What a run calls its files of these endings, and its best slice."""
+    turns = f"{_TURN}?({'|'.join(map(re.escape, endings))})"
+    return re.compile(f"{re.escape(config.name)}({turns}|{re.escape(_BEST)})")
 
 
 def is_final(config: SaveConfig, path: Path) -> bool:
@@ -213,7 +219,7 @@ def is_final(config: SaveConfig, path: Path) -> bool:
 
 
 def remove_overwritten(paths: Sequence[Path]) -> list[str]:
-    """Deletes the states and numbered saves of the run that --overwrite replaces; lines on what could not be."""
+    """Deletes what --overwrite replaces: states, numbered saves, the best slice; lines on what could not be."""
     return _remove(paths)
 
 

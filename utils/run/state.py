@@ -110,8 +110,8 @@ def no_state(save: SaveConfig) -> InputError:
     advice = "leave it out to train from the first step"
     if files_of(save):  # which stop a run that does not continue them
         advice = (
-            "choose another --output_name, or give --overwrite instead to delete its states and numbered saves and "
-            "train again"
+            "choose another --output_name, or give --overwrite instead to delete its states, numbered saves and "
+            "best slice and train again"
         )
     return InputError(f"--resume latest: {save.folder} has no usable state of {save.name}; {advice}")
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from utils.data.given_pictures import given_to_batch
 from utils.interrupts import StopRequest
+from utils.learning.conditions import loss_mask, predict, started
 from utils.learning.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.preserve.old_prompts import Targets
 from utils.run.finite import check_slice_is_finite, check_step_is_finite
@@ -28,20 +30,23 @@ def backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_s
     u_B = draw_uniforms(timesteps, generators, run.seed, first_item)
     sigma_B = sigmas_of(timesteps, u_B, tuple(latents_BCFHW.shape[-2:]))
     noise_BCFHW = torch.stack([torch.randn(latents_BCFHW.shape[1:], generator=own) for own in generators])
+    given = given_to_batch(batch, run.config.i2v_share, run.seed, epoch)
+    noisy_BCFHW, t_B, target_BCFHW = add_noise(latents_BCFHW, noise_BCFHW, sigma_B)
     # All of it before the forward: a copy between it and backward would have the host wait for the device.
-    moved = (*add_noise(latents_BCFHW, noise_BCFHW, sigma_B), sigma_B)
+    moved = (started(noisy_BCFHW, latents_BCFHW, given), t_B, target_BCFHW, sigma_B)
     noisy_BCFHW, t_B, target_BCFHW, sigma_B = (x.to(device, non_blocking=True) for x in moved)
     context = [text_SD.to(device, non_blocking=True) for text_SD in batch["t5"]]
     mask_B11HW = None if batch["mask"] is None else batch["mask"].to(device, non_blocking=True)
-    targets = [Targets(noisy_BCFHW, sigma_B, t_B, context, target_BCFHW)]
+    targets = [Targets(noisy_BCFHW, sigma_B, t_B, context, target_BCFHW, given.to(device))]
     if preserves:
         of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
         targets += run.preserved.draw(of_prompts, device)
     losses = torch.zeros(2, device=device)
     for number, own in enumerate(targets):
         # One backward for each, so that one graph at a time is held.
-        predicted_BCFHW = run.model(own.noisy_BCFHW, own.t_B, own.context)
-        mask = None if number else mask_B11HW  # reference predictions are pulled to as a whole
+        predicted_BCFHW = predict(run.model, own.noisy_BCFHW, own.t_B, own.context, own.given)
+        # Reference predictions are pulled to as a whole.
+        mask = loss_mask(own.given, own.noisy_BCFHW.shape[2], None if number else mask_B11HW)
         loss = flow_loss(predicted_BCFHW, own.velocity_BCFHW, own.sigma_B, timesteps.weighting, mask)
         loss = loss * own.share / batches_of_step
         run.scaler.scale(run.preserved.weight * loss if number else loss).backward()

@@ -6,13 +6,16 @@ Shapes: B batch (always 1), C latent channels, F H W latent frames, height, widt
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.files import quoted
+from utils.learning.conditions import NOTHING_GIVEN, Conditioning, predict, with_clean_start
 from utils.sampling.defaults import NO_DEFAULTS, SampleDefaults
+from utils.sampling.picture_rules import sample_size, shift_of
 from utils.sampling.prompts import SamplePrompt
 from wan.configs import WanTask
 from wan.errors import InputError
@@ -39,6 +42,32 @@ class Sample:
     flow_shift: float
     solver: str
     latent_shape: tuple[int, int, int, int]  # C, F, H, W
+    image_path: str | None = None  # the picture that is its first frame
+    end_image_path: str | None = None
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.image_path, self.end_image_path) if path is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a sample starts from beside noise (B = 1, CPU): what its model is given of pictures.
+
+    `clean_BCFHW` (F = 1) is what the first latent frame of a ti2v-5B sample stays at.
+    """
+
+    given: Conditioning = NOTHING_GIVEN
+    clean_BCFHW: Tensor | None = None
+
+    def pinned(self, latent_CFHW: Tensor) -> Tensor:
+        """The latent, its first frame clean if the sample starts from that."""
+        if self.clean_BCFHW is None:
+            return latent_CFHW
+        return with_clean_start(latent_CFHW[None], self.clean_BCFHW, self.given.starts_clean_B)[0]
+
+
+NOISE_ALONE = Start()
 
 
 def resolve_sample(
@@ -50,23 +79,41 @@ def resolve_sample(
 ) -> Sample:
     """`prompt` with the values of `defaults`, else the task's, and with `seed` where it has none of its own."""
     prompt = defaults.fill(prompt)
+    width, height = sample_size(task, prompt.width, prompt.height, prompt.image_path)
+    default_shift = shift_of(task, prompt.width, prompt.height, (width, height))
     return Sample(
         prompt=prompt.prompt,
         negative_prompt=_given(prompt.negative_prompt, task.negative_prompt),
-        width=prompt.width,
-        height=prompt.height,
+        width=width,
+        height=height,
         frames=prompt.frames,
         seed=_given(prompt.seed, seed),
         steps=_given(prompt.steps, task.infer_steps),
         guidance_scale=_given(prompt.guidance_scale, task.guidance_scale),
-        flow_shift=_given(prompt.flow_shift, task.shift_at(prompt.width, prompt.height)),
+        flow_shift=_given(prompt.flow_shift, default_shift),
         solver=solver,
-        latent_shape=task.latents.shape(prompt.frames, prompt.height, prompt.width),
+        latent_shape=task.latents.shape(prompt.frames, height, width),
+        image_path=_text(prompt.image_path),
+        end_image_path=_text(prompt.end_image_path),
     )
 
 
 def _given(value, otherwise):
     return otherwise if value is None else value
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def size_line(prompt: SamplePrompt, sample: Sample) -> str | None:
+    """Says that the sample's size follows from its picture, if it does."""
+    if prompt.image_path is None or (prompt.width is not None and prompt.height is not None):
+        return None
+    return (
+        f"{sample.width}x{sample.height} follows from the shape of {prompt.image_path}; give a width and a height for "
+        "another size"
+    )
 
 
 @torch.no_grad()
@@ -102,12 +149,14 @@ def sample_prompt(
     device: torch.device | str,
     on_step: Callable[[], object] | None = None,
     source: str = "the model",
+    start: Start = NOISE_ALONE,
 ) -> Tensor:
     """The latent [C, F, H, W] (float32, CPU, normalised) of `sample` by one model, which runs on `device`.
 
-    `texts` comes from encode_samples; on_step is called after each step; `source` names the model in an InputError.
+    `texts` comes from encode_samples, `start` from encode_starts; on_step is called after each step; `source` names
+    the model in an InputError.
     """
-    denoising = Denoising(sample)
+    denoising = Denoising(sample, start)
     advance(denoising, model, sample.guidance_scale, texts, device, on_step=on_step, source=source)
     return denoising.latent_CFHW
 
@@ -115,10 +164,11 @@ def sample_prompt(
 class Denoising:
     """A sample on its way from noise to latent: the latent so far, the solver's memory, the steps left."""
 
-    def __init__(self, sample: Sample):
+    def __init__(self, sample: Sample, start: Start = NOISE_ALONE):
         self.sample = sample
+        self.start = start
         self.scheduler = make_scheduler(sample.solver, sample.steps, sample.flow_shift)
-        self.latent_CFHW = initial_noise(sample)
+        self.latent_CFHW = start.pinned(initial_noise(sample))
         self.done = 0
 
     def steps_down_to(self, t_end: float) -> Tensor:
@@ -151,10 +201,12 @@ def advance(
     """
     sample = denoising.sample
     context_SD, negative_SD = (texts[text].to(device) for text in (sample.prompt, sample.negative_prompt))
+    given = denoising.start.given.to(device)
     for t in denoising.steps_down_to(t_end):
         latents_BCFHW = denoising.latent_CFHW[None].to(device)
-        velocity_CFHW = _velocity(model, latents_BCFHW, t, guidance_scale, context_SD, negative_SD)[0].cpu()
-        denoising.latent_CFHW = denoising.scheduler.step(velocity_CFHW, t, denoising.latent_CFHW).prev_sample
+        velocity_CFHW = _velocity(model, latents_BCFHW, t, guidance_scale, context_SD, negative_SD, given)[0].cpu()
+        latent_CFHW = denoising.scheduler.step(velocity_CFHW, t, denoising.latent_CFHW).prev_sample
+        denoising.latent_CFHW = denoising.start.pinned(latent_CFHW)
         denoising.done += 1
         where = f"the output of {source} in step {denoising.done} of {sample.steps} for {sample.prompt!r}"
         check_finite(denoising.latent_CFHW, where, "its weights may be damaged, or trained at too high a learning rate")
@@ -169,13 +221,17 @@ def _velocity(
     guidance_scale: float,
     context_SD: Tensor,
     negative_SD: Tensor,
+    given: Conditioning,
 ) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022): u + g (c - u), which is c alone at g = 1."""
+    """Classifier-free guidance (Ho and Salimans 2022): u + g (c - u), which is c alone at g = 1.
+
+    Both passes are given the same pictures.
+    """
     t_B = t.to(latents_BCFHW.device, torch.float32)[None]
-    with_prompt_BCFHW = model(latents_BCFHW, t_B, [context_SD])
+    with_prompt_BCFHW = predict(model, latents_BCFHW, t_B, [context_SD], given)
     if guidance_scale == 1:
         return with_prompt_BCFHW
-    without_BCFHW = model(latents_BCFHW, t_B, [negative_SD])
+    without_BCFHW = predict(model, latents_BCFHW, t_B, [negative_SD], given)
     return without_BCFHW + guidance_scale * (with_prompt_BCFHW - without_BCFHW)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from utils.sampling.denoising import Sample
 
@@ -17,6 +18,8 @@ _SHOWN = (
     ("Size", "size"),
     ("Frames", "frames"),
     ("Flow shift", "flow_shift"),
+    ("First frame", "image_path"),
+    ("Last frame", "end_image_path"),
     ("Model", "model"),
     ("High noise model", "model_high_noise"),
     ("Slices", "slices"),
@@ -25,13 +28,20 @@ _SHOWN = (
 )
 # Keys of a latent file, ours and musubi-tuner's.
 _OF_LATENT = {"seeds": "seed", "video_length": "frames", "infer_steps": "steps"}
-_KEPT_OF_LATENT = ("prompt", "negative_prompt", "width", "height", "guidance_scale")
+_PICTURES = ("image_path", "end_image_path")
+_KEPT_OF_LATENT = ("prompt", "negative_prompt", "width", "height", "guidance_scale", *_PICTURES)
 
 
 def sample_settings(sample: Sample, **more: object) -> dict[str, object]:
     """Everything that decides the sample; `more` says with which weights (model, trained_steps, slices)."""
-    own = {name: value for name, value in vars(sample).items() if name != "latent_shape"}
-    return own | {name: value for name, value in more.items() if value not in (None, [], "")}
+    own = {name: value for name, value in vars(sample).items() if name != "latent_shape" and name not in _PICTURES}
+    return own | picture_names(sample) | {name: value for name, value in more.items() if value not in (None, [], "")}
+
+
+def picture_names(sample: Sample) -> dict[str, str]:
+    """The names of the files that the sample starts from, without their folders, which are nobody's business."""
+    paths = {name: getattr(sample, name) for name in _PICTURES}
+    return {name: Path(path).name for name, path in paths.items() if path is not None}
 
 
 def settings_of_latent(metadata: Mapping[str, str]) -> dict[str, object]:

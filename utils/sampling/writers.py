@@ -21,12 +21,14 @@ from utils.locks import UNFINISHED, finished_name
 from utils.sampling.denoising import check_finite
 from utils.sampling.sample_metadata import PARAMETERS, SETTINGS, text_chunks
 from utils.slice_saving import whole_file
-from wan.configs import WAN_2_1_VAE
+from wan.configs import WAN_2_1_VAE, WAN_2_2_VAE
 from wan.errors import InputError
 from wan.state_dict_files import read_state_dict
 
 LATENT_KEY = "latent"
 NO_SETTINGS: Mapping[str, object] = MappingProxyType({})
+_CHANNELS = (WAN_2_1_VAE.channels, WAN_2_2_VAE.channels)
+_BEFORE_FRAMES = [[*batch, channels] for batch in ([], [1]) for channels in _CHANNELS]  # older files have a batch axis
 _LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What makes x264 give the same bytes for the same frames: with more threads it did not on a busy CPU, and with the
 # CPU's own algorithms 54 of 3,000 encodings in a used heap had other bytes (none of 2,700 without).
@@ -102,13 +104,13 @@ def save_latent(path: Path, latent_CFhw: Tensor, metadata: Mapping[str, str]) ->
 def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
     """The latent [C, F, h, w] (float32) and the metadata of a latent file; InputError if it cannot be decoded."""
     tensors, metadata = read_state_dict(path, "latent file")
-    latent, channels = tensors.get(LATENT_KEY), WAN_2_1_VAE.channels
+    latent = tensors.get(LATENT_KEY)
     shape = None if latent is None else list(latent.shape)
-    # Older files have a batch axis.
-    if shape is None or len(shape) not in (4, 5) or shape[:-3] not in ([channels], [1, channels]) or 0 in shape:
+    if shape is None or shape[:-3] not in _BEFORE_FRAMES or 0 in shape:
         found = "none" if shape is None else f"the shape {shape}"
         raise InputError(
-            f"latent file {path}: `{LATENT_KEY}` of [{channels}, frames, height, width] expected, found {found}"
+            f"latent file {path}: `{LATENT_KEY}` of [{_CHANNELS[0]}, frames, height, width] expected "
+            f"({_CHANNELS[1]} channels for ti2v-5B), found {found}"
         )
     if latent.dtype not in _LATENT_DTYPES:
         raise InputError(f"latent file {path}: `{LATENT_KEY}` is {latent.dtype}, not float32, float16 or bfloat16")

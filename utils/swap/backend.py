@@ -1,6 +1,7 @@
 """How bytes reach a device: streams, events and page-locked memory, one small class for each kind of device."""
 
 import contextlib
+import time
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ class HostBackend:
 
     def finish(self, event: None) -> None:
         """The host itself waits until `event` has passed."""
+
+    def moment(self) -> float:
+        """When everything that has been asked of the device so far is computed, for seconds() to read."""
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float | None:
+        """From one moment to the next; None while the device has not come to `end`. The host does not wait."""
+        return end - begin
 
     def drain(self) -> None:
         """The host waits for all copies; to be called before memory is freed that they read or write."""
@@ -76,6 +85,14 @@ class CudaBackend:
 
     def finish(self, event: torch.cuda.Event) -> None:
         event.synchronize()
+
+    def moment(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        return begin.elapsed_time(end) / 1000 if end.query() else None
 
     def drain(self) -> None:
         self.copies.synchronize()

@@ -219,11 +219,10 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 
 def _outside(model: WanModel) -> list[nn.Linear]:
     """What comes before the blocks, where no gradient goes; the head is small, and a gradient goes through it."""
-    return [
-        linear
-        for part in (model.time_embedding, model.time_projection, model.text_embedding)
-        for linear in _linears(part)
-    ]
+    parts = [model.time_embedding, model.time_projection, model.text_embedding]
+    if model.img_emb is not None:
+        parts.append(model.img_emb)
+    return [linear for part in parts for linear in _linears(part)]
 
 
 def _pieces(linear: nn.Linear) -> Sequence[Tensor]:

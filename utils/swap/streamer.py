@@ -29,7 +29,8 @@ and computing waits for its copy: a miss. Such a copy too waits for the slot's `
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,27 @@ class Traffic:
     misses: int = 0
 
 
+class WaitingTime:
+    """For how long computing has waited for weights, by the device's own clock; the host waits for nothing here."""
+
+    def __init__(self, backend: HostBackend | CudaBackend):
+        self._backend = backend
+        self._waits: list[tuple[object, object]] = []  # where each began and ended
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Inside, computing is told to wait for a copy."""
+        began = self._backend.moment()
+        yield
+        self._waits.append((began, self._backend.moment()))
+
+    def take(self) -> float:
+        """Seconds since the last call; a wait that the device has not come to is left to a later one."""
+        measured = [(wait, self._backend.seconds(*wait)) for wait in self._waits]
+        self._waits = [wait for wait, seconds in measured if seconds is None]
+        return sum(seconds for _, seconds in measured if seconds is not None)
+
+
 class WeightStreamer:
     """Slots on the device (bytes -> count), and the weights that use() brings there in the order that passes repeat."""
 
@@ -103,6 +125,7 @@ class WeightStreamer:
         self.store = store  # which the copies read: it is closed after the last of them
         self.order = WeightOrder()
         self.traffic = Traffic()
+        self._waiting: WaitingTime | None = None
         self._lanes = {size: _Lane(of_size) for size, of_size in _allocate(slots, backend).items()}
         self._lane_of = [
             self._lanes[min(size for size in slots if size >= aligned(weight.host.nbytes))] for weight in weights
@@ -119,6 +142,11 @@ class WeightStreamer:
         self._drain()
         if self.store is not None:
             self.store.close()
+
+    def time_waits(self) -> WaitingTime:
+        """Measures from now on for how long computing waits; somebody has to take() it again and again."""
+        self._waiting = WaitingTime(self.backend)
+        return self._waiting
 
     def begin_pass(self, kind: Hashable) -> None:
         """A forward pass begins; passes of one kind use the weights in the same order."""
@@ -145,7 +173,8 @@ class WeightStreamer:
         slot.last_used = self._uses
         self._prefetch()
         if slot.arriving:
-            self.link.wait(slot.arrived)
+            with self._waiting.measured() if self._waiting else nullcontext():
+                self.link.wait(slot.arrived)
             slot.arriving = False
             if overlay := self.weights[weight].overlay:
                 overlay.write(as_weight(slot.memory, self.weights[weight].host))
