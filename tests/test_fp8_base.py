@@ -23,10 +23,11 @@ from utils.files import readable
 from utils.selective_finetune import block_linears
 from utils.swap.placement import LoadedWeights, memory_line, place_model, sizes_of, weight_sizes
 from utils.swap.plan import SwapConfig, device_bytes, plan_swap
-from utils.swap.rounding import FLOAT8, Rounding, beside_rounded, check_float8
+from utils.swap.rounding import Rounding, beside_rounded
 from utils.swap.streamer import WeightStreamer
 from wan.configs import TASKS
 from wan.errors import InputError
+from wan.float8 import FLOAT8, check_float8
 
 KINDS = ("plain", "scaled")
 SIZES = {fp8: weight_sizes(tiny_model(), fp8) for fp8 in ("", *KINDS)}
@@ -174,7 +175,7 @@ def test_the_device_holds_what_the_plan_says(fp8, swapped):
 
 def test_the_line_tells_that_block_matrices_are_in_fp8():
     line = memory_line(Run(swapped=BLOCKS, fp8="scaled").placement, torch.device("cpu"))
-    assert "of weights on cpu (block matrices in fp8, a scale for each row)" in line
+    assert "of weights on cpu (block matrices in fp8 with a scale for each row)" in line
     assert f"5 blocks ({readable(MATRICES + SIZES[''].outside)}) stream from page-locked RAM (" in line
 
 
@@ -188,7 +189,7 @@ def test_14b_in_fp8_takes_at_most_14_6_gb_of_host_memory():
 def test_rounding_never_holds_the_model_twice(mode, monkeypatch):
     """What is made beside the base, at any moment: the rounded weights, buffers, and a few rows of one matrix."""
     monkeypatch.setattr("utils.swap.host_store.STAGING_BYTES", 1000)
-    monkeypatch.setattr("utils.swap.rounding._TOGETHER", 480)
+    monkeypatch.setattr("wan.float8._TOGETHER", 480)
     model, swap = tiny_model(), SwapConfig(BLOCKS, ring_blocks=1, fp8="scaled", host_weights=mode)
     with LiveBytes() as count:
         file = [parameter.data for parameter in model.parameters()]
@@ -247,7 +248,7 @@ def round_trip(weight, fp8, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fp8", KINDS)
 def test_matrices_of_every_dtype_are_rounded_once(fp8, dtype, monkeypatch):
-    monkeypatch.setattr("utils.swap.rounding._TOGETHER", 60)  # three rows
+    monkeypatch.setattr("wan.float8._TOGETHER", 60)  # three rows
     weight = (torch.randn(64, 20, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 1, 64)[:, None]).to(
         dtype
     )

@@ -49,7 +49,7 @@ from utils.run.turns import (
 from utils.run.validation import WITHOUT_GRADIENT, Validation, ValidationConfig
 from utils.sampling.defaults import read_sample_defaults
 from utils.selective_finetune import TrainedSlice, attach_slice
-from utils.slices.overlay import load_with_slices, start_from_overlays
+from utils.slices.overlay import load_with_slices, start_from_overlays, start_in
 from utils.swap.block_inputs import BlockInputs
 from utils.swap.placement import LoadedWeights, Placement, checkpoint_blocks, place_model
 from utils.training_debug import TrainingDebug
@@ -190,8 +190,11 @@ class PlacedModel:
 
 def place(config: TrainConfig, inputs: Inputs, plan: RunPlan, device: torch.device) -> PlacedModel:
     """Loads the model, attaches the slice, and moves to the device what trains and what fits."""
-    model, overlays = load_with_slices(config.dit, COMPUTE_DTYPES[config.mixed_precision], inputs.below)
+    model, overlays = load_with_slices(
+        config.dit, COMPUTE_DTYPES[config.mixed_precision], inputs.below, config.swap.fp8
+    )
     trained = attach_slice(model, config.ff, config.ffid, device=device)
+    start_in(trained, model.dtype)
     if config.continue_slice or config.allow_overlap:
         start_from_overlays(trained, overlays)
     check_start_is_finite(trained, config.dit)
@@ -200,7 +203,8 @@ def place(config: TrainConfig, inputs: Inputs, plan: RunPlan, device: torch.devi
         checkpoint_blocks(model, block_inputs)
     offloaded = plan.block_input if config.offload_block_inputs else 0
     reserved = (len(model.blocks) - 1) * offloaded
-    loaded = LoadedWeights(file_dtype(inputs.header) == model.dtype, overlays, reserved)
+    is_mapped = bool(config.swap.fp8) or file_dtype(inputs.header) == model.dtype
+    loaded = LoadedWeights(is_mapped, overlays, reserved)
     placement = place_model(model, device, config.swap, trained, loaded)
     return PlacedModel(model, trained, placement, offloaded)
 

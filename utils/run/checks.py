@@ -41,7 +41,7 @@ from utils.slices.ledger import own_entry
 from utils.slices.lora import lora_bytes
 from utils.slices.on_base import SlicesOnBase, read_below, units_of
 from utils.swap.memory_checks import StepNeeds, check_memory
-from utils.swap.placement import check_swap
+from utils.swap.placement import FP8_TEXTS, check_swap
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import (
@@ -190,7 +190,10 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
     header = read_checkpoint_header(config.dit)
     check_fits_task(header, config.task)
     if is_fp8(header):
-        raise InputError(f"{config.dit} is stored in fp8, which cannot be trained: use the bf16, fp16 or fp32 file")
+        raise InputError(
+            f"{config.dit} is stored in fp8, which cannot be trained: use the bf16, fp16 or fp32 file, with --fp8_base "
+            "if its frozen weights are to take as little memory"
+        )
     if config.save_precision not in (None, dtype_name(file_dtype(header))):
         raise InputError(
             f"--save_precision {config.save_precision}: a checkpoint keeps the dtypes of --dit, here "
@@ -298,6 +301,7 @@ def check_run_memory(
     trained = sum(units.count for units in own) * (dtype.itemsize + 4 + 4)
     usable = stored.itemsize <= dtype.itemsize and not (stored == torch.float16 and device.type == "cpu")
     lighter = f"use --mixed_precision {flag}" if usable else f"use a {dtype_name(dtype)} file as --dit"
+    lighter = "use --host_weights mapped instead of --fp8_base" if config.swap.fp8 else lighter
     step = StepNeeds(trained, block_input, config.offload_block_inputs)
     check_memory(header, model, dtype, device, config.swap, f"{lighter}, so that the weights are read in place", step)
 
@@ -308,7 +312,8 @@ def say_what_is_read(
     """The model's file, how it is computed, the dataset."""
     stored, used = file_dtype(header), COMPUTE_DTYPES[config.mixed_precision]
     cast = "" if stored == used else f", cast to {dtype_name(used)} at load, saved in {dtype_name(stored)}"
-    say(f"{config.dit}: {dtype_name(stored)}{cast}")
+    fp8 = f"; block matrices rounded to {FP8_TEXTS[config.swap.fp8]}, but not the slice" if config.swap.fp8 else ""
+    say(f"{config.dit}: {dtype_name(stored)}{cast}{fp8}")
     for line in dataset.describe():
         say(line)
     if line := first_frame_line(config.i2v_share, dataset.items):

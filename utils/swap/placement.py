@@ -22,13 +22,15 @@ from utils.swap.block_inputs import BlockInputs
 from utils.swap.host_store import BackgroundCopies, HostStore, aligned, host_memory, make_host_store
 from utils.swap.order import WeightOrder
 from utils.swap.plan import SwapConfig, SwapPlan, WeightSizes, plan_swap
-from utils.swap.rounding import Rounding, beside_rounded, check_float8
+from utils.swap.rounding import Rounding, beside_rounded
 from utils.swap.streamer import StreamedWeight, WeightStreamer
 from wan.configs import WanConfig
 from wan.errors import InputError
+from wan.float8 import check_float8
 from wan.model import LinearFloat32, WanModel
 
 _NO_SWAP = SwapConfig()
+FP8_TEXTS = {"plain": "fp8", "scaled": "fp8 with a scale for each row"}  # of SwapConfig.fp8
 
 
 @dataclass(frozen=True)
@@ -264,8 +266,8 @@ def check_swap(config: WanConfig, dtype: torch.dtype, device: torch.device, swap
 
 def memory_line(placement: Placement, device: torch.device) -> str:
     """Where the weights lie and where they stream from, with the VRAM and RAM that they take."""
-    scales = {"": "", "plain": " (block matrices in fp8)", "scaled": " (block matrices in fp8, a scale for each row)"}
-    line = f"memory: {readable(placement.device_bytes)} of weights on {device}{scales[placement.fp8]}"
+    fp8 = f" (block matrices in {FP8_TEXTS[placement.fp8]})" if placement.fp8 else ""
+    line = f"memory: {readable(placement.device_bytes)} of weights on {device}{fp8}"
     if not placement.host_mode:
         return line
     where = {
