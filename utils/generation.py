@@ -262,7 +262,7 @@ def _run_expert(
 ) -> None:
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
-    model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices, config.swap.fp8)
+    model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices, bool(config.swap.fp8))
     with place_model(model, config.device, config.swap, loaded=LoadedWeights(expert.mapped, overlays)) as placement:
         with tqdm.external_write_mode():
             say(memory_line(placement, config.device))

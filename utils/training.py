@@ -190,9 +190,8 @@ class PlacedModel:
 
 def place(config: TrainConfig, inputs: Inputs, plan: RunPlan, device: torch.device) -> PlacedModel:
     """Loads the model, attaches the slice, and moves to the device what trains and what fits."""
-    model, overlays = load_with_slices(
-        config.dit, COMPUTE_DTYPES[config.mixed_precision], inputs.below, config.swap.fp8
-    )
+    dtype, rounds = COMPUTE_DTYPES[config.mixed_precision], bool(config.swap.fp8)
+    model, overlays = load_with_slices(config.dit, dtype, inputs.below, rounds)
     trained = attach_slice(model, config.ff, config.ffid, device=device)
     start_in(trained, model.dtype)
     if config.continue_slice or config.allow_overlap:
@@ -203,7 +202,7 @@ def place(config: TrainConfig, inputs: Inputs, plan: RunPlan, device: torch.devi
         checkpoint_blocks(model, block_inputs)
     offloaded = plan.block_input if config.offload_block_inputs else 0
     reserved = (len(model.blocks) - 1) * offloaded
-    is_mapped = bool(config.swap.fp8) or file_dtype(inputs.header) == model.dtype
+    is_mapped = rounds or file_dtype(inputs.header) == model.dtype
     loaded = LoadedWeights(is_mapped, overlays, reserved)
     placement = place_model(model, device, config.swap, trained, loaded)
     return PlacedModel(model, trained, placement, offloaded)

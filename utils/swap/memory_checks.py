@@ -47,7 +47,7 @@ def check_memory(
 ) -> None:
     """InputError if the checkpoint's model, computing in `dtype`, needs more memory than there is.
 
-    `lighter` is advice for weights that are not read in place, as those are that are cast or rounded: how to do so. `step`: the model is trained.
+    `lighter` is advice for weights that are cast or rounded: how to read them in place. `step`: the model is trained.
     """
     mapped, on_cpu = file_dtype(header) == dtype and not swap.fp8, device.type == "cpu"
     sizes = sizes_of(config, dtype, swap.fp8)
