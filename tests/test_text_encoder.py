@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.errors import InputError
+from wan.float8 import rounded_tensors
 from wan.text_encoder import load_text_encoder, transformers_name
 from wan.tokenizer import clean_prompt
 
@@ -332,16 +333,14 @@ def test_in_fp8_linear_weights_take_a_byte_a_value(weights, tmp_path):
     values = sum(weights[name].numel() for name in linear_names(weights))
     rows = sum(len(weights[name]) for name in linear_names(weights))
     others = sum(tensor.numel() for tensor in weights.values()) - values
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in encoder.weights}
+    tensors = [*encoder.model.state_dict().values(), *rounded_tensors(encoder.model)]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     assert len(linear_names(weights)) > 10 and sum(held.values()) == values + 4 * rows + 2 * others
 
 
 def test_what_is_not_a_umt5_is_told_in_fp8_as_ever(weights, tmp_path):
     name = linear_names(weights)[-1]
     lacking = {own: tensor for own, tensor in weights.items() if own != name}
-    for given, told in (
-        (lacking, "lacks tensors"),
-        ({**weights, name: weights[name][1:]}, "has misshapen|lacks|unknown"),
-    ):
-        with pytest.raises(InputError, match=told):
+    for given in (lacking, {**weights, name: weights[name][1:]}):
+        with pytest.raises(InputError, match="lacks tensors"):
             load_text_encoder(save(given, tmp_path / "t5.pth"), fp8=True)

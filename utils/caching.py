@@ -50,6 +50,7 @@ from utils.pixels.rates import own_rate
 from utils.pixels.remarks import count_and_names, remark_lines
 from wan.configs import Conditions
 from wan.errors import InputError
+from wan.float8 import rounded_tensors
 from wan.image_encoder import ImageEncoder, load_image_encoder
 from wan.text_encoder import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae
@@ -347,4 +348,4 @@ def _encode_texts(texts: Mapping[str, Path], encoder: TextEncoder, batch_size: i
 
 def _encoder_identity(encoder: TextEncoder) -> str:
     tokens = torch.tensor([*encoder.tokenize(_SPECIMEN), encoder.text_len])
-    return weights_identity([*encoder.weights, tokens])
+    return weights_identity([*encoder.model.state_dict().values(), *rounded_tensors(encoder.model), tokens])

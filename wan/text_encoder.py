@@ -71,12 +71,6 @@ class TextEncoder:
         self.model.to(device)
         return self
 
-    @property
-    def weights(self) -> list[Tensor]:
-        """All that decides what it computes, also of layers that are kept in float8."""
-        layers = [module for module in self.model.modules() if isinstance(module, RoundedLinear)]
-        return [*self.model.state_dict().values(), *(tensor for layer in layers for tensor in layer.buffers())]
-
     @torch.no_grad()
     def encode_ids(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Embeddings [B, L, D] of token ids; rows where the mask is 0 are padding and mean nothing."""
@@ -210,10 +204,8 @@ def _check_room(
         check_room({f"the text encoder {path}": copied}, available_bytes(), "RAM", advice)
     else:
         needed = sum(tensor.numel() * dtype.itemsize for tensor in weights) + sum(tensors[n].numel() for n in rounded)
-        lighter = "" if fp8 else "use --fp8_t5, or "
-        advice = (
-            f"{lighter}close other programs that use the device; caching and generating also work with --device cpu"
-        )
+        advice = "close other programs that use the device; caching and generating also work with --device cpu"
+        advice = advice if fp8 else f"use --fp8_t5, or {advice}"
         check_room({f"the text encoder {path}": needed}, free_device_bytes(device), f"memory on {device}", advice)
 
 
