@@ -165,7 +165,8 @@ def _encode_probe(
     if not captions:
         say("note: forgetting is not measured, because the run trains or preserves every caption that it would ask")
         return []
-    return encode_probe(validation.t5, validation.tokenizer, captions, inputs.model_config, accelerator)
+    encoder = (validation.t5, validation.tokenizer, validation.fp8_t5)
+    return encode_probe(*encoder, captions, inputs.model_config, accelerator)
 
 
 def _kept_probe(plan: RunPlan) -> Mapping | None:

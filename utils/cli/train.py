@@ -123,6 +123,8 @@ def _check_required(flags: Namespace) -> None:
     for name in ("dit", "dataset_config", "output_dir", "output_name"):
         if getattr(flags, name) is None:
             raise InputError(f"--{name} is missing")
+    if flags.fp8_t5 and flags.t5 is None:
+        raise InputError("--fp8_t5 has no effect without --t5: leave it out")
     if problem := outer_space_problem(flags.output_name) or quotes_problem(flags.output_name):
         raise InputError(f"--output_name {problem}")
     if not flags.output_name.strip(". ") or set(flags.output_name) & set('/\\:*?"<>|'):
@@ -246,6 +248,7 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         prompts=tuple(read_prompt_file(flags.sample_prompts, task=task)),
         vae=existing_file(flags.vae, "--vae"),
         t5=existing_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         clip=flags.clip and existing_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         vae_dtype=flags.vae_dtype,
@@ -282,6 +285,7 @@ def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | 
         every_n_epochs=every_n_epochs or (None if every_n_steps else 1),
         save_best=flags.save_best,
         t5=flags.t5 and existing_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         tokenizer=flags.tokenizer,
     )
 
@@ -311,6 +315,7 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
+        fp8_t5=flags.fp8_t5,
     )
 
 
