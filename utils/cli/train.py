@@ -15,7 +15,7 @@ from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
-from utils.data.sources import DatasetConfig, VideoDataset
+from utils.data.sources import AnyDataset, DatasetConfig, VideoDataset
 from utils.files import existing_file
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, MetadataConfig, TrainConfig
@@ -149,7 +149,7 @@ def _dataset(flags: Namespace, path: Path) -> DatasetConfig:
 
 def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
     """The share of clips that start from their first frame, where there is a choice."""
-    has_clips = any(isinstance(own, VideoDataset) for own in dataset.datasets)
+    has_clips = any(map(_has_clips, dataset.datasets))
     has_choice = TASKS[flags.task].config.starts_from_latents
     if flags.i2v_share is None:
         return _I2V_SHARE if has_choice and has_clips else 0.0
@@ -165,6 +165,13 @@ def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
             "videos; leave it out"
         )
     return flags.i2v_share
+
+
+def _has_clips(dataset: AnyDataset) -> bool:
+    """Whether some of what it has is longer than one frame, as far as its settings say."""
+    if not isinstance(dataset, VideoDataset):
+        return False
+    return dataset.frame_extraction == "full" or max(dataset.target_frames) > 1
 
 
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
