@@ -53,9 +53,11 @@ from utils.slices.overlay import load_with_slices, start_from_overlays
 from utils.swap.block_inputs import BlockInputs
 from utils.swap.placement import LoadedWeights, Placement, checkpoint_blocks, place_model
 from utils.training_debug import TrainingDebug
+from wan.compiling import COMPILING, compiled_pointwise
 from wan.configs import TASKS
 from wan.loading import file_dtype
-from wan.model import WanModel
+from wan.model import WanModel, use_pointwise
+from wan.pointwise import Pointwise
 
 # The other processes wait while the main one encodes prompts, draws samples or writes 28 GB; NCCL gives up after 10
 # minutes unless it is told otherwise.
@@ -79,6 +81,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
         return True
     with _only_run_of_its_name(config.save, accelerator):
         plan = check(config, inputs, accelerator, say)
+        if config.compile:
+            say(COMPILING)
+            _pointwise(config, inputs, accelerator.device)  # before the model takes up memory
         samples, asking, probed = _encode_prompts(config, inputs, plan, accelerator, say)
         placed = place(config, inputs, plan, accelerator.device)
         run = prepare(config, inputs, plan, samples, asking, probed, placed, accelerator, started, say)
@@ -127,6 +132,10 @@ def _only_run_of_its_name(save: SaveConfig, accelerator: Accelerator) -> Iterato
         if is_new:
             with suppress(OSError):  # not empty: the run was not refused
                 folder.rmdir()
+
+
+def _pointwise(config: TrainConfig, inputs: Inputs, device: torch.device) -> Pointwise:
+    return compiled_pointwise(inputs.model_config, COMPUTE_DTYPES[config.mixed_precision], device)
 
 
 def _encode_prompts(
@@ -191,6 +200,8 @@ class PlacedModel:
 def place(config: TrainConfig, inputs: Inputs, plan: RunPlan, device: torch.device) -> PlacedModel:
     """Loads the model, attaches the slice, and moves to the device what trains and what fits."""
     model, overlays = load_with_slices(config.dit, COMPUTE_DTYPES[config.mixed_precision], inputs.below)
+    if config.compile:
+        use_pointwise(model, _pointwise(config, inputs, device))
     trained = attach_slice(model, config.ff, config.ffid, device=device)
     if config.continue_slice or config.allow_overlap:
         start_from_overlays(trained, overlays)

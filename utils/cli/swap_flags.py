@@ -1,4 +1,4 @@
-"""The flags of block swapping, which training and generation share."""
+"""The flags of block swapping and of compiling, which training and generation share."""
 
 import re
 from argparse import ArgumentTypeError, Namespace
@@ -52,6 +52,15 @@ def add_swap_flags(parser) -> None:
         "--block_swap_h2d_only",
         action="store_true",
         help="accepted for compatibility: swapped blocks are only ever copied to the GPU",
+    )
+
+
+def add_compile_flag(add) -> None:
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the norms, gates and rotary embedding of the blocks first; needs Triton, or on the CPU "
+        "a C++ compiler (default: off)",
     )
 
 

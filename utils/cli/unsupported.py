@@ -3,7 +3,7 @@
 _ATTENTION = "the only attention is PyTorch's, which picks the device's fastest kernel: use --sdpa"
 _LORA = "this script trains a slice of the checkpoint itself, not a LoRA: use --ff 0.001 --ffid 1"
 _FP8 = "slices train on 16- or 32-bit weights; to save memory use --blocks_to_swap"
-_COMPILE = "the model is not compiled; leave it out"
+_COMPILE = "--compile compiles the pointwise functions of the blocks, in one way; leave it out"
 _ONE_EXPERT = (
     "each of the two experts is trained by its own run: give that expert's file as --dit and its timesteps as "
     "--min_timestep and --max_timestep"
@@ -20,7 +20,7 @@ _TRAINING_TOGETHER = {
     ),
     _FP8: ("--fp8_base", "--fp8_scaled"),
     _COMPILE: (
-        *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+        *("--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
         *("--compile_cache_size_limit", "--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
     ),
     _ONE_EXPERT: ("--dit_high_noise", "--timestep_boundary", "--offload_inactive_dit"),
@@ -67,7 +67,7 @@ _GENERATION_TOGETHER = {
         "--slg_mode",
     ),
     _COMPILE: (
-        *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+        *("--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
         *("--compile_cache_size_limit", "--compile_args"),
     ),
 }
