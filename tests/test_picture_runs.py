@@ -15,6 +15,7 @@ from utils.cli.train import parse_train
 from utils.data.cache_files import read_clip, read_condition, read_latents, read_text
 from utils.data.dataset import build_training_dataset
 from utils.data.given_pictures import starts_clean
+from utils.data.origins import without_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.answers_file import read_answers
 from utils.run.checks import check_dataset
@@ -23,7 +24,7 @@ from utils.run.noise_bins import SEED, curves
 from utils.run.state import read_state
 from utils.run.validation import LEVELS, state_problem, validation_sums
 from utils.selective_finetune import slice_indices
-from utils.slice_saving import base_identity
+from utils.slice_saving import base_identity, read_header
 from utils.slices.base_identity import BaseModel
 from utils.training import train
 from wan.errors import InputError
@@ -222,11 +223,12 @@ def test_every_other_flag_goes_with_pictures(files):
 
 
 def validated(folder):
-    """A dataset of the same clips, whose caches lie elsewhere."""
-    if not (folder / "other").exists():
-        shutil.copytree(folder / "cache", folder / "other")
+    """A dataset of other clips: their caches, which do not say what they were made of, under other names."""
+    for path in (folder / "cache").glob("*.safetensors"):
+        (folder / "other").mkdir(exist_ok=True)
+        save_file(load_file(path), folder / "other" / f"other_{path.name}", without_origin(read_header(path)[1]))
     table = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    table["datasets"][0]["cache_directory"] = str(folder / "other")
+    table["datasets"][0] |= {"cache_directory": str(folder / "other"), "video_jsonl_file": str(folder / "gone.jsonl")}
     (folder / "other.json").write_text(json.dumps(table), encoding="utf-8")
     return folder / "other.json"
 
