@@ -78,12 +78,12 @@ def pointwise_of(compile: Callable[[Callable], Callable]) -> Pointwise:
 
 def _compiled(function: Callable) -> Callable:
     """`function`, which torch.compile compiles when it is first used."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=BACKEND)
 
     def run(*arguments):
         # Inside an autograd function, so without gradients; detached, as one that needs some would be a variant.
-        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
-            return compiled(*(one.detach() if isinstance(one, Tensor) else one for one in arguments))
+        return compiled(*(one.detach() if isinstance(one, Tensor) else one for one in arguments))
 
     return run
 
