@@ -17,6 +17,7 @@ import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -69,10 +70,9 @@ class Blocks(nn.Module):
 
     def forward_backward(self) -> None:
         x_BLD = self.x_BLD
+        run = partial(checkpoint, self.run_block, use_reentrant=False) if self.checkpointed else self.run_block
         for block in self.blocks:
-            inputs = (block, x_BLD)
-            run = self.run_block
-            x_BLD = checkpoint(run, *inputs, use_reentrant=False) if self.checkpointed else run(*inputs)
+            x_BLD = run(block, x_BLD)
         x_BLD.backward(self.dy_BLD)
 
     def run_block(self, block: nn.Module, x_BLD: Tensor) -> Tensor:
@@ -416,9 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: both")
     parser.add_argument("--ff", nargs="+", default=FFS, help="slices of ours (default: 0.001 0.01)")
-    parser.add_argument(
-        "--only", nargs="+", metavar="TEXT", help="beside the floor, only rows that contain one of these"
-    )
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the floor and rows that contain one of these")
     parser.add_argument("--cpu_time", action="store_true", help="measure CPU seconds on one thread, for a busy machine")
     parser.add_argument("--compile", action="store_true", help="a row of ours with --compile (C++, minutes)")
     parser.add_argument("--quick", action="store_true", help="small blocks, to see that it works")

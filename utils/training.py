@@ -72,7 +72,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
     """
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     accelerator = _start_processes(config)
-    say = say if accelerator.is_main_process else _say_nothing
+    say = say if accelerator.is_main_process else lambda line: None
     if line := cpu_line(accelerator.device):
         say(line)
     asked = expert_configs(config)  # one, or those of two experts
@@ -120,10 +120,6 @@ def _start_processes(config: TrainConfig) -> Accelerator:
     return Accelerator(
         mixed_precision="no", log_with=list(log.trackers) or None, project_dir=folder, kwargs_handlers=[timeout]
     )
-
-
-def _say_nothing(line: str) -> None:
-    pass
 
 
 def _say_of(config: TrainConfig, say: Callable[[str], None]) -> Callable[[str], None]:
