@@ -55,9 +55,10 @@ from utils.swap.order import WeightOrder
 from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model
 from utils.swap.stage import LoadedModel, Stage
 from utils.training_debug import TrainingDebug
+from wan.compiling import COMPILING, compiled_pointwise
 from wan.configs import TASKS
 from wan.loading import file_dtype
-from wan.model import WanModel
+from wan.model import WanModel, use_pointwise
 
 # The other processes wait while the main one encodes prompts, draws samples or writes 28 GB; NCCL gives up after 10
 # minutes unless it is told otherwise.
@@ -71,7 +72,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
     """
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     accelerator = _start_processes(config)
-    say = say if accelerator.is_main_process else _say_nothing
+    say = say if accelerator.is_main_process else lambda line: None
     if line := cpu_line(accelerator.device):
         say(line)
     asked = expert_configs(config)  # one, or those of two experts
@@ -83,6 +84,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
         return True
     with only_run_of_its_names(config, asked, accelerator), Stage() as stage:
         plans = check_all(config, asked, inputs, accelerator, say)
+        if config.compile:
+            say(COMPILING)
+            compiled_pointwise(inputs[0].model_config, COMPUTE_DTYPES[config.mixed_precision], accelerator.device)
         samples = _encode_samples(config, inputs[-1], accelerator, say)
         encoded = [_encode_prompts(*own, accelerator, say) for own in zip(asked, inputs, plans, strict=True)]
         block_inputs = _block_inputs(config, inputs[0], accelerator.device)
@@ -116,10 +120,6 @@ def _start_processes(config: TrainConfig) -> Accelerator:
     return Accelerator(
         mixed_precision="no", log_with=list(log.trackers) or None, project_dir=folder, kwargs_handlers=[timeout]
     )
-
-
-def _say_nothing(line: str) -> None:
-    pass
 
 
 def _say_of(config: TrainConfig, say: Callable[[str], None]) -> Callable[[str], None]:
@@ -217,6 +217,8 @@ def load(
     """Loads the model and attaches the slice; placed, the device has what trains and what fits."""
     dtype, rounds = COMPUTE_DTYPES[config.mixed_precision], bool(config.swap.fp8)
     model, overlays = load_with_slices(config.dit, dtype, inputs.below, rounds)
+    if config.compile:
+        use_pointwise(model, compiled_pointwise(model.config, dtype, device))
     trained = attach_slice(model, config.ff, config.ffid, device=device)
     start_in(trained, model.dtype)
     if config.continue_slice or config.allow_overlap:

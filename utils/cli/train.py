@@ -76,6 +76,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         gradient_checkpointing=flags.gradient_checkpointing,
         offload_block_inputs=_offloads_block_inputs(flags),
         swap=read_swap(flags, "--fp8_base"),
+        compile=flags.compile,
         workers=_workers(flags),
         persistent_workers=flags.persistent_data_loader_workers,
         seed=flags.seed,

@@ -43,6 +43,7 @@ from utils.slices.lora import lora_bytes
 from utils.slices.on_base import SlicesOnBase, read_below, units_of
 from utils.swap.memory_checks import StepNeeds, check_memory
 from utils.swap.placement import FP8_TEXTS, check_swap, sizes_of
+from wan.compiling import check_compiler
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import (
@@ -268,6 +269,8 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
     model_config = config_from_header(header)
     dtype = COMPUTE_DTYPES[config.mixed_precision]
     check_swap(model_config, dtype, device, config.swap, mapped=file_dtype(header) == dtype)
+    if config.compile:
+        check_compiler(device)
     if config.offload_block_inputs and device.type == "cpu":
         raise InputError("--gradient_checkpointing_cpu_offload has no effect where the CPU trains: leave it out")
     return header, model_config
