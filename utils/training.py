@@ -13,7 +13,7 @@ from utils.devices import cpu_line
 from utils.interrupts import StopRequest
 from utils.learning.optimizers import learning_rates
 from utils.run.checks import check_all, planned_lines
-from utils.run.config import TrainConfig
+from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.experts import expert_configs
 from utils.run.inputs import read_inputs
 from utils.run.opening_lines import experts_lines, run_lines, timestep_lines
@@ -39,6 +39,7 @@ from utils.run.turns import (
 )
 from utils.run.two_experts import Expert, SharedSamples, shared_samples, take_turns
 from utils.swap.stage import Stage
+from wan.compiling import COMPILING, compiled_pointwise
 
 # The other processes wait while the main one encodes prompts, draws samples or writes 28 GB; NCCL gives up after 10
 # minutes unless it is told otherwise.
@@ -52,7 +53,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
     """
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     accelerator = _start_processes(config)
-    say = say if accelerator.is_main_process else _say_nothing
+    say = say if accelerator.is_main_process else lambda line: None
     if line := cpu_line(accelerator.device):
         say(line)
     asked = expert_configs(config)  # one, or those of two experts
@@ -64,6 +65,9 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
         return True
     with only_run_of_its_names(config, asked, accelerator), Stage() as stage:
         plans = check_all(config, asked, inputs, accelerator, say)
+        if config.compile:
+            say(COMPILING)
+            compiled_pointwise(inputs[0].model_config, COMPUTE_DTYPES[config.mixed_precision], accelerator.device)
         samples = encode_samples(config, inputs[-1], accelerator, say)
         encoded = [encode_prompts(*own, accelerator, say) for own in zip(asked, inputs, plans, strict=True)]
         block_inputs = make_block_inputs(config, inputs[0], accelerator.device)
@@ -97,10 +101,6 @@ def _start_processes(config: TrainConfig) -> Accelerator:
     return Accelerator(
         mixed_precision="no", log_with=list(log.trackers) or None, project_dir=folder, kwargs_handlers=[timeout]
     )
-
-
-def _say_nothing(line: str) -> None:
-    pass
 
 
 def _say_of(config: TrainConfig, say: Callable[[str], None]) -> Callable[[str], None]:

@@ -19,6 +19,7 @@ from utils.slices.base_identity import base_model
 from utils.slices.ledger import own_entry, read_ledger
 from utils.slices.on_base import SlicesOnBase, read_below
 from utils.swap.placement import check_swap
+from wan.compiling import check_compiler
 from wan.configs import WanConfig
 from wan.errors import InputError
 from wan.loading import (
@@ -125,6 +126,8 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
     model_config = config_from_header(header)
     dtype = COMPUTE_DTYPES[config.mixed_precision]
     check_swap(model_config, dtype, device, config.swap, mapped=file_dtype(header) == dtype)
+    if config.compile:
+        check_compiler(device)
     if config.offload_block_inputs and device.type == "cpu":
         raise InputError("--gradient_checkpointing_cpu_offload has no effect where the CPU trains: leave it out")
     return header, model_config

@@ -33,9 +33,10 @@ from utils.swap.order import WeightOrder
 from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model
 from utils.swap.stage import LoadedModel, Stage
 from utils.training_debug import TrainingDebug
+from wan.compiling import compiled_pointwise
 from wan.configs import TASKS
 from wan.loading import file_dtype
-from wan.model import WanModel
+from wan.model import WanModel, use_pointwise
 
 
 def encode_samples(
@@ -76,7 +77,8 @@ def _encode_probe(
     if not captions:
         say("note: forgetting is not measured, because the run trains or preserves every caption that it would ask")
         return []
-    return encode_probe(validation.t5, validation.tokenizer, captions, inputs.model_config, accelerator)
+    encoder = (validation.t5, validation.tokenizer, validation.fp8_t5)
+    return encode_probe(*encoder, captions, inputs.model_config, accelerator)
 
 
 def _kept_probe(plan: RunPlan) -> Mapping | None:
@@ -127,6 +129,8 @@ def _load(
     """Loads the model and attaches the slice; placed, the device has what trains and what fits."""
     dtype, rounds = COMPUTE_DTYPES[config.mixed_precision], bool(config.swap.fp8)
     model, overlays = load_with_slices(config.dit, dtype, inputs.below, rounds)
+    if config.compile:
+        use_pointwise(model, compiled_pointwise(model.config, dtype, device))
     trained = attach_slice(model, config.ff, config.ffid, device=device)
     start_in(trained, model.dtype)
     if config.continue_slice or config.allow_overlap:
