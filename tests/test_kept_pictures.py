@@ -65,7 +65,7 @@ def same(one, other):
 @pytest.mark.parametrize("task", list(MODELS))
 def test_what_is_written_is_read_again_with_its_pictures(tmp_path, task):
     expected = written(tmp_path / "a.safetensors", task)
-    cat, dog = read_answers(tmp_path / "a.safetensors", BASE, MODELS[task])
+    cat, dog = read_answers(tmp_path / "a.safetensors", BASE, MODELS[task]).prompts
     for own, one in zip((*cat.kept, *dog.kept), expected, strict=True):
         assert torch.equal(own.noisy_CFHW, one.noisy_CFHW) and torch.equal(own.velocity_CFHW, one.velocity_CFHW)
         assert (own.t, own.starts_clean) == (one.t, one.starts_clean)
@@ -78,7 +78,7 @@ def test_what_is_written_is_read_again_with_its_pictures(tmp_path, task):
 @pytest.mark.parametrize("task", list(CLIPS))
 def test_predictions_at_one_clip_share_its_pictures_also_in_the_next_file(tmp_path, task):
     written(tmp_path / "a.safetensors", task)
-    again = [(old, ()) for old in read_answers(tmp_path / "a.safetensors", BASE, MODELS[task])]
+    again = [(old, ()) for old in read_answers(tmp_path / "a.safetensors", BASE, MODELS[task]).prompts]
     write_answers(tmp_path / "b.safetensors", BASE, "run", again, iter(()))
     for name in ("a", "b"):
         tensors, _ = opened(tmp_path / f"{name}.safetensors")
@@ -91,7 +91,7 @@ def test_files_without_pictures_keep_the_first_version(tmp_path):
     written(tmp_path / "a.safetensors", "ti2v-5B", starts=(False, False))
     table = table_of(tmp_path / "a.safetensors")
     assert table["version"] == 1 and set(table["prompts"][0]) == {"text", "concept", "timesteps"}
-    assert len(read_answers(tmp_path / "a.safetensors", BASE, MODELS["ti2v-5B"])) == 2
+    assert len(read_answers(tmp_path / "a.safetensors", BASE, MODELS["ti2v-5B"]).prompts) == 2
 
 
 def test_another_picture_is_another_digest(tmp_path):
@@ -101,7 +101,8 @@ def test_another_picture_is_another_digest(tmp_path):
         written(tmp_path / "a.safetensors", "i2v-14B")
         tensors, metadata = opened(tmp_path / "a.safetensors")
         save_file({key: change(key, value) for key, value in tensors.items()}, tmp_path / "b.safetensors", metadata)
-        digests.add(OldPrompts(tuple(read_answers(tmp_path / "b.safetensors", BASE, MODELS["i2v-14B"]))).digest)
+        kept = read_answers(tmp_path / "b.safetensors", BASE, MODELS["i2v-14B"])
+        digests.add(OldPrompts(tuple(kept.prompts)).digest)
     assert len(digests) == 3
 
 
