@@ -109,6 +109,11 @@ def _check_drawn_alike(texts: DrawnContexts, stored_SD: Tensor, path: Path) -> N
         )
 
 
+def base_identity_of(path: Path) -> str:
+    """The identity of the base whose predictions a file holds; InputError if it is not such a file."""
+    return _read(path)[1]["base"].identity
+
+
 def is_of_run(path: Path, run: str) -> bool:
     """Whether the file exists, is complete, and was recorded at the start of a run with these settings (their hash)."""
     with suppress(InputError):

@@ -4,7 +4,7 @@ Shapes: T frames, H W height and width in pixels, S text tokens, D text width.
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.sampling.defaults import SampleDefaults
 from utils.sampling.denoising import (
+    Denoising,
     Sample,
     Start,
     cut_lines,
@@ -60,6 +61,10 @@ class PreparedSamples:
     texts: Mapping[str, Tensor]
     vae: WanVAE
     fps: int
+
+    def denoisings(self) -> list[Denoising]:
+        """The samples at their starts, for models that draw them together."""
+        return [Denoising(sample, start) for sample, start in zip(self.samples, self.starts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,18 @@ def draw_samples(
         sample_prompt(model, sample, prepared.texts, device, on_step, source, start)
         for sample, start in zip(prepared.samples, prepared.starts, strict=True)
     ]
+    return save_drawn(prepared, latents, device, folder, stem, weights)
+
+
+def save_drawn(
+    prepared: PreparedSamples,
+    latents: Sequence[Tensor],
+    device: torch.device,
+    folder: Path,
+    stem: str,
+    weights: Mapping[str, object] | None,
+) -> list[SavedSample]:
+    """Decodes the latents of all samples on `device`, and saves them as draw_samples does."""
     prepared.vae.to(device)
     time = datetime.now().strftime("%Y%m%d%H%M%S")
     saved = []
