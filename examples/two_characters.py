@@ -37,7 +37,7 @@ VAE = TINY_WAN / "tiny_wan_vae.safetensors"
 T5 = TINY_WAN / "models_t5_tiny.safetensors"
 FF = "0.2"
 STEPS = 200
-PRESERVED = 40  # names that are listed; 0: none, and --preserve_prompts has no file
+PRESERVED = 40  # names that are listed, without random contexts; 0: none, and --preserve_prompts has no file
 SHIFTS = ((0, 0), (-2, 0), (2, 0), (0, -2), (0, 2), (1, 1), (-1, -1), (1, -1), (-1, 1))  # pixels down, right
 LEARNING_RATE = "2e-3"
 SEEDS = 8
@@ -143,6 +143,7 @@ def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path
         *("--max_data_loader_n_workers", 0, "--output_dir", folder / "saves", "--output_name", name),
         *("--ff", FF, "--ffid", ffid, "--t5", T5),
         *("--preserve_prompts", *_write_preserved(folder), *(["auto"] if ffid > 1 else [])),
+        *(["--preserve_random", 0] if PRESERVED else []),
         *(["--preserve_answers", dit.with_suffix(".answers.safetensors")] if ffid > 1 else []),
     ]
     threads = str(torch.get_num_threads())

@@ -193,7 +193,7 @@ def hostile_bytes(draw, whole):
     if draw(st.booleans()):
         header = json.loads(whole[8 : 8 + size])
         table = json.loads(header["__metadata__"]["wan_answers"])
-        where = draw(st.sampled_from([table, *table["prompts"]]))
+        where = draw(st.sampled_from([table, *table["prompts"], table.get("random", table)]))
         where[draw(st.sampled_from([*where, "pictures", "starts_clean"]))] = draw(told_values)
         header["__metadata__"]["wan_answers"] = json.dumps(table)
         text = json.dumps(header).encode()

@@ -8,9 +8,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_kept_answers import BASE, CONCEPT, SHAPE, answer, question
+from test_kept_pictures import hostile_bytes
 from test_preservation import kept_by, t5
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 
@@ -75,14 +77,16 @@ def texts(*lengths, width=6):
 
 def test_contexts_have_the_mean_the_covariance_and_the_lengths_of_the_captions():
     captions = texts(2, 2, 2, 9, 40)
-    drawn = DrawnContexts(7, TokenStatistics.of(captions), 3000)
-    found = torch.cat(list(drawn)).double()
+    drawn = list(DrawnContexts(7, TokenStatistics.of(captions), 1000))
+    found = torch.cat(drawn).double()
     tokens = torch.cat(captions).double()
-    torch.testing.assert_close(found.mean(0), tokens.mean(0), rtol=0.01, atol=0.05)
+    torch.testing.assert_close(found.mean(0), tokens.mean(0), rtol=0.02, atol=0.1)
     covariance = torch.cov(tokens.T, correction=0)
-    assert (torch.cov(found.T) - covariance).norm() < 0.03 * covariance.norm()
-    counts = {length: [len(text) for text in drawn].count(length) / 3000 for length in (2, 9, 40)}
-    assert counts == pytest.approx({2: 0.6, 9: 0.2, 40: 0.2}, abs=0.03)
+    assert (torch.cov(found.T) - covariance).norm() < 0.06 * covariance.norm()
+    lengths = [len(text) for text in drawn]
+    assert {length: lengths.count(length) / 1000 for length in lengths} == pytest.approx(
+        {2: 0.6, 9: 0.2, 40: 0.2}, abs=0.05
+    )
 
 
 def test_a_context_is_always_the_same_in_bf16_and_no_other_context():
@@ -398,6 +402,36 @@ def test_a_file_that_cannot_be_is_refused(tmp_path, change, message):
     change(held, told)
     save_file(held, path, {"wan_answers": json.dumps(told)})
     with pytest.raises(InputError, match=message):
+        read_answers(path, BASE, CONFIG)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["as statistics", "whole"])
+@pytest.mark.parametrize("examples", [20, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_read_as_it_is_or_refused_in_one_line(tmp_path, examples, stored):
+    path, refused = tmp_path / "a.safetensors", []
+    written(path, stored)
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(hostile_bytes(path.read_bytes()))
+    def attempt(content):
+        (tmp_path / "b.safetensors").write_bytes(content)
+        try:
+            random = read_answers(tmp_path / "b.safetensors", BASE, CONFIG).random
+            assert random is None or all(text_SD.isfinite().all() for text_SD in random.texts)
+        except InputError as error:
+            refused.append(str(error))
+
+    attempt()
+    assert refused and not any("\n" in message or len(message) > 2000 for message in refused)
+
+
+def test_tokens_so_large_that_what_is_drawn_is_not_finite_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    written(path)
+    held, metadata = opened(path)
+    held["random.tokens"] = torch.tensor([[3e38], [-3e38]]).expand(2, 48).bfloat16().contiguous()
+    save_file(held, path, metadata)
+    with pytest.raises(InputError, match=NOT_DRAWN):
         read_answers(path, BASE, CONFIG)
 
 

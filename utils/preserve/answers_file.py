@@ -101,8 +101,10 @@ def _refused_if_damaged(path: Path) -> Iterator[None]:
 def _check_drawn_alike(texts: DrawnContexts, stored_SD: Tensor, path: Path) -> None:
     """InputError where random numbers come out otherwise than where the predictions were recorded."""
     again_SD = texts[0]
-    alike = again_SD.shape == stored_SD.shape
-    if not alike or (again_SD.float() - stored_SD.float()).norm() > _DRAWN_ALIKE * stored_SD.float().norm():
+    is_alike = again_SD.shape == stored_SD.shape and (
+        (again_SD.float() - stored_SD.float()).norm() <= _DRAWN_ALIKE * stored_SD.float().norm()
+    )
+    if not is_alike:  # also where the distance is NaN
         raise InputError(
             f"{path}: its random contexts cannot be drawn again: it is damaged, or this version of PyTorch draws other "
             "random numbers than the one that recorded it; leave the file out, or use that version"
