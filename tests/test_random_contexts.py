@@ -129,6 +129,8 @@ def test_a_run_records_its_base_at_contexts_like_all_its_captions(folder):
     assert own < captions and len(statistics.lengths) == len(FEW) + 8 + 1
     assert tuple(first.general[0].text_SD.flatten().tolist()) in captions and first.general[0].text == ""
     assert len({one.shape for one in random.kept}) == 2
+    tokens = f"{len(statistics.tokens_TD)} tokens of {len(statistics.lengths)} captions: shipped ones, the run's own"
+    assert f"16 random contexts are drawn like the {tokens}" in (folder / "said.txt").read_text(encoding="utf-8")
 
 
 def test_the_noise_levels_are_spread_evenly_one_for_each_context(folder):
@@ -152,7 +154,7 @@ def test_along_a_chain_without_a_list_they_are_recorded_once_and_never_change(fo
     assert "records 18 predictions of the model, for the 1 of 1 listed prompts that have none yet, and at 16" in said
     assert said.count("records 16 predictions of the model, for the 8 of") == 2
     for concepts in (0, 8, 16):
-        assert f"preserves 1 general prompts, {concepts} prompts of concepts and 16 random contexts, on one" in said
+        assert f"preserves the empty prompt, {concepts} prompts of concepts and 16 random contexts, on one" in said
 
 
 def test_what_is_said_of_the_files_size_holds(folder):

@@ -291,8 +291,11 @@ def encode_old_prompts(
     asked = zip(plan.asked, texts, strict=True)
     asked = tuple((replace(old, text_SD=text_SD), own) for (old, own), text_SD in asked)
     if plan.new:
-        kinds = f"{len(plan.new.samples)} shipped captions, the run's own and the listed prompts"
-        say(f"{len(plan.new.questions)} random contexts are drawn like the tokens of {kinds}")
+        lengths = random.texts.statistics.lengths
+        like = (
+            f"the {sum(lengths):,} tokens of {len(lengths)} captions: shipped ones, the run's own, the listed prompts"
+        )
+        say(f"{len(random.texts)} random contexts are drawn like {like}")
     return replace(plan, asked=asked, random=plan.random or random)
 
 

@@ -81,23 +81,23 @@ class OldPrompts:
             json.dumps([[old.text for old in part] for part in (self.general, self.of_concepts)]).encode()
         )
         for old in self.all:
-            _add_answers(digest, old.kept)
+            digest.update(_answers_digest(old.kept))
             if old.text_SD is not None:
                 digest.update(value_digest(old.text_SD))
         if self.random:
             digest.update(b"random contexts")
-            _add_answers(digest, self.random.kept)
-            digest.update(_contexts_digest(self.random.texts))
+            digest.update(_answers_digest(self.random.kept) + _contexts_digest(self.random.texts))
         if self.new_random:
             digest.update(json.dumps([self.new_random, caption_samples()]).encode())
         return digest.hexdigest()
 
 
-def _add_answers(digest: "hashlib._Hash", kept: Sequence[Answer]) -> None:
+def _answers_digest(kept: Sequence[Answer]) -> bytes:
+    digest = b""
     for answer in kept:
-        digest.update(json.dumps([answer.t, answer.shape]).encode())
-        digest.update(value_digest(answer.noisy_CFHW) + value_digest(answer.velocity_CFHW))
-        digest.update(_given_digest(answer))
+        digest += json.dumps([answer.t, answer.shape]).encode()
+        digest += value_digest(answer.noisy_CFHW) + value_digest(answer.velocity_CFHW) + _given_digest(answer)
+    return digest
 
 
 def _contexts_digest(texts: Sequence[Tensor]) -> bytes:
@@ -181,7 +181,7 @@ class Preservation:
         place = _place(number)
         if place < ASKS_OF_RANDOM:
             return []
-        if [old.text for old in self.general] != [EMPTY_PROMPT]:
+        if not _lists_nothing(self.general):
             return prompts
         if place < ASKS_OF_RANDOM + ASKS_OF_EMPTY:
             return [[self.general]]
@@ -193,6 +193,11 @@ class Preservation:
             return self.random.texts[number], self.random.kept[number]
         prompt = _choose(_choose(_choose(sources, generator), generator), generator)
         return prompt.text_SD, _choose(prompt.kept, generator)
+
+
+def _lists_nothing(general: Sequence[OldPrompt]) -> bool:
+    """Whether the general prompts are the empty one alone."""
+    return [old.text for old in general] == [EMPTY_PROMPT]
 
 
 def _place(number: int) -> int:
@@ -349,7 +354,9 @@ def preserve_lines(preserved: Preservation | None, ledger: Sequence[Entry], own:
     """What is preserved; if nothing is, though the model has learned other concepts, what that means for them."""
     if preserved is not None:
         when = "every step" if preserved.every == 1 else f"one step in {preserved.every}"
-        kinds = [f"{len(preserved.general)} general prompts", f"{len(preserved.of_concepts)} prompts of concepts"]
+        general = f"{len(preserved.general)} general prompts"
+        general = "the empty prompt" if _lists_nothing(preserved.general) else general
+        kinds = [general, f"{len(preserved.of_concepts)} prompts of concepts"]
         if preserved.random:
             kinds = [", ".join(kinds), f"{len(preserved.random.kept)} random contexts"]
         return [f"preserves {' and '.join(kinds)}, on {when}, with weight {preserved.weight:g}"]
