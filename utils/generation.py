@@ -39,11 +39,14 @@ from utils.slice_saving import base_identity
 from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
 from utils.swap.memory_checks import check_memory
-from utils.swap.placement import LoadedWeights, check_swap, memory_line, place_model
+from utils.swap.placement import FP8_TEXTS, LoadedWeights, check_swap, memory_line, place_model
 from utils.swap.plan import SwapConfig
+from wan.compiling import COMPILING, check_compiler, compiled_pointwise
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, read_checkpoint_header
+from wan.model import use_pointwise
+from wan.pointwise import PLAIN, Pointwise
 from wan.text_encoder import load_text_encoder
 from wan.vae import WanVAE, load_vae
 
@@ -70,6 +73,7 @@ class GenerateConfig:
     slice_strengths: tuple[float, ...]
     vae: Path | None
     t5: Path | None
+    fp8_t5: bool
     clip: Path | None  # the image encoder, for tasks that read pictures through it
     tokenizer: Path | None
     solver: str
@@ -79,6 +83,7 @@ class GenerateConfig:
     device: torch.device
     dit_dtype: torch.dtype | None  # None: the file's
     vae_dtype: torch.dtype
+    compile: bool  # the pointwise functions
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class _Expert:
     mapped: bool  # its weights on the CPU are the file's own bytes
     widths: WanConfig
     defaults: SampleDefaults  # in its metadata
+    pointwise: Pointwise
     guidance_scale: float | None  # None: the sample's
     t_end: float
 
@@ -106,8 +112,13 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
         say(line)
     if config.latent_paths:
         return _decode_latent_files(config, say)
+    if config.compile:
+        check_compiler(config.device)
     experts = _read_experts(config, say)
     vae = _load_vae(config)
+    if config.compile:
+        say(COMPILING)
+        experts = [_compile(expert, config.device) for expert in experts]
     if config.typed_defaults is None:
         return _sample_all(config, config.prompts, experts, vae, say)
     return _sample_typed(config, experts, vae, say)
@@ -150,17 +161,26 @@ def _read_expert(
     check_fits_task(header, config.task)
     widths = config_from_header(header)
     dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
-    mapped = file_dtype(header) == dtype
+    fp8 = config.swap.fp8
+    if fp8 and is_fp8(header):
+        raise InputError(f"{path} is stored in fp8, and --fp8 rounds bf16, fp16 and fp32 files: leave out --fp8")
+    mapped = bool(fp8) or file_dtype(header) == dtype
     check_swap(widths, dtype, config.device, config.swap, mapped)
     lighter = "use a bf16 file" if is_fp8(header) else "leave out --dit_dtype"
+    lighter = "use --host_weights mapped instead of --fp8" if fp8 else lighter
     check_memory(header, widths, dtype, config.device, config.swap, f"{lighter}, so that the weights are read in place")
     own = slices_on_base(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     with_slices = "".join(f", with {entry.label}" for entry in own.entries)
-    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{with_slices}")
+    rounded = f", block matrices rounded to {FP8_TEXTS[fp8]}" if fp8 else ""
+    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{rounded}{with_slices}")
     defaults = read_sample_defaults(header.metadata, path)
     for line in [*own.notes, *defaults.lines(path)]:
         say(line)
-    return _Expert(path, own, dtype, mapped, widths, defaults, guidance_scale=None, t_end=0.0)
+    return _Expert(path, own, dtype, mapped, widths, defaults, PLAIN, guidance_scale=None, t_end=0.0)
+
+
+def _compile(expert: _Expert, device: torch.device) -> _Expert:
+    return replace(expert, pointwise=compiled_pointwise(expert.widths, expert.dtype, device))
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -239,9 +259,8 @@ def _encode(
 ) -> dict[str, Tensor]:
     text_len = min(expert.widths.text_len for expert in experts)
     text_dim = experts[0].widths.text_dim
-    text_encoder = load_text_encoder(
-        config.t5, config.tokenizer, device=config.device, text_len=text_len, text_dim=text_dim
-    )
+    widths = {"text_len": text_len, "text_dim": text_dim}
+    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=config.device, fp8=config.fp8_t5, **widths)
     for line in cut_lines(text_encoder, samples):
         say(line)
     return encode_samples(text_encoder, samples)
@@ -257,7 +276,8 @@ def _run_expert(
 ) -> None:
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
-    model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices)
+    model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices, bool(config.swap.fp8))
+    use_pointwise(model, expert.pointwise)
     with place_model(model, config.device, config.swap, loaded=LoadedWeights(expert.mapped, overlays)) as placement:
         with tqdm.external_write_mode():
             say(memory_line(placement, config.device))

@@ -11,6 +11,7 @@ from utils.cli.command import (
     DTYPES,
     USAGE,
     Parser,
+    add_fp8_t5,
     device,
     dtype,
     number,
@@ -18,7 +19,7 @@ from utils.cli.command import (
     refuse_flags,
     task,
 )
-from utils.cli.swap_flags import add_swap_flags, read_swap
+from utils.cli.swap_flags import add_compile_flag, add_swap_flags, read_swap
 from utils.cli.unsupported import GENERATION
 from utils.devices import default_device
 from utils.files import existing_file
@@ -64,15 +65,17 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         slice_strengths=_slice_strengths(flags),
         vae=_file(flags.vae, "--vae"),
         t5=_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         clip=_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         solver=flags.sample_solver,
         boundary=_boundary(flags, task),
         guidance_scale_high=flags.guidance_scale_high_noise,
-        swap=read_swap(flags),
+        swap=read_swap(flags, "--fp8"),
         device=flags.device or default_device(),
         dit_dtype=flags.dit_dtype,
         vae_dtype=flags.vae_dtype,
+        compile=flags.compile,
     )
 
 
@@ -86,7 +89,7 @@ def _parser() -> Parser:
     _add_sampling(parser)
     _add_output(parser)
     _add_computing(parser)
-    add_swap_flags(parser)
+    add_swap_flags(parser, "--fp8", "the matrices of the blocks, except for --slices,")
     refuse_flags(parser, GENERATION)
     return parser
 
@@ -156,6 +159,7 @@ def _add_files(parser: Parser) -> None:
         "(default: none)",
     )
     add("--t5", type=Path, metavar="FILE", help="UMT5 text encoder, needed for prompts (default: none)")
+    add_fp8_t5(add)
     add(
         "--clip",
         type=Path,
@@ -274,6 +278,7 @@ def _add_computing(parser: Parser) -> None:
     add(
         "--attn_mode", type=_attention, default="torch", metavar="NAME", help="torch or sdpa, the same (default: torch)"
     )
+    add_compile_flag(add)
     for flag, what in (
         ("--offload_inactive_dit", "only one expert is in memory at a time"),
         ("--lazy_loading", "each expert is loaded when its steps begin"),
@@ -319,8 +324,8 @@ def _check_latents(flags: argparse.Namespace) -> None:
     """Nothing is asked for that cannot happen where saved latents are decoded."""
     if flags.latent_path and flags.output_type in _LATENT_OUTPUTS:
         raise InputError(f"--output_type {flags.output_type} would only copy --latent_path; use video or images")
-    for flag in (*_PICTURES, "--clip"):
-        if flags.latent_path and getattr(flags, flag[2:]) is not None:
+    for flag in (*_PICTURES, "--clip", "--compile"):
+        if flags.latent_path and getattr(flags, flag[2:]) not in (None, False):
             raise InputError(f"{flag} has no effect on --latent_path, whose files are decoded; leave it out")
 
 
@@ -339,6 +344,8 @@ def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
 
 def _check_models(flags: argparse.Namespace, task: WanTask) -> None:
     """Every file that the job needs is given."""
+    if flags.fp8_t5 and flags.t5 is None:
+        raise InputError("--fp8_t5 has no effect without --t5: leave it out")
     needed = ["--dit", "--t5"] if flags.latent_path is None else []
     needed += ["--vae"] if flags.output_type != "latent" or pictures_taken(task)[0] else []
     if flags.latent_path is None:

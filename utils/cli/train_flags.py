@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from utils.cli.command import DTYPES, dtype, number, task
+from utils.cli.command import DTYPES, add_fp8_t5, dtype, number, task
 from utils.cli.expert_flags import add_expert_flags
 from utils.cli.learning_flags import add_learning_flags
-from utils.cli.swap_flags import add_swap_flags
+from utils.cli.swap_flags import add_compile_flag, add_swap_flags
 from utils.preserve.answers import MOST_CONTEXTS
 from utils.preserve.old_prompts import RANDOM_CONTEXTS
 from utils.run.save_schedule import KINDS
@@ -29,7 +29,7 @@ def add_flags(parser: ArgumentParser) -> None:
     _add_files(parser)
     _add_training(parser)
     add_expert_flags(parser)
-    add_swap_flags(parser)
+    add_swap_flags(parser, "--fp8_base", "the matrices of the blocks, except for the slice,")
     add_learning_flags(parser)
     _add_preservation(parser)
     _add_saving(parser)
@@ -100,6 +100,7 @@ def _add_files(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="UMT5 text encoder, needed for samples and --preserve_prompts (default: none)",
     )
+    add_fp8_t5(add)
     add(
         "--clip",
         type=Path,
@@ -178,6 +179,7 @@ def _add_training(parser: ArgumentParser) -> None:
         help="of ti2v-5B: the share of the clips, drawn anew in each epoch, that train as image-to-video from their "
         "first frame; the others, and pictures, train as text-to-video (default: 0.5)",
     )
+    add_compile_flag(add)
     add("--cuda_allow_tf32", action="store_true", help="faster, less exact float32 products on the GPU (default: off)")
     add("--cuda_cudnn_benchmark", action="store_true", help="let cuDNN time its kernels first (default: off)")
     add("--sdpa", action="store_true", help="accepted for compatibility: attention is always PyTorch's")

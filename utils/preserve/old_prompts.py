@@ -51,6 +51,7 @@ class PreserveConfig:
     weight: float  # beside the loss on the new concept
     t5: Path
     tokenizer: Path | None
+    fp8_t5: bool = False
 
 
 @dataclass(frozen=True)

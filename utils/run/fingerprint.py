@@ -73,6 +73,8 @@ def deciding_settings(
         "num_train_items": len(dataset.items),
         "dataset_sha256": _dataset_hash(dataset),
     }
+    if config.swap.fp8:
+        values["fp8_base"] = config.swap.fp8
     if TASKS[config.task].config.starts_from_latents:
         values["i2v_share"] = config.i2v_share
     if preserved.random_count:
@@ -88,6 +90,7 @@ def other_settings(config: TrainConfig, plan: TrainingPlan, dataset: TrainingDat
         "num_epochs": plan.epochs,
         "max_train_steps": plan.steps,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "compile": config.compile,
         "datasets": json.dumps(dataset.describe()),
         "sd_model_name": config.dit.name,
         "vae_name": config.vae.name if config.vae else "",

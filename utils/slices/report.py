@@ -1,4 +1,4 @@
-"""What the report on slices tells: concepts by base and age, the files that hold them, the pictures beside the files.
+"""What the report on slices tells: concepts by base and age, the files that hold them, the samples beside the files.
 
 Imports no torch, so that a report without --base is there at once.
 """
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from utils.slices.ledger import Entry
 from utils.slices.listing import ListedFile, list_files, slices_by_base
+from utils.slices.thumbnails import CLIPS, PICTURES
 
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 _MOST_PICTURES = 6  # of a concept, the newest ones
 _SHEET = "_contact_sheet"  # of all samples of a run: too wide to stand among them
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A slice, the files that hold it, and pictures that were drawn with it, oldest first."""
+    """A slice, the files that hold it, and pictures and clips that were drawn with it, oldest first."""
 
     entry: Entry
     files: tuple[ListedFile, ...]
@@ -53,7 +53,7 @@ def _is_same(entry: Entry, other: Entry) -> bool:
 
 
 def _pictures(entry: Entry, files: Sequence[ListedFile]) -> list[Path]:
-    """Pictures beside the files, or in `sample` there, whose names begin with the concept's or a slice file's."""
+    """Samples beside the files, or in `sample` there, whose names begin with the concept's or a slice file's."""
     stems = {file.path.name.partition(".")[0] for file in files if len(file.entries) == 1} | {entry.name} - {""}
     folders = dict.fromkeys(folder for file in files for folder in (file.path.parent, file.path.parent / "sample"))
     found = [path for folder in folders for path in _pictures_in(folder) if _begins(path.stem, stems)]
@@ -62,7 +62,7 @@ def _pictures(entry: Entry, files: Sequence[ListedFile]) -> list[Path]:
 
 def _pictures_in(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
-        pictures = (path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.is_file())
+        pictures = (path for path in folder.iterdir() if path.suffix.lower() in PICTURES | CLIPS and path.is_file())
         yield from (path for path in pictures if not path.stem.endswith(_SHEET))
 
 
