@@ -112,6 +112,19 @@ def test_pictures_beside_the_files_are_shown_with_the_concept_that_they_are_of(c
     assert "one_broken.png cannot be read" in text and 'width="320"' in text
 
 
+def test_a_picture_is_of_the_concept_with_the_longest_name_that_fits_and_experts_share_theirs(chain, tmp_path):
+    for name in ("cat-high_noise", "cat-low_noise", "cat_and_dog"):
+        renamed(chain / "one.slice.safetensors", tmp_path / f"{name}.slice.safetensors", name=name)
+    (tmp_path / "sample").mkdir()
+    for name in ("cat_00_2026", "cat-step00000004_01_2026", "cat_and_dog_00_2026"):
+        Image.new("RGB", (9, 9)).save(tmp_path / "sample" / f"{name}.png")
+    text = shown(tmp_path, *sorted(tmp_path.glob("*.safetensors")))
+    found = {part.partition("</bdi>")[0]: set(re.findall('alt="(.*?)"', part)) for part in text.split("<bdi>")[1:]}
+    of_both = {"cat_00_2026.png", "cat-step00000004_01_2026.png"}
+    expected = {"cat-high_noise": of_both, "cat-low_noise": of_both, "cat_and_dog": {"cat_and_dog_00_2026.png"}}
+    assert found == expected
+
+
 def pixel_shown(path):
     """The colour in the middle of the picture as the page has it, and its size."""
     data = re.search(r'src="data:image/jpeg;base64,([^"]+)"', thumbnail(path))[1]

@@ -61,7 +61,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
     if config.show_timesteps:
         for own, given in zip(asked, inputs, strict=True):
             for size in given.latent_sizes:
-                say("\n".join(timestep_lines(own.timesteps, size, given.seed)))
+                _say_of(own, say)("\n".join(timestep_lines(own.timesteps, size, given.seed)))
         return True
     with only_run_of_its_names(config, asked, accelerator), Stage() as stage:
         plans = check_all(config, asked, inputs, accelerator, say)

@@ -214,8 +214,13 @@ def _resume(flags: Namespace, save: SaveConfig) -> Path | None:
         raise InputError(
             "--overwrite trains again from the first step, and --resume latest continues: give one of them"
         )
+    if latest and len(flags.resume) > 1:
+        raise InputError(
+            f"--resume {' '.join(map(str, flags.resume))}: latest stands for the states of both experts, so give it "
+            "alone"
+        )
     if latest and not has_states(flags, save):
-        raise no_state(save)
+        raise no_state(save, names_of(flags))
     return flags.resume[0] if flags.dit_high_noise is None else None
 
 

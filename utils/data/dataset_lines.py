@@ -1,6 +1,6 @@
 """What is said of the items that a run trains on: counts and sizes, what is left out, why caches are refused."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from utils.data.commands import caching_command
@@ -12,13 +12,22 @@ _NAMED = 3  # files
 
 def problem_line(problems: Sequence[Problem], config: DatasetConfig) -> str:
     """Why caches cannot be trained on, and the commands that make them."""
-    named = [f"{problem.source.name} {problem.text}" for problem in problems[:_NAMED]]
-    more = len(problems) - len(named)
+    names = defaultdict(list)
+    for problem in problems:
+        names[problem.text].append(problem.source.name)
+    named = [f"{own[0]} {text}{_also(own[1:])}" for text, own in list(names.items())[:_NAMED]]
+    more = sum(len(own) for own in list(names.values())[_NAMED:])
     named += [f"and {more} more"] if more else []
     caches = sorted({problem.cache for problem in problems})
     model = (config.latents, config.conditions)
     commands = " ; then ".join(caching_command(cache, config.path, *model) for cache in caches)
     return f"{'; '.join(named)}. Run: {commands}"
+
+
+def _also(names: Sequence[str]) -> str:
+    """The other files of which the same is true."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f" (also {', '.join(names[:_NAMED])}{more})" if names else ""
 
 
 def dataset_lines(number: int, dataset: AnyDataset, cached: CachedItems) -> list[str]:

@@ -124,7 +124,7 @@ def check_all(
     for line in inputs[0].dataset.describe():
         say(line)
     if asked[0].resume and not any(plan.resume for plan in plans):
-        raise no_state(config.save)
+        raise no_state(config.save, [own.save.name for own in asked])
     for own, plan in zip(asked, plans, strict=True):
         if own.resume and plan.resume is None:
             say(f"{own.save.name} has no usable state, so it begins at its first step")

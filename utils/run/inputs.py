@@ -71,7 +71,8 @@ def read_inputs(asked: Sequence[TrainConfig], accelerator: Accelerator, say: Cal
 
 def _read_below(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
     own, dtype = own_entry(config.ff, config.ffid, config.save.name), COMPUTE_DTYPES[config.mixed_precision]
-    return read_below(config.dit, header, config.slices, own, dtype, config.continue_slice, config.allow_overlap)
+    how = (config.continue_slice, config.allow_overlap, bool(config.expert))
+    return read_below(config.dit, header, config.slices, own, dtype, *how)
 
 
 def _validated_items(
@@ -157,7 +158,7 @@ def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfi
             f"a caption of {path} has {dataset.longest_text} tokens, {config.dit} reads at most {model.text_len}: "
             "shorten it, then run wan_cache_text_encoder_outputs.py again"
         )
-    check_timesteps(config.timesteps, latent_sizes(dataset))
+    check_timesteps(config.timesteps, latent_sizes(dataset), config.expert)
 
 
 def _check_latents(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
