@@ -188,7 +188,7 @@ def test_swapped_experts_write_the_files_of_resident_ones(folder, swap):
 def test_samples_show_both_experts_after_as_many_steps(folder, sample_models):
     more = [*sample_models, "--vae_dtype", "fp32", "--sample_every_n_steps", "2", "--sample_at_first"]
     kept = ("--preserve_prompts", str(folder / "prompts.txt"), "--preserve_every=2", "--validate_every_n_steps=2")
-    kept += ("--max_train_epochs", "1")
+    kept += ("--max_train_epochs", "1", "--preserve_random", "5")
     lines = run_both(folder, *more, *kept, "--sample_every_n_epochs", "1", every=100)
     drawn = {re.sub(r"_\d{14}.*", "", path.name) for path in (folder / "out" / "sample").glob("one_*_0*")}
     turns = ("e000000", "000002", "e000001")
@@ -226,6 +226,7 @@ def configs(folder, *more):
 
 def test_slices_and_reference_predictions_go_to_the_expert_that_they_were_made_on(folder, sample_models):
     preserve = (*sample_models[1:3], "--preserve_prompts", str(folder / "prompts.txt"), "--preserve_every=2")
+    preserve += ("--preserve_random", "5")
     run_both(folder, *preserve, "--save_as", "slice", "--max_train_steps", "2")
     out = [folder / "out" / f"one-{expert}" for expert in ("low_noise", "high_noise")]
     slices = [str(path.with_name(f"{path.name}.slice.safetensors")) for path in out]
