@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from test_picture_models import PER_TOKEN, TINY, tiny_inputs, tiny_model
 
 import wan.model
-from wan.model import WanBlock, gated_residual, modulated_norm
+from wan.model import WanBlock
+from wan.pointwise import gated_residual, modulated_norm
 
 
 def plain_norm(x, shift, scale):

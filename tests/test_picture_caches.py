@@ -2,20 +2,28 @@
 
 import json
 import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from caching_jobs import ORACLE, FakeEncoder, cache_latents, cache_text, names, videos, write_pictures, write_vae
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_pictures import write_picture
 
 import wan_cache_latents
 from utils import caching
-from utils.data.cache_files import clip_latents_path, read_clip, read_condition
+from utils.cli.train import parse_train
+from utils.data.cache_files import clip_latents_path, read_clip, read_condition, read_latents
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset, make_loader
 from utils.learning.conditions import picture_condition
 from utils.pixels.pictures import read_image
+from utils.sampling.denoising import resolve_sample
+from utils.sampling.prompts import SamplePrompt
+from utils.sampling.starts import encode_starts
 from wan.configs import TASKS
 from wan.errors import InputError
 from wan.image_encoder import load_image_encoder
@@ -76,6 +84,25 @@ def test_what_is_given_of_a_clip_is_made_of_its_own_frames(clips, tmp_path, vae_
     found = cached(tmp_path)["clip_float32"]
     assert found.dtype == torch.float16 and found.shape == (257 * len(frames), 24)
     torch.testing.assert_close(found.float(), tokens, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B", "ti2v-5B"])
+def test_sampling_gives_a_picture_as_training_does_to_the_last_bit(tmp_path, vae_file, vae_2_2, clip_file, task):
+    config = videos(tmp_path, {"v": 5}, target_frames=[5], resolution=[32, 96])
+    frames = [write_picture(path, (50, 41), seed) for seed, path in enumerate(sorted((tmp_path / "v").iterdir()))]
+    vae, pictures = vae_2_2 if task == "ti2v-5B" else vae_file, TASKS[task].conditions.pictures
+    clip = clip_file if TASKS[task].conditions.clip else None
+    cache_latents(config, vae, *(["--clip", str(clip)] if clip else []), *(["--flf2v"] if pictures == 2 else []))
+    [cache] = (tmp_path / "cache").glob("*_wan.safetensors")
+    prompt = SamplePrompt("a cat", width=32, height=96, frames=5, image_path=frames[0])
+    prompt = replace(prompt, end_image_path=frames[-1] if pictures == 2 else None)
+    sample = resolve_sample(prompt, TASKS[task], seed=0)
+    [start] = encode_starts([sample], TASKS[task], load_vae(vae, torch.bfloat16), clip, 24, "cpu", print)
+    if task == "ti2v-5B":
+        assert torch.equal(read_latents(cache)[:, :1], start.clean_BCFHW[0].bfloat16())
+    else:
+        assert torch.equal(read_condition(cache), start.given.y_BCFHW[0].bfloat16())
+        assert torch.equal(read_clip(cache), start.given.clip_BPI[0].half())
 
 
 def test_the_file_is_musubi_tuners(clips, tmp_path, vae_file, clip_file):
@@ -423,19 +450,31 @@ def test_clip_tokens_that_are_not_finite_are_not_written(clips, tmp_path, vae_fi
 
 
 @pytest.mark.parametrize(
-    ("flags", "ending"),
+    ("flags", "task"),
     [
-        ([], "--dataset_config {}"),
-        (["--i2v"], "--dataset_config {} --task i2v-A14B --dit DIT"),
-        (["--clip"], "--dataset_config {} --task i2v-14B --dit DIT"),
-        (["--flf2v", "--clip"], "--dataset_config {} --task flf2v-14B --dit DIT"),
-        (["2.2"], "--dataset_config {} --task ti2v-5B --dit DIT --vae WAN_2.2_VAE"),
+        ([], "t2v-A14B"),
+        (["--i2v"], "i2v-A14B"),
+        (["--clip"], "i2v-14B"),
+        (["--flf2v", "--clip"], "flf2v-14B"),
+        (["2.2"], "ti2v-5B"),
     ],
 )
-def test_the_next_command_names_the_task(clips, vae_file, vae_2_2, clip_file, flags, ending):
+def test_the_next_command_is_one_that_training_takes(clips, vae_file, vae_2_2, clip_file, monkeypatch, flags, task):
     vae = vae_2_2 if flags == ["2.2"] else vae_file
     flags = [flag for flag in flags if flag != "2.2"] + ([str(clip_file)] if "--clip" in flags else [])
     said = cache_latents(clips, vae, *flags)
     assert "wan_cache_text_encoder_outputs.py" in said[-1]
-    assert cache_text(clips, vae)[-1].endswith(ending.format(clips))
-    assert cache_latents(clips, vae, *flags)[-1].endswith(ending.format(clips))
+    after_text, after_latents = cache_text(clips, vae)[-1], cache_latents(clips, vae, *flags)[-1]
+    assert after_text == after_latents
+    monkeypatch.chdir(Path(__file__).parents[1])  # where users run it, beside the example's files
+    argv = shlex.split(after_text.partition("wan_train_network.py ")[2])
+    files = [f"--{name}={vae}" for name in ("vae", "t5")] if task == "t2v-A14B" else []  # the example's do not exist
+    config = parse_train([*argv, *files])
+    assert (config.task, config.dataset.path, config.samples is None) == (task, clips, task != "t2v-A14B")
+
+
+@pytest.mark.parametrize("kind", ["pictures", "clips"])
+def test_after_the_captions_too_what_is_missing_to_train_on_is_said(tmp_path, vae_file, kind):
+    config = write_pictures(tmp_path) if kind == "pictures" else videos(tmp_path, {"v": 3}, target_frames=[1])
+    cache_latents(config, vae_file, "--i2v")
+    assert cache_text(config, vae_file)[-1].startswith("next: add a dataset of videos with target_frames of 5 or more")

@@ -157,9 +157,7 @@ def _load_encoders(config: CacheLatentsConfig) -> _Encoders:
     conditions = config.dataset.conditions
     assert conditions.clip == (config.clip is not None)
     vae = load_vae(config.vae, config.vae_dtype, config.device, config.dataset.latents.channels)
-    # Half precision is what Wan runs CLIP in, and slow on a CPU.
-    clip_dtype = torch.float16 if config.device.type == "cuda" else torch.float32
-    clip = None if config.clip is None else load_image_encoder(config.clip, clip_dtype, config.device)
+    clip = None if config.clip is None else load_image_encoder(config.clip, device=config.device)
     return _Encoders(vae, clip, conditions, config.vae_dtype)
 
 
@@ -234,7 +232,7 @@ def _done(clips: Sequence[Clip], conditions: Conditions) -> Caching:
         made=len(fresh),
         current=len(clips) - len(fresh),
         added_to=sum(bool(clip.kept) for clip in fresh),
-        one_frame=sum((clip.frame_count or 1) == 1 for clip in clips) if conditions.pictures else 0,
+        one_frame=sum(conditions.are_all_of(clip.frame_count or 1) for clip in clips),
         untold=tuple(clip.path for clip in clips if clip.origin is None),
     )
 

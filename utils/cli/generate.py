@@ -19,7 +19,7 @@ from utils.cli.command import (
     refuse_flags,
     task,
 )
-from utils.cli.swap_flags import add_swap_flags, read_swap
+from utils.cli.swap_flags import add_compile_flag, add_swap_flags, read_swap
 from utils.cli.unsupported import GENERATION
 from utils.devices import default_device
 from utils.files import existing_file
@@ -75,6 +75,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         device=flags.device or default_device(),
         dit_dtype=flags.dit_dtype,
         vae_dtype=flags.vae_dtype,
+        compile=flags.compile,
     )
 
 
@@ -277,6 +278,7 @@ def _add_computing(parser: Parser) -> None:
     add(
         "--attn_mode", type=_attention, default="torch", metavar="NAME", help="torch or sdpa, the same (default: torch)"
     )
+    add_compile_flag(add)
     for flag, what in (
         ("--offload_inactive_dit", "only one expert is in memory at a time"),
         ("--lazy_loading", "each expert is loaded when its steps begin"),
@@ -322,8 +324,8 @@ def _check_latents(flags: argparse.Namespace) -> None:
     """Nothing is asked for that cannot happen where saved latents are decoded."""
     if flags.latent_path and flags.output_type in _LATENT_OUTPUTS:
         raise InputError(f"--output_type {flags.output_type} would only copy --latent_path; use video or images")
-    for flag in (*_PICTURES, "--clip"):
-        if flags.latent_path and getattr(flags, flag[2:]) is not None:
+    for flag in (*_PICTURES, "--clip", "--compile"):
+        if flags.latent_path and getattr(flags, flag[2:]) not in (None, False):
             raise InputError(f"{flag} has no effect on --latent_path, whose files are decoded; leave it out")
 
 

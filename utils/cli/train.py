@@ -15,7 +15,7 @@ from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
-from utils.data.sources import DatasetConfig, VideoDataset
+from utils.data.sources import AnyDataset, DatasetConfig, VideoDataset
 from utils.files import existing_file
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, MetadataConfig, TrainConfig
@@ -76,6 +76,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         gradient_checkpointing=flags.gradient_checkpointing,
         offload_block_inputs=_offloads_block_inputs(flags),
         swap=read_swap(flags, "--fp8_base"),
+        compile=flags.compile,
         workers=_workers(flags),
         persistent_workers=flags.persistent_data_loader_workers,
         seed=flags.seed,
@@ -149,7 +150,7 @@ def _dataset(flags: Namespace, path: Path) -> DatasetConfig:
 
 def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
     """The share of clips that start from their first frame, where there is a choice."""
-    has_clips = any(isinstance(own, VideoDataset) for own in dataset.datasets)
+    has_clips = any(map(_has_clips, dataset.datasets))
     has_choice = TASKS[flags.task].config.starts_from_latents
     if flags.i2v_share is None:
         return _I2V_SHARE if has_choice and has_clips else 0.0
@@ -165,6 +166,13 @@ def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
             "videos; leave it out"
         )
     return flags.i2v_share
+
+
+def _has_clips(dataset: AnyDataset) -> bool:
+    """Whether some of what it has is longer than one frame, as far as its settings say."""
+    if not isinstance(dataset, VideoDataset):
+        return False
+    return dataset.frame_extraction == "full" or max(dataset.target_frames) > 1
 
 
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
@@ -206,8 +214,13 @@ def _resume(flags: Namespace, save: SaveConfig) -> Path | None:
         raise InputError(
             "--overwrite trains again from the first step, and --resume latest continues: give one of them"
         )
+    if latest and len(flags.resume) > 1:
+        raise InputError(
+            f"--resume {' '.join(map(str, flags.resume))}: latest stands for the states of both experts, so give it "
+            "alone"
+        )
     if latest and not has_states(flags, save):
-        raise no_state(save)
+        raise no_state(save, names_of(flags))
     return flags.resume[0] if flags.dit_high_noise is None else None
 
 

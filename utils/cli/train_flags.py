@@ -8,7 +8,7 @@ import torch
 from utils.cli.command import DTYPES, add_fp8_t5, dtype, number, task
 from utils.cli.expert_flags import add_expert_flags
 from utils.cli.learning_flags import add_learning_flags
-from utils.cli.swap_flags import add_swap_flags
+from utils.cli.swap_flags import add_compile_flag, add_swap_flags
 from utils.run.save_schedule import KINDS
 from wan.configs import TASKS
 from wan.values import COUNT, COUNT_OR_NONE, SEED, STEPS, Number
@@ -176,6 +176,7 @@ def _add_training(parser: ArgumentParser) -> None:
         help="of ti2v-5B: the share of the clips, drawn anew in each epoch, that train as image-to-video from their "
         "first frame; the others, and pictures, train as text-to-video (default: 0.5)",
     )
+    add_compile_flag(add)
     add("--cuda_allow_tf32", action="store_true", help="faster, less exact float32 products on the GPU (default: off)")
     add("--cuda_cudnn_benchmark", action="store_true", help="let cuDNN time its kernels first (default: off)")
     add("--sdpa", action="store_true", help="accepted for compatibility: attention is always PyTorch's")

@@ -2,7 +2,7 @@
 
 _ATTENTION = "the only attention is PyTorch's, which picks the device's fastest kernel: use --sdpa"
 _LORA = "this script trains a slice of the checkpoint itself, not a LoRA: use --ff 0.001 --ffid 1"
-_COMPILE = "the model is not compiled; leave it out"
+_COMPILE = "--compile compiles the pointwise functions of the blocks, in one way; leave it out"
 _HUB = "nothing is uploaded; upload the files in --output_dir yourself"
 _DDP = "the slice's gradients are averaged without DDP; leave it out"
 
@@ -14,7 +14,7 @@ _TRAINING_TOGETHER = {
         *("--base_weights", "--base_weights_multiplier"),
     ),
     _COMPILE: (
-        *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+        *("--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
         *("--compile_cache_size_limit", "--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
     ),
     _HUB: (
@@ -57,7 +57,7 @@ _GENERATION_TOGETHER = {
         "--slg_mode",
     ),
     _COMPILE: (
-        *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+        *("--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
         *("--compile_cache_size_limit", "--compile_args"),
     ),
 }

@@ -88,6 +88,7 @@ def other_settings(config: TrainConfig, plan: TrainingPlan, dataset: TrainingDat
         "num_epochs": plan.epochs,
         "max_train_steps": plan.steps,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "compile": config.compile,
         "datasets": json.dumps(dataset.describe()),
         "sd_model_name": config.dit.name,
         "vae_name": config.vae.name if config.vae else "",
