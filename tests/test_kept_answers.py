@@ -390,7 +390,7 @@ def test_a_disk_without_room_for_the_predictions_is_found_before_the_model_loads
     free = SimpleNamespace(free=(folder / "base.safetensors").stat().st_size + 1000)
     with (
         patch("utils.run.save_schedule.shutil.disk_usage", return_value=free),
-        patch("utils.training.load_with_slices") as loading,
+        patch("utils.run.preparing.load_with_slices") as loading,
     ):
         with pytest.raises(InputError, match=r"one save \(checkpoint, three.answers.safetensors\) needs"):
             run(folder, *third(folder))
@@ -515,7 +515,7 @@ def test_values_that_are_not_finite_are_refused_before_the_model_loads(folder):
     tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
     tensors["4.1.velocity"][0] = torch.nan
     save_file(tensors, path, metadata)
-    with patch("utils.training.load_with_slices") as loading:
+    with patch("utils.run.preparing.load_with_slices") as loading:
         with pytest.raises(InputError, match=r"NaN or infinite values in 4\.1\.velocity"):
             run(folder, *third(folder), "--preserve_answers", str(path))
         assert not loading.called

@@ -47,6 +47,14 @@ def test_an_idle_expert_leaves_its_slice_and_its_optimizers_state_on_the_device_
     assert idle <= two.highest - one.highest <= idle + 1e6
 
 
+def test_with_an_fp8_base_a_step_copies_half_the_bytes():
+    """With all blocks swapped, the layers outside pass in bf16, and displace three matrices."""
+    tall = 5120 * 13824
+    for swapped, passing in ((FEW - 1, 0), (FEW, OUTSIDE + 2 * tall + SQUARE // 2)):
+        copied = measure(Case("", IMAGE, swapped, 1, fp8="scaled"), blocks=FEW).copied
+        assert copied == (FEW - 1) * BLOCK + passing
+
+
 def test_the_time_path_and_the_text_do_not_set_the_peak():
     alone = measure(Case("", IMAGE, 1, 1), blocks=1, steps=1)
     assert alone.forward - alone.placed < (1 + 25) * U
@@ -63,16 +71,18 @@ def test_block_inputs_on_the_host_leave_a_few_of_them_on_the_device():
 
 
 @pytest.mark.parametrize("swapped", [0, FEW])
-@pytest.mark.parametrize("task", ["flf2v-14B", "i2v-A14B", "ti2v-5B"])
-def test_what_a_run_says_of_its_weights_is_what_is_counted(task, swapped):
+@pytest.mark.parametrize(
+    ("task", "fp8"), [("flf2v-14B", ""), ("i2v-A14B", ""), ("ti2v-5B", ""), ("ti2v-5B", "scaled"), ("t2v-14B", "plain")]
+)
+def test_what_a_run_says_of_its_weights_is_what_is_counted(task, fp8, swapped):
     """The sums that check_memory and the opening lines tell, with the slice beside them."""
     config, swap = replace(TASKS[task].config, num_layers=FEW), SwapConfig(swapped, ring_blocks=1)
-    sizes = sizes_of(config, torch.bfloat16)
+    sizes = sizes_of(config, torch.bfloat16, fp8)
     told = device_bytes(sizes, plan_swap(sizes, swap))
     with torch.device("meta"):
         shapes = [p.numel() for p in WanModel(config).blocks.parameters() if p.dim() == 2]
     count = sum(stop - start for start, stop in (slice_interval(numel, "0.001", 1) for numel in shapes))
-    placed = measure(Case("", IMAGE, swapped, 1, task=task), blocks=FEW, steps=1).placed
+    placed = measure(Case("", IMAGE, swapped, 1, task=task, fp8=fp8), blocks=FEW, steps=1).placed
     assert 0 <= placed - told - (4 + 2) * count < 3e6  # and the numbers of its units
 
 

@@ -18,8 +18,8 @@ from utils.data.given_pictures import starts_clean
 from utils.data.origins import without_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.answers_file import read_answers
-from utils.run.checks import check_dataset
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
+from utils.run.inputs import check_dataset
 from utils.run.noise_bins import SEED, curves
 from utils.run.state import read_state
 from utils.run.validation import LEVELS, state_problem, validation_sums

@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 
-from utils import training
 from utils.cli.train import parse_train
 from utils.data.cache_files import image_latents_path, read_latents, write_latents
 from utils.data.dataset import build_training_dataset
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.preserve.answers_file import Answer, OldPrompt, read_answers
 from utils.preserve.old_prompts import CAPTIONS_KEPT, Preservation, most_frequent, old_prompts, preserve_lines
-from utils.run import checks
+from utils.run import inputs, preparing
 from utils.selective_finetune import slice_indices
 from utils.slice_saving import base_identity, read_ledger
 from utils.slices.base_identity import BaseModel
@@ -302,12 +301,12 @@ def test_a_prompt_that_is_too_long_is_named(folder):
 
 
 def test_a_text_encoder_of_another_width_is_refused_before_the_model_loads(folder, monkeypatch):
-    monkeypatch.setattr(training, "load_with_slices", None)
+    monkeypatch.setattr(preparing, "load_with_slices", None)
     (folder / "narrow").mkdir()
     monkeypatch.setattr("tiny_run.CONFIG", replace(CONFIG, text_dim=24))
     write_dit(folder / "narrow" / "base.safetensors")
     narrow = ("--dit", str(folder / "narrow" / "base.safetensors"))
-    monkeypatch.setattr(checks, "check_dataset", lambda *_: None)  # whose caches are of another width, too
+    monkeypatch.setattr(inputs, "check_dataset", lambda *_: None)  # whose caches are of another width, too
     for more in (preserving(folder), [*write_sample_models(folder), "--sample_at_first"]):
         with pytest.raises(InputError, match=r"t5.safetensors gives embeddings of width 48, the transformer"):
             run(folder, *narrow, *more)

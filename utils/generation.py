@@ -73,6 +73,7 @@ class GenerateConfig:
     slice_strengths: tuple[float, ...]
     vae: Path | None
     t5: Path | None
+    fp8_t5: bool
     clip: Path | None  # the image encoder, for tasks that read pictures through it
     tokenizer: Path | None
     solver: str
@@ -258,9 +259,8 @@ def _encode(
 ) -> dict[str, Tensor]:
     text_len = min(expert.widths.text_len for expert in experts)
     text_dim = experts[0].widths.text_dim
-    text_encoder = load_text_encoder(
-        config.t5, config.tokenizer, device=config.device, text_len=text_len, text_dim=text_dim
-    )
+    widths = {"text_len": text_len, "text_dim": text_dim}
+    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=config.device, fp8=config.fp8_t5, **widths)
     for line in cut_lines(text_encoder, samples):
         say(line)
     return encode_samples(text_encoder, samples)

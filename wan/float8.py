@@ -67,6 +67,12 @@ class RoundedLinear(nn.Module):
         return F.linear(x, turn_back(self.rounded, self.scales, torch.empty_like(self.rounded, dtype=self.dtype)))
 
 
+def rounded_tensors(model: nn.Module) -> list[Tensor]:
+    """What the model's layers of this kind hold, which is not in its state_dict."""
+    layers = [module for module in model.modules() if isinstance(module, RoundedLinear)]
+    return [tensor for layer in layers for tensor in layer.buffers()]
+
+
 def _runs(matrix: Tensor) -> list[slice]:
     """The rows in runs of at most _TOGETHER values."""
     count = max(1, _TOGETHER // matrix.shape[1])

@@ -202,8 +202,8 @@ class PictureEmbedding(nn.Module):
         self.proj = nn.Sequential(
             nn.LayerNorm(wide), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, dim), nn.LayerNorm(dim)
         )
-        is_pair = config.model_type == "flf2v"
-        self.emb_pos = nn.Parameter(torch.zeros(1, 2 * PICTURE_TOKENS, wide)) if is_pair else None
+        pictures = config.conditions.pictures
+        self.emb_pos = nn.Parameter(torch.zeros(1, pictures * PICTURE_TOKENS, wide)) if pictures > 1 else None
 
     def forward(self, image_BPI: Tensor) -> Tensor:
         if self.emb_pos is not None:

@@ -11,6 +11,7 @@ from utils.cli.command import (
     DTYPES,
     USAGE,
     Parser,
+    add_fp8_t5,
     device,
     dtype,
     number,
@@ -64,6 +65,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         slice_strengths=_slice_strengths(flags),
         vae=_file(flags.vae, "--vae"),
         t5=_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         clip=_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         solver=flags.sample_solver,
@@ -157,6 +159,7 @@ def _add_files(parser: Parser) -> None:
         "(default: none)",
     )
     add("--t5", type=Path, metavar="FILE", help="UMT5 text encoder, needed for prompts (default: none)")
+    add_fp8_t5(add)
     add(
         "--clip",
         type=Path,
@@ -341,6 +344,8 @@ def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
 
 def _check_models(flags: argparse.Namespace, task: WanTask) -> None:
     """Every file that the job needs is given."""
+    if flags.fp8_t5 and flags.t5 is None:
+        raise InputError("--fp8_t5 has no effect without --t5: leave it out")
     needed = ["--dit", "--t5"] if flags.latent_path is None else []
     needed += ["--vae"] if flags.output_type != "latent" or pictures_taken(task)[0] else []
     if flags.latent_path is None:

@@ -15,7 +15,7 @@ from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
-from utils.data.sources import DatasetConfig, VideoDataset
+from utils.data.sources import AnyDataset, DatasetConfig, VideoDataset
 from utils.files import existing_file
 from utils.preserve.old_prompts import PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, MetadataConfig, TrainConfig
@@ -124,6 +124,8 @@ def _check_required(flags: Namespace) -> None:
     for name in ("dit", "dataset_config", "output_dir", "output_name"):
         if getattr(flags, name) is None:
             raise InputError(f"--{name} is missing")
+    if flags.fp8_t5 and flags.t5 is None:
+        raise InputError("--fp8_t5 has no effect without --t5: leave it out")
     if problem := outer_space_problem(flags.output_name) or quotes_problem(flags.output_name):
         raise InputError(f"--output_name {problem}")
     if not flags.output_name.strip(". ") or set(flags.output_name) & set('/\\:*?"<>|'):
@@ -148,7 +150,7 @@ def _dataset(flags: Namespace, path: Path) -> DatasetConfig:
 
 def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
     """The share of clips that start from their first frame, where there is a choice."""
-    has_clips = any(isinstance(own, VideoDataset) for own in dataset.datasets)
+    has_clips = any(map(_has_clips, dataset.datasets))
     has_choice = TASKS[flags.task].config.starts_from_latents
     if flags.i2v_share is None:
         return _I2V_SHARE if has_choice and has_clips else 0.0
@@ -164,6 +166,13 @@ def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
             "videos; leave it out"
         )
     return flags.i2v_share
+
+
+def _has_clips(dataset: AnyDataset) -> bool:
+    """Whether some of what it has is longer than one frame, as far as its settings say."""
+    if not isinstance(dataset, VideoDataset):
+        return False
+    return dataset.frame_extraction == "full" or max(dataset.target_frames) > 1
 
 
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
@@ -205,8 +214,13 @@ def _resume(flags: Namespace, save: SaveConfig) -> Path | None:
         raise InputError(
             "--overwrite trains again from the first step, and --resume latest continues: give one of them"
         )
+    if latest and len(flags.resume) > 1:
+        raise InputError(
+            f"--resume {' '.join(map(str, flags.resume))}: latest stands for the states of both experts, so give it "
+            "alone"
+        )
     if latest and not has_states(flags, save):
-        raise no_state(save)
+        raise no_state(save, names_of(flags))
     return flags.resume[0] if flags.dit_high_noise is None else None
 
 
@@ -247,6 +261,7 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         prompts=tuple(read_prompt_file(flags.sample_prompts, task=task)),
         vae=existing_file(flags.vae, "--vae"),
         t5=existing_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         clip=flags.clip and existing_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         vae_dtype=flags.vae_dtype,
@@ -283,6 +298,7 @@ def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | 
         every_n_epochs=every_n_epochs or (None if every_n_steps else 1),
         save_best=flags.save_best,
         t5=flags.t5 and existing_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         tokenizer=flags.tokenizer,
     )
 
@@ -312,6 +328,7 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
+        fp8_t5=flags.fp8_t5,
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli.command import DTYPES, dtype, number, task
+from utils.cli.command import DTYPES, add_fp8_t5, dtype, number, task
 from utils.cli.expert_flags import add_expert_flags
 from utils.cli.learning_flags import add_learning_flags
 from utils.cli.swap_flags import add_compile_flag, add_swap_flags
@@ -97,6 +97,7 @@ def _add_files(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="UMT5 text encoder, needed for samples and --preserve_prompts (default: none)",
     )
+    add_fp8_t5(add)
     add(
         "--clip",
         type=Path,

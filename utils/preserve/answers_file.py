@@ -170,10 +170,10 @@ def _fits(old: OldPrompt, model: WanConfig) -> bool:
 
 def picture_shapes(model: WanConfig, latents: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...] | None] | None:
     """Those of the y and the CLIP tokens that the model reads beside latents of this shape; None if it reads none."""
-    if model.in_dim == model.out_dim:
+    conditions = model.conditions
+    if not conditions.pictures:
         return None
-    tokens = PICTURE_TOKENS * (2 if model.model_type == "flf2v" else 1)
-    clip = None if model.image_dim is None else (tokens, model.image_dim)
+    clip = (PICTURE_TOKENS * conditions.pictures, model.image_dim) if conditions.clip else None
     return (model.in_dim - model.out_dim, *latents[1:]), clip
 
 

@@ -46,6 +46,7 @@ class PreserveConfig:
     weight: float  # beside the loss on the new concept
     t5: Path
     tokenizer: Path | None
+    fp8_t5: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,9 +264,8 @@ def encoded(
     """
     if all(old.text_SD is not None for old in prompts):
         return list(prompts)
-    text_encoder = load_text_encoder(
-        config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
-    )
+    widths = {"text_len": model.text_len, "text_dim": model.text_dim}
+    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=device, fp8=config.fp8_t5, **widths)
     if known := next((old for old in prompts if old.text_SD is not None), None):
         _check_same_encoder(known, _encode(text_encoder, known.text), config)
     texts = [_encode(text_encoder, old.text) if old.text_SD is None else old.text_SD for old in prompts]
