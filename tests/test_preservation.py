@@ -56,14 +56,14 @@ def t5(folder):
 
 def preserving(folder, every=2, weight=3):
     told = ("--preserve_every", str(every), "--preserve_weight", str(weight))
-    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told)
+    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told, "--preserve_random", "0")
 
 
 def kept_by(path, folder, every=2, weight=3, most_values=10**9):
     """What a run preserves that keeps its answers in this file."""
     kept = read_answers(path, BaseModel(base_identity(folder / "base.safetensors")), CONFIG)
-    general, of_concepts = (tuple(old for old in kept if bool(old.concept) == which) for which in (False, True))
-    return Preservation(general, of_concepts, every, weight, most_values)
+    general, of_concepts = (tuple(old for old in kept.prompts if bool(old.concept) == which) for which in (False, True))
+    return Preservation(general, of_concepts, every, weight, most_values, kept.random)
 
 
 def logged(folder, *more):
@@ -132,7 +132,9 @@ class Reference:
             return loss, torch.zeros(())
         generators = [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]]
         kept = 0
-        for old in self.preserved.draw(generators, "cpu"):
+        order = self.dataset.epoch_batches(3, epoch)
+        first_item = 8 * epoch + sum(map(len, order[: order.index(items)]))
+        for old in self.preserved.draw(generators, "cpu", first_item):
             error = self.model(old.noisy_BCFHW, old.t_B, old.context) - old.velocity_BCFHW
             error = self.weigh(old.t_B / 1000) * error.square().flatten(1).mean(1)
             kept = kept + error.sum() / len(generators)
@@ -154,10 +156,11 @@ class Reference:
     [
         ((), 1),
         (("--weighting_scheme", "cosmap"), 1),
+        (("--preserve_random", "12"), 1),
         (("--gradient_checkpointing", "--blocks_to_swap", "1"), 1),
         (("--gradient_checkpointing", "--blocks_to_swap", "2", "--gradient_accumulation_steps", "3"), 3),
     ],
-    ids=["plain", "weighed", "checkpointed and swapped", "accumulated"],
+    ids=["plain", "weighed", "random contexts", "checkpointed and swapped", "accumulated"],
 )
 def test_both_losses_are_those_of_plain_autograd(folder, more, window):
     found = logged(folder, *SGD, *preserving(folder), *more)
@@ -194,7 +197,7 @@ def check_losses(found, expected):
 def train_rank(rank, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    run(folder, *SGD, *preserving(folder), "--logging_dir", str(folder / "logs"))
+    run(folder, *SGD, *preserving(folder), "--preserve_random", "12", "--logging_dir", str(folder / "logs"))
 
 
 @pytest.mark.slow
@@ -240,7 +243,7 @@ OWN = concept("own", 9)
 
 def chosen(ledger, kept=(), prompts=(), auto=True, captions=()):
     """{text: (the concept's name, is kept)} of what is preserved, and the notes."""
-    config = SimpleNamespace(prompts=prompts, from_ledger=auto, answers="a.safetensors")
+    config = SimpleNamespace(prompts=prompts, from_ledger=auto, answers="a.safetensors", random=0)
     found = old_prompts(config, ledger, OWN, kept, captions)
     return {old.text: (old.concept and old.concept.name, old in kept) for old in found.all}, "\n".join(found.notes)
 
@@ -285,8 +288,8 @@ def test_auto_without_another_concept_says_that_there_is_none():
 def test_a_run_that_preserves_nothing_says_what_that_means_for_other_concepts():
     a, silent, under = concept("a", 1, "x"), concept("silent", 2), Entry(CONTRACT, "0.3", 3, "under", 1, "")
     (line,) = preserve_lines(None, [a, silent, under], OWN)
-    assert "the model has learned a, silent; this run does not change their slices" in line and "auto" in line
-    assert "auto" not in preserve_lines(None, [silent], OWN)[0]
+    assert "the model has learned a, silent; this run does not change their slices" in line
+    assert "a file of prompts" not in line and "a file of prompts" in preserve_lines(None, [silent], OWN)[0]
     assert preserve_lines(None, [OWN, under], OWN) == []
 
 
@@ -349,8 +352,9 @@ def test_captions_go_from_the_ledger_into_a_later_run(folder):
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
     second += ("--dataset_config", str(write_dataset(folder / "new", "new")))
     told = "\n".join(run(folder, *second))
-    assert "has learned one;" in told and "--preserve_prompts auto" in told
-    kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--max_train_epochs", "1")
+    assert "has learned one;" in told and "--preserve_prompts preserves that" in told
+    kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--preserve_random", "0")
+    kept += ("--max_train_epochs", "1")
     told = "\n".join(run(folder, *second, *kept, "--overwrite"))
     assert "preserves 3 general prompts and 8 prompts of concepts, on one step in 4, with weight 4" in told
     assert "has learned" not in told
@@ -360,8 +364,10 @@ def test_without_metadata_no_captions_are_written_and_auto_says_so(folder):
     run(folder, "--max_train_epochs", "1", "--no_metadata")
     assert "captions" not in entry_of(folder / "out" / "one.safetensors")
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
-    with pytest.raises(InputError, match=r"nothing to preserve.*one .*: the ledger has no captions of it"):
-        run(folder, *second, *t5(folder), "--preserve_prompts", "auto")
+    kept = (*t5(folder), "--preserve_prompts", "--preserve_random", "0", "--max_train_epochs", "1")
+    assert "nothing is preserved of one (ff 0.1 ffid 2): the ledger has no captions" in "\n".join(
+        run(folder, *second, *kept)
+    )
 
 
 def test_the_ledger_keeps_the_most_frequent_captions():

@@ -22,6 +22,7 @@ from utils.cli.train import parse_train
 from utils.locks import sole_writer
 from utils.run import checks
 from utils.run.experts import expert_configs
+from utils.run.opening_lines import experts_lines
 from utils.swap.stage import Stage
 from utils.training import train
 from wan.errors import InputError
@@ -187,7 +188,7 @@ def test_swapped_experts_write_the_files_of_resident_ones(folder, swap):
 def test_samples_show_both_experts_after_as_many_steps(folder, sample_models):
     more = [*sample_models, "--vae_dtype", "fp32", "--sample_every_n_steps", "2", "--sample_at_first"]
     kept = ("--preserve_prompts", str(folder / "prompts.txt"), "--preserve_every=2", "--validate_every_n_steps=2")
-    kept += ("--max_train_epochs", "1")
+    kept += ("--max_train_epochs", "1", "--preserve_random", "5")
     lines = run_both(folder, *more, *kept, "--sample_every_n_epochs", "1", every=100)
     drawn = {re.sub(r"_\d{14}.*", "", path.name) for path in (folder / "out" / "sample").glob("one_*_0*")}
     turns = ("e000000", "000002", "e000001")
@@ -225,6 +226,7 @@ def configs(folder, *more):
 
 def test_slices_and_reference_predictions_go_to_the_expert_that_they_were_made_on(folder, sample_models):
     preserve = (*sample_models[1:3], "--preserve_prompts", str(folder / "prompts.txt"), "--preserve_every=2")
+    preserve += ("--preserve_random", "5")
     run_both(folder, *preserve, "--save_as", "slice", "--max_train_steps", "2")
     out = [folder / "out" / f"one-{expert}" for expert in ("low_noise", "high_noise")]
     slices = [str(path.with_name(f"{path.name}.slice.safetensors")) for path in out]
@@ -234,7 +236,10 @@ def test_slices_and_reference_predictions_go_to_the_expert_that_they_were_made_o
         assert [path.name for path in own.slices] == [f"one-{expert}.slice.safetensors"]
         assert own.preserve.answers.name == f"one-{expert}.answers.safetensors"
     lines = run_both(folder, *more, "--max_train_steps", "2")
-    assert sum("on top of" in line for line in lines) == 2
+    assert sum("on top of" in line for line in lines) == 2 and not any("no file of" in line for line in lines)
+    of_one = parse_train(both_flags(folder, *preserve, "--slices", slices[0], "--preserve_answers", answers[0]))
+    told = "note: no file of the high_noise expert is in --slices and --preserve_answers, so it trains without one"
+    assert experts_lines(of_one, expert_configs(of_one))[1:] == [told]
     with pytest.raises(InputError, match="give one file of each expert"):
         configs(folder, *preserve, "--preserve_answers", answers[0], answers[0])
 
@@ -385,7 +390,7 @@ def test_full_logs_stop_the_run_with_a_state_of_each(folder, monkeypatch):
     assert {len(list((folder / "out").glob(f"one-{expert}-*-state"))) for expert in SIDES} == {1}
     for path in (folder / "out").glob("*-state"):
         shutil.rmtree(path)
-    assert differing(folder) == []
+    assert differing(folder, run_alone(folder)) == []
 
 
 def unused_port():

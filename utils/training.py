@@ -78,7 +78,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
         if all(expert.ended for expert in experts):
             raise has_ended_error(experts[0].run, experts[0].place)
         lines = planned_lines(asked, plans)
-        for line in [*run_lines(experts[0].run, experts[0].model.input_bytes, lines), *experts_lines(config)]:
+        for line in [*run_lines(experts[0].run, experts[0].model.input_bytes, lines), *experts_lines(config, asked)]:
             say(line)
         if accelerator.is_main_process:
             for line in remove_overwritten([path for plan in plans for path in plan.removed]):

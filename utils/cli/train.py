@@ -17,7 +17,7 @@ from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
 from utils.data.sources import AnyDataset, DatasetConfig, VideoDataset
 from utils.files import existing_file
-from utils.preserve.old_prompts import PreserveConfig
+from utils.preserve.old_prompts import EMPTY_PROMPT, PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
 from utils.run.save_schedule import KINDS, SaveConfig
@@ -304,32 +304,38 @@ def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | 
 
 
 def _preserve(flags: Namespace) -> PreserveConfig | None:
-    prompts = flags.preserve_prompts or []
-    if not (prompts or flags.preserve_answers):
-        for name in ("preserve_levels", "preserve_every", "preserve_weight"):
+    names = flags.preserve_prompts
+    if names is None and flags.preserve_answers is None:
+        for name in ("preserve_random", "preserve_levels", "preserve_every", "preserve_weight"):
             if getattr(flags, name) is not None:
                 raise InputError(
-                    f"--{name} has no effect without --preserve_prompts (a file of prompts or auto) or "
+                    f"--{name} has no effect without --preserve_prompts (with files of prompts, or without any) or "
                     "--preserve_answers (a file that an earlier run wrote)"
                 )
         return None
     if flags.t5 is None:
         raise InputError("--preserve_prompts and --preserve_answers need --t5 to encode the prompts")
-    files = [Path(name) for name in prompts if name != "auto"]
+    files = [Path(name) for name in names or () if name != "auto"]
+    nothing_listed = names is not None and not files
     every = 4 if flags.preserve_every is None else flags.preserve_every
     # So that it has the same effect on average, whatever --preserve_every is.
     weight = float(every) if flags.preserve_weight is None else flags.preserve_weight
     return PreserveConfig(
-        prompts=tuple(line.prompt for file in files for line in read_prompt_file(file)),
-        from_ledger="auto" in prompts,
+        prompts=(EMPTY_PROMPT,) if nothing_listed else _prompts_of(files),
+        from_ledger=nothing_listed or "auto" in (names or ()),
         answers=_answers(flags),
         levels=_LEVELS if flags.preserve_levels is None else flags.preserve_levels,
+        random=flags.preserve_random,
         every=every,
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
         fp8_t5=flags.fp8_t5,
     )
+
+
+def _prompts_of(files: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(line.prompt for file in files for line in read_prompt_file(file))
 
 
 def _answers(flags: Namespace) -> Path | None:

@@ -21,7 +21,8 @@ from wan.errors import InputError
 LATEST = Path("latest")  # what --resume says for the newest state of its --output_name
 _FORMAT = 5
 _FILE = "state.pt"
-_TOLD_IF_USED = {"fp8_base": "no"}  # settings that are left out where they are this, as all earlier versions did
+# Settings that are left out where they are this, as all earlier versions did.
+_TOLD_IF_USED = {"fp8_base": "no", "preserve_random": "0"}
 _COUNTS = ("epoch", "batch", "step", "planned_steps")
 _TABLES = ("trained", "optimizer", "scheduler", "scaler")
 _KEYS = (*_COUNTS, *_TABLES, "losses")
