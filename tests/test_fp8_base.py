@@ -250,9 +250,11 @@ def test_a_layer_is_freed_at_the_end_of_its_placement_without_the_garbage_collec
 
 
 def round_trip(weight, fp8, dtype=torch.bfloat16):
-    parameter = nn.Parameter(weight.clone(), requires_grad=False)
+    file = weight.clone()
+    parameter = nn.Parameter(file, requires_grad=False)
     rounding = Rounding([parameter], fp8 == "scaled", dtype)
     rounding.move(parameter, torch.empty(weight.numel(), dtype=torch.uint8))
+    assert torch.equal(file, weight)  # mapped read-only in a run
     return rounding.turned_back(parameter, parameter.data).clone()
 
 

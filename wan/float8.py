@@ -24,7 +24,7 @@ def round_matrix(values: Tensor, rounded: Tensor, scaled: bool) -> Tensor | None
             low, high = values[rows].aminmax(dim=1, keepdim=True)
             # Not 0, which a row of zeros would have.
             scales[rows] = (torch.maximum(high, -low).to(SCALE) / _LARGEST).clamp(min=torch.finfo(SCALE).tiny)
-            rounded[rows] = values[rows].to(SCALE).div_(scales[rows]).to(FLOAT8)
+            rounded[rows] = (values[rows] / scales[rows]).to(FLOAT8)
         else:
             # Without the clamp, what is larger becomes NaN in some versions of PyTorch.
             rounded[rows] = values[rows].clamp(-_LARGEST, _LARGEST).to(FLOAT8)
