@@ -21,10 +21,11 @@ def round_matrix(values: Tensor, rounded: Tensor, scaled: bool) -> Tensor | None
     scales = torch.empty(len(values), 1, dtype=SCALE, device=values.device) if scaled else None
     for rows in _runs(values):
         if scaled:
-            low, high = values[rows].aminmax(dim=1, keepdim=True)
+            # A copy, since aminmax has crashed on tensors that are mapped from a file.
+            part = values[rows].to(SCALE, copy=True)
             # Not 0, which a row of zeros would have.
-            scales[rows] = (torch.maximum(high, -low).to(SCALE) / _LARGEST).clamp(min=torch.finfo(SCALE).tiny)
-            rounded[rows] = (values[rows] / scales[rows]).to(FLOAT8)
+            scales[rows] = (part.abs().amax(dim=1, keepdim=True) / _LARGEST).clamp(min=torch.finfo(SCALE).tiny)
+            rounded[rows] = part.div_(scales[rows]).to(FLOAT8)
         else:
             # Without the clamp, what is larger becomes NaN in some versions of PyTorch.
             rounded[rows] = values[rows].clamp(-_LARGEST, _LARGEST).to(FLOAT8)
