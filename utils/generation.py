@@ -36,6 +36,8 @@ from utils.sampling.prompts import SamplePrompt, parse_prompt_line
 from utils.sampling.sample_metadata import picture_names, sample_settings, settings_of_latent
 from utils.sampling.starts import encode_starts
 from utils.slice_saving import base_identity
+from utils.slices.lora_files import LoraFile, read_loras
+from utils.slices.loras_beside import lora_bytes_beside, lora_lines, loras_beside
 from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
 from utils.swap.memory_checks import check_memory
@@ -68,6 +70,10 @@ class GenerateConfig:
     dit_high_noise: Path | None
     slices: tuple[Path, ...]  # each goes on top of the DiT that it was trained on
     slice_strengths: tuple[float, ...]
+    loras: tuple[Path, ...]  # beside dit
+    lora_multipliers: tuple[float, ...]
+    loras_high_noise: tuple[Path, ...]  # beside dit_high_noise
+    lora_multipliers_high_noise: tuple[float, ...]
     vae: Path | None
     t5: Path | None
     clip: Path | None  # the image encoder, for tasks that read pictures through it
@@ -87,6 +93,8 @@ class _Expert:
 
     path: Path
     slices: SlicesOnBase
+    loras: tuple[LoraFile, ...]
+    swap: SwapConfig
     dtype: torch.dtype
     mapped: bool  # its weights on the CPU are the file's own bytes
     widths: WanConfig
@@ -115,9 +123,11 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
 
 def _read_experts(config: GenerateConfig, say: Callable[[str], None]) -> list[_Expert]:
     slices = _slices_by_dit(config)
-    experts = [_read_expert(config, config.dit, slices, say)]
+    loras = config.loras, config.lora_multipliers
+    experts = [_read_expert(config, config.dit, slices, loras, say)]
     if config.dit_high_noise is not None:
-        high = _read_expert(config, config.dit_high_noise, slices, say)
+        loras = config.loras_high_noise, config.lora_multipliers_high_noise
+        high = _read_expert(config, config.dit_high_noise, slices, loras, say)
         scales = (config.guidance_scale_high, high.defaults.guidance_scale, TASKS[config.task].guidance_scale_high)
         guidance_scale = next((scale for scale in scales if scale is not None), None)
         experts.insert(0, replace(high, guidance_scale=guidance_scale, t_end=config.boundary * TIMESTEPS))
@@ -144,6 +154,7 @@ def _read_expert(
     config: GenerateConfig,
     path: Path,
     slices: Mapping[Path, Sequence[tuple[SliceFile, float]]],
+    loras: tuple[Sequence[Path], Sequence[float]],
     say: Callable[[str], None],
 ) -> _Expert:
     header = read_checkpoint_header(path)
@@ -151,16 +162,23 @@ def _read_expert(
     widths = config_from_header(header)
     dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
     mapped = file_dtype(header) == dtype
-    check_swap(widths, dtype, config.device, config.swap, mapped)
+    beside = read_loras(*loras, widths)
+    swap = _without(config.swap, lora_bytes_beside(beside, dtype))
+    check_swap(widths, dtype, config.device, swap, mapped)
     lighter = "use a bf16 file" if is_fp8(header) else "leave out --dit_dtype"
-    check_memory(header, widths, dtype, config.device, config.swap, f"{lighter}, so that the weights are read in place")
+    check_memory(header, widths, dtype, config.device, swap, f"{lighter}, so that the weights are read in place")
     own = slices_on_base(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     with_slices = "".join(f", with {entry.label}" for entry in own.entries)
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{with_slices}")
     defaults = read_sample_defaults(header.metadata, path)
-    for line in [*own.notes, *defaults.lines(path)]:
+    for line in [*own.notes, *lora_lines(beside, dtype), *defaults.lines(path)]:
         say(line)
-    return _Expert(path, own, dtype, mapped, widths, defaults, guidance_scale=None, t_end=0.0)
+    return _Expert(path, own, beside, swap, dtype, mapped, widths, defaults, guidance_scale=None, t_end=0.0)
+
+
+def _without(swap: SwapConfig, taken: int) -> SwapConfig:
+    """What is left for the weights of a model when something else has taken `taken` bytes of the device."""
+    return swap if swap.weights_vram is None else replace(swap, weights_vram=swap.weights_vram - taken)
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -258,7 +276,11 @@ def _run_expert(
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
     model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices)
-    with place_model(model, config.device, config.swap, loaded=LoadedWeights(expert.mapped, overlays)) as placement:
+    loaded = LoadedWeights(expert.mapped, overlays)
+    with (
+        place_model(model, config.device, expert.swap, loaded=loaded) as placement,
+        loras_beside(model, expert.loras, config.device),
+    ):
         with tqdm.external_write_mode():
             say(memory_line(placement, config.device))
         for denoising in denoisings:
@@ -334,6 +356,8 @@ def _settings(sample: Sample, experts: Sequence[_Expert]) -> dict[str, object]:
         model=low.path.stem,
         model_high_noise=high[0].path.stem if high else None,
         slices=[entry.label for expert in experts for entry in expert.slices.entries],
+        loras=[file.label for file in low.loras],
+        loras_high_noise=[file.label for expert in high for file in expert.loras],
     )
 
 

@@ -1,0 +1,49 @@
+"""The flags of LoRAs that are computed beside a model, in generation and for the samples of a run."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from utils.cli.command import number, one_strength_each
+from utils.files import existing_file
+from wan.errors import InputError
+from wan.values import STRENGTH
+
+_NAMES = "musubi-tuner, ComfyUI, diffusers, PEFT or Kohya"
+GENERATION = {
+    "lora_weight": ("lora_multiplier", "to compute beside --dit"),
+    "lora_weight_high_noise": ("lora_multiplier_high_noise", "to compute beside --dit_high_noise"),
+}
+TRAINING = {
+    "sample_lora": ("sample_lora_multiplier", "that the model computes with while samples are drawn, and only then"),
+}
+
+
+def add_lora_flags(add: Callable[..., object], flags: dict[str, tuple[str, str]]) -> None:
+    """Adds the flags of LoRA files and of their multipliers."""
+    for files, (multipliers, what) in flags.items():
+        add(
+            f"--{files}",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help=f"LoRA files {what}; with the names of {_NAMES} (default: none)",
+        )
+        add(
+            f"--{multipliers}",
+            type=number(STRENGTH),
+            nargs="+",
+            metavar="NUMBER",
+            help=f"one multiplier for all LoRAs of --{files}, or one for each (default: 1)",
+        )
+
+
+def read_loras(flags: Namespace, files: str) -> tuple[tuple[Path, ...], tuple[float, ...]]:
+    """The LoRA files of the flag `files` and a multiplier for each; InputError if they do not go together."""
+    (multipliers, _), given = (GENERATION | TRAINING)[files], getattr(flags, files)
+    numbers: Sequence[float] | None = getattr(flags, multipliers)
+    if numbers and not given:
+        raise InputError(f"--{multipliers} has no effect without --{files}")
+    paths = tuple(existing_file(path, f"--{files}") for path in given)
+    return paths, tuple(one_strength_each(numbers, len(paths), f"--{multipliers}", "LoRAs"))
