@@ -19,14 +19,13 @@ from tqdm import tqdm
 from utils.devices import cpu_line
 from utils.files import file_name
 from utils.sampling import writers
+from utils.sampling.batches import advance, decode_latents
 from utils.sampling.defaults import SampleDefaults, read_sample_defaults
 from utils.sampling.denoising import (
     TIMESTEPS,
     Denoising,
     Sample,
-    advance,
     cut_lines,
-    decode_latent,
     encode_samples,
     resolve_sample,
     size_line,
@@ -82,6 +81,7 @@ class GenerateConfig:
     boundary: float | None  # share of the timesteps above which dit_high_noise works
     guidance_scale_high: float | None  # None: what dit_high_noise suggests, else the task's
     swap: SwapConfig
+    batch: int | None  # latents in a pass through the model; None: by their size
     device: torch.device
     dit_dtype: torch.dtype | None  # None: the file's
     vae_dtype: torch.dtype
@@ -283,11 +283,8 @@ def _run_expert(
     ):
         with tqdm.external_write_mode():
             say(memory_line(placement, config.device))
-        for denoising in denoisings:
-            guidance_scale = expert.guidance_scale
-            if guidance_scale is None:
-                guidance_scale = denoising.sample.guidance_scale
-            advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step, str(expert.path))
+        scale, source = expert.guidance_scale, str(expert.path)
+        advance(denoisings, model, scale, texts, config.device, config.batch, expert.t_end, on_step, source)
 
 
 def _save_all(
@@ -307,9 +304,10 @@ def _save_all(
             paths.append(writers.save_latent(path, denoising.latent_CFHW, metadata))
     if config.output_type != "latent":
         vae.to(config.device)
+        videos = decode_latents(vae, [denoising.latent_CFHW for denoising in denoisings])
         paths += [
-            _save_decoded(config, vae, denoising.latent_CFHW, stem, _settings(denoising.sample, experts))
-            for stem, denoising in zip(stems, denoisings, strict=True)
+            _save_video(config, vae, video_3THW, stem, _settings(denoising.sample, experts))
+            for stem, denoising, video_3THW in zip(stems, denoisings, videos, strict=True)
         ]
         vae.to("cpu")
     for path in paths:
@@ -361,10 +359,9 @@ def _settings(sample: Sample, experts: Sequence[_Expert]) -> dict[str, object]:
     )
 
 
-def _save_decoded(
-    config: GenerateConfig, vae: WanVAE, latent_CFHW: Tensor, stem: str, settings: Mapping[str, object]
+def _save_video(
+    config: GenerateConfig, vae: WanVAE, video_3THW: Tensor, stem: str, settings: Mapping[str, object]
 ) -> Path:
-    video_3THW = decode_latent(vae, latent_CFHW)
     if not config.write_metadata:
         settings = writers.NO_SETTINGS
     if config.output_type in _FRAME_OUTPUTS:
@@ -378,10 +375,10 @@ def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> 
     vae = _vae_of_latents(config, {len(latent_CFHW) for latent_CFHW, _ in loaded})
     writers.remove_unfinished(config.save_path)
     stems = _free_stems(config.save_path, [file_name(metadata.get("seeds", "0")) for _, metadata in loaded])
-    paths = []
-    for source, stem, (latent_CFHW, metadata) in zip(config.latent_paths, stems, loaded, strict=True):
+    paths, videos = [], decode_latents(vae, [latent_CFHW for latent_CFHW, _ in loaded])
+    for source, stem, (_, metadata), video_3THW in zip(config.latent_paths, stems, loaded, videos, strict=True):
         settings = settings_of_latent(metadata)
-        paths.append(_save_decoded(config, vae, latent_CFHW, file_name(f"{stem}_{source.stem}"), settings))
+        paths.append(_save_video(config, vae, video_3THW, file_name(f"{stem}_{source.stem}"), settings))
         say(f"saved {paths[-1]}")
     return paths
 

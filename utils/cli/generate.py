@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import lora_flags
+from utils.cli import sampling_flags
 from utils.cli.command import (
     DTYPES,
     USAGE,
@@ -19,7 +19,7 @@ from utils.cli.command import (
     refuse_flags,
     task,
 )
-from utils.cli.lora_flags import add_lora_flags, read_loras
+from utils.cli.sampling_flags import add_batch_flag, add_lora_flags, read_loras
 from utils.cli.swap_flags import add_swap_flags, read_swap
 from utils.cli.unsupported import GENERATION
 from utils.devices import default_device
@@ -49,7 +49,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
     defaults = _prompt_defaults(flags, task)
     _check_combinations(flags, task)
     prompts = _prompts(flags, defaults, task)
-    (loras, multipliers), (loras_high, multipliers_high) = (read_loras(flags, own) for own in lora_flags.GENERATION)
+    (loras, multipliers), (loras_high, multipliers_high) = (read_loras(flags, own) for own in sampling_flags.GENERATION)
     for prompt in prompts:
         check_vae(prompt, flags.vae)
     return GenerateConfig(
@@ -77,6 +77,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         boundary=_boundary(flags, task),
         guidance_scale_high=flags.guidance_scale_high_noise,
         swap=read_swap(flags),
+        batch=flags.sample_batch,
         device=flags.device or default_device(),
         dit_dtype=flags.dit_dtype,
         vae_dtype=flags.vae_dtype,
@@ -155,7 +156,7 @@ def _add_files(parser: Parser) -> None:
         metavar="STRENGTH",
         help="one strength for all slices, or one for each; 1 is as trained (default: 1)",
     )
-    add_lora_flags(add, lora_flags.GENERATION)
+    add_lora_flags(add, sampling_flags.GENERATION)
     add(
         "--vae",
         type=Path,
@@ -237,6 +238,7 @@ def _add_sampling(parser: Parser) -> None:
         default="unipc",
         help="the sampler; vanilla is Euler's method (default: %(default)s)",
     )
+    add_batch_flag(add)
     add("--seed", type=number(SEED), metavar="N", help="seed of the noise (default: random, and printed)")
     add("--cpu_noise", action="store_true", help="accepted for compatibility: noise is always drawn on the CPU")
 

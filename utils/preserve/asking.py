@@ -6,9 +6,9 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from utils.preserve.answers_file import (
     write_answers,
 )
 from utils.preserve.old_prompts import OldPrompts, Preservation, PreserveConfig, encoded, given_for, old_prompts
+from utils.sampling.batches import rows_together
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import Entry
 from wan.configs import WanConfig
@@ -225,7 +226,7 @@ def keep_answers(
             "move the file, or give --overwrite to replace it"
         )
     else:
-        _record(plan, model, accelerator, run, say)
+        _record(plan, model, accelerator, config.batch, run, say)
     accelerator.wait_for_everyone()
     kept = read_answers(plan.path, plan.model.base, model.config)
     general = tuple(old for old in kept if old.concept is None)
@@ -233,13 +234,20 @@ def keep_answers(
     return Preservation(general, of_concepts, config.every, config.weight, plan.most_values)
 
 
-def _record(plan: AskingPlan, model: WanModel, accelerator: Accelerator, run: str, say: Callable[[str], None]) -> None:
+def _record(
+    plan: AskingPlan,
+    model: WanModel,
+    accelerator: Accelerator,
+    batch: int | None,
+    run: str,
+    say: Callable[[str], None],
+) -> None:
     new = sum(not old.kept for old, _ in plan.asked)
     say(
         f"before the first step the run records {plan.questions} predictions of the model, for the {new} of "
         f"{len(plan.asked)} listed prompts that have none yet"
     )
-    answers = _answers(plan, model, accelerator.device)
+    answers = _answers(plan, model, accelerator.device, batch)
     if accelerator.is_main_process:
         with tqdm(answers, total=plan.questions, desc="recording", leave=False) as bar:
             write_answers(plan.path, plan.model.base, run, plan.asked, iter(bar))
@@ -248,18 +256,38 @@ def _record(plan: AskingPlan, model: WanModel, accelerator: Accelerator, run: st
             pass
 
 
+def _answers(plan: AskingPlan, model: WanModel, device: torch.device, batch: int | None) -> Iterator[Answer]:
+    """The predictions, prompt after prompt; those of one size share a pass of the model, also across prompts."""
+    asked = [(old, question) for old, questions in plan.asked for question in questions]
+    waiting: dict[tuple[int, ...], deque[int]] = {}
+    for number, (_, question) in enumerate(asked):
+        waiting.setdefault(question.shape, deque()).append(number)
+    found: dict[int, Answer] = {}  # ahead of their turn: no more than a batch of each size
+    for number, (_, question) in enumerate(asked):
+        if number not in found:
+            same = waiting[question.shape]
+            together = [same.popleft() for _ in range(min(len(same), _room(question.shape, plan, batch)))]
+            found |= zip(together, _predicted([asked[own] for own in together], model, device), strict=True)
+        yield found.pop(number)
+
+
+def _room(shape: tuple[int, ...], plan: AskingPlan, batch: int | None) -> int:
+    """How many predictions at latents of this shape are made in one pass; by default, no fewer than train in one."""
+    if batch is not None:
+        return batch
+    return max(plan.most_values // math.prod(shape), rows_together(shape, plan.model.config))
+
+
 @torch.no_grad()
-def _answers(plan: AskingPlan, model: WanModel, device: torch.device) -> Iterator[Answer]:
-    """The predictions, prompt after prompt, in batches no larger than the run's."""
-    for old, questions in plan.asked:
-        for shape, same in groupby(questions, key=lambda question: question.shape):
-            same, size = list(same), plan.most_values // math.prod(shape)
-            for batch in (same[start : start + size] for start in range(0, len(same), size)):
-                noisy = torch.stack([question.noisy() for question in batch])
-                t_B = torch.tensor([question.t for question in batch])
-                context = [old.text_SD.to(device)] * len(batch)
-                pictures = [question.pictures and question.pictures.read() for question in batch]
-                starts = [question.starts_clean for question in batch]
-                given = given_for(pictures, starts).to(device)
-                velocity = predict(model, noisy.float().to(device), t_B.to(device), context, given).float().cpu()
-                yield from map(Answer, noisy, t_B.tolist(), velocity, pictures, starts)
+def _predicted(
+    together: Sequence[tuple[OldPrompt, Question]], model: WanModel, device: torch.device
+) -> Iterator[Answer]:
+    questions = [question for _, question in together]
+    noisy = torch.stack([question.noisy() for question in questions])
+    t_B = torch.tensor([question.t for question in questions])
+    context = [old.text_SD.to(device) for old, _ in together]
+    pictures = [question.pictures and question.pictures.read() for question in questions]
+    starts = [question.starts_clean for question in questions]
+    given = given_for(pictures, starts).to(device)
+    velocity = predict(model, noisy.float().to(device), t_B.to(device), context, given).float().cpu()
+    return map(Answer, noisy, t_B.tolist(), velocity, pictures, starts)

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.sampling.batches import advance, decode_latents
 from utils.sampling.defaults import SampleDefaults
 from utils.sampling.denoising import (
+    Denoising,
     Sample,
     Start,
     cut_lines,
-    decode_latent,
     encode_samples,
     resolve_sample,
-    sample_prompt,
     size_line,
 )
 from utils.sampling.prompts import SamplePrompt
@@ -48,6 +48,7 @@ class SampleConfig:
     every_n_steps: int | None = None
     at_first: bool = False
     clip: Path | None = None  # the image encoder, for tasks that read pictures through it
+    batch: int | None = None  # latents that go through the model in one pass; None: by their size
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class PreparedSamples:
     texts: Mapping[str, Tensor]
     vae: WanVAE
     fps: int
+    batch: int | None  # latents in a pass; None: by their size
+
+    def denoisings(self) -> list[Denoising]:
+        """The samples at their starts."""
+        return [Denoising(sample, start) for sample, start in zip(self.samples, self.starts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def prepare_samples(
     del text_encoder
     gc.collect()  # its memory is needed for the transformer
     seed_given = tuple(prompt.seed is not None for prompt in config.prompts)
-    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps)
+    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps, config.batch)
 
 
 def due_after_step(config: SampleConfig | None, step: int) -> bool:
@@ -126,16 +132,15 @@ def draw_samples(
 
     `weights` tells what it was sampled with, for the files' metadata; None leaves all metadata out.
     """
+    denoisings = prepared.denoisings()
     source = "the model in training"
-    latents = [
-        sample_prompt(model, sample, prepared.texts, device, on_step, source, start)
-        for sample, start in zip(prepared.samples, prepared.starts, strict=True)
-    ]
+    advance(denoisings, model, None, prepared.texts, device, prepared.batch, on_step=on_step, source=source)
+    latents = [denoising.latent_CFHW for denoising in denoisings]
     prepared.vae.to(device)
     time = datetime.now().strftime("%Y%m%d%H%M%S")
     saved = []
-    for number, (sample, latent_CFHW) in enumerate(zip(prepared.samples, latents, strict=True)):
-        video_3THW = decode_latent(prepared.vae, latent_CFHW)
+    videos = decode_latents(prepared.vae, latents)
+    for number, (sample, video_3THW) in enumerate(zip(prepared.samples, videos, strict=True)):
         suffix = f"_{sample.seed}" if prepared.seed_given[number] else ""
         settings = NO_SETTINGS if weights is None else sample_settings(sample, **weights)
         path = save_sample(folder, f"{stem}_{number:02d}_{time}{suffix}", video_3THW, prepared.fps, settings)

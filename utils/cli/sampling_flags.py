@@ -1,4 +1,4 @@
-"""The flags of LoRAs that are computed beside a model, in generation and for the samples of a run."""
+"""The flags that generation shares with the samples of a run: LoRAs beside the model, samples drawn together."""
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from utils.cli.command import number, one_strength_each
 from utils.files import existing_file
 from wan.errors import InputError
-from wan.values import STRENGTH
+from wan.values import COUNT, STRENGTH
 
 _NAMES = "musubi-tuner, ComfyUI, diffusers, PEFT or Kohya"
 GENERATION = {
@@ -47,3 +47,14 @@ def read_loras(flags: Namespace, files: str) -> tuple[tuple[Path, ...], tuple[fl
         raise InputError(f"--{multipliers} has no effect without --{files}")
     paths = tuple(existing_file(path, f"--{files}") for path in given)
     return paths, tuple(one_strength_each(numbers, len(paths), f"--{multipliers}", "LoRAs"))
+
+
+def add_batch_flag(add: Callable[..., object]) -> None:
+    """Adds the flag for how many samples are drawn together."""
+    add(
+        "--sample_batch",
+        type=number(COUNT),
+        metavar="N",
+        help="most latents of one size in a pass through the model, where a sample with guidance counts as two; with "
+        "swapped blocks, larger batches copy less and take more memory (default: by their size, 4 of 512x512)",
+    )
