@@ -32,6 +32,7 @@ CONTRACT = 1
 ROW_GROUPS = 8
 _SHARE = re.compile(r"\+?([0-9]+/[0-9]+|([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?)")
 _LONGEST_SHARE = 40  # characters
+_TOGETHER = 2**24  # values that are written or reduced in one go: all of ff 0.001 of a 14B model
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 _PREFIX = re.compile(r"^(model\.|diffusion_model\.|pipe\.dit\.|transformer\.|module\.|dit\.)+")
 Ff = str | int | float | Decimal | Fraction
@@ -241,6 +242,17 @@ def _beside_forward(matrix: SlicedMatrix, frozen_forward: Callable[[Tensor], Ten
     return y + matrix.product(x.to(y.dtype))
 
 
+def _in_runs(items: Sequence, counts: Sequence[int]) -> list[list]:
+    """The items in their order, in runs of at most _TOGETHER values unless a single one has more."""
+    runs, held = [], _TOGETHER
+    for item, count in zip(items, counts, strict=True):
+        if held + count > _TOGETHER:
+            runs, held = [*runs, []], 0
+        runs[-1].append(item)
+        held += count
+    return runs
+
+
 # ---- the slice of a model
 
 
@@ -326,23 +338,22 @@ class TrainedSlice(nn.Module):
         """Puts the values in use into the resident weights; to be called after every optimizer step."""
         self.version += 1
         resident = [matrix for matrix in self.matrices.values() if matrix.fetch is None and not self.beside]
-        if resident:
-            # All of them in one go: a GPU would spend more time on starting small operations than on doing them.
-            starts, differences = torch.cat([m.start for m in resident]), torch.cat([m.difference for m in resident])
+        for together in _in_runs(resident, [matrix.units.count for matrix in resident]):
+            # A GPU would spend more time on starting small operations than on doing them.
+            starts, differences = (torch.cat([getattr(m, part) for m in together]) for part in ("start", "difference"))
             values = moved_values(starts, differences)
-            for matrix, own in zip(resident, values.split([m.units.count for m in resident]), strict=True):
+            for matrix, own in zip(together, values.split([m.units.count for m in together]), strict=True):
                 matrix.write(matrix.linear.weight, own)
 
     def reduce_gradients(self) -> None:
         """Averages the slice's gradients over the processes of torch.distributed, before clipping, on real steps."""
-        for parameter in self.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad for parameter in self.parameters()])
-        torch.distributed.all_reduce(flat)
-        flat /= torch.distributed.get_world_size()
-        for parameter, grad in zip(self.parameters(), flat.split([p.numel() for p in self.parameters()]), strict=True):
-            parameter.grad.copy_(grad)
+        parameters = list(self.parameters())
+        for together in _in_runs(parameters, [parameter.numel() for parameter in parameters]):
+            flat = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in together])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            for parameter, grad in zip(together, flat.split([p.numel() for p in together]), strict=True):
+                parameter.grad = grad.clone() if parameter.grad is None else parameter.grad.copy_(grad)
 
     def get_extra_state(self) -> Tensor:
         """Which slice state_dict() is of, as text in bytes, since some savers take tensors alone."""

@@ -9,6 +9,7 @@ from tiny_run import write_dataset
 
 from utils.cli.cache import parse_cache_latents
 from utils.cli.command import Parser
+from utils.cli.slices import _parser as slices_parser
 from utils.cli.train import parse_train
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
@@ -252,3 +253,8 @@ def test_page_locked_memory_on_a_cpu_is_refused_with_the_flag_that_asked_for_it(
 def test_other_scripts_name_what_cannot_be_seen_too():
     with pytest.raises(InputError, match=r"--vae: .* holds U\+000D CARRIAGE RETURN"):
         parse_cache_latents(["--dataset_config", "data.toml", "--vae", "vae.safetensors\r"])
+
+
+def test_a_flag_of_another_command_is_said_to_be_one():
+    with pytest.raises(InputError, match="--strength is a flag of apply, not of this command"):
+        slices_parser().parse_args(["scale", "x.safetensors", "1", "--base", "b", "--strength", "0", "-o", "y"])

@@ -132,6 +132,15 @@ def test_offloaded_weights_are_those_of_apply_in_the_dtype_of_the_compute(nodes,
         assert same(model.offloaded(dtype), expected)
 
 
+def test_half_of_a_slice_of_an_fp32_base_is_exact_where_the_compute_is_in_bf16(nodes, tmp_path):
+    base = write_base(tmp_path / "base.safetensors", torch.float32)
+    train_concept(base, tmp_path, "wide", "0.05", 2)
+    file_of(nodes, tmp_path / "wide.slice.safetensors", "wide.slice.safetensors")
+    model = chained(nodes, comfy_model(base), ("wide", 0.5))
+    expected = applied(tmp_path, ("wide", 0.5), dtype=torch.bfloat16)
+    assert same(model.offloaded(torch.bfloat16), expected)
+
+
 def test_adapters_that_are_copied_to_the_device_ahead_of_use_do_the_same(nodes, files):
     model = chained(nodes, comfy_model(files / "base.safetensors"), ("one", 0.5), ("two", 1))
     assert same(model.prefetched(), applied(files, ("one", 0.5), ("two", 1)))
@@ -197,7 +206,7 @@ def test_a_quantised_weight_s_shape_is_the_matrix_s_and_what_state_dict_adds_doe
 
     base = comfy_model(files / "base.safetensors")
     linear = base.model.diffusion_model.blocks[0].ffn[0]
-    packed = torch.zeros(96, 27, dtype=torch.uint8).as_subclass(Packed)
+    packed = torch.zeros(96, 27, dtype=torch.bfloat16).as_subclass(Packed)  # a dtype that is not the stored one's
     linear.weight = nn.Parameter(packed, requires_grad=False)
     linear.register_state_dict_post_hook(lambda _, state, prefix, __: state.update({f"{prefix}temp.weight": packed}))
     model, report = nodes["LoadWanSlice"].load(base, "one.slice.safetensors", 1)

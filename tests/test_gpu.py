@@ -13,10 +13,13 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from test_selective_finetune import TINY, cut, tiny_model
 from test_training_debug import events, rows_of
+from tiny_models import MODELS, tiny_batch, tiny_step
+from tiny_models import tiny_model as picture_model
 from tiny_run import run, write_dataset, write_dit
 
 from utils.learning.conditions import Conditioning, predict
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
+from utils.run.step import backward
 from utils.selective_finetune import attach_slice, block_linears
 from utils.swap.backend import CudaBackend
 from utils.swap.block_inputs import BlockInputs
@@ -135,6 +138,20 @@ def test_under_autocast_a_slice_has_the_gradient_of_whole_weights(dtype, checkpo
         found = matrix.difference.grad
         assert found.dtype == torch.float32 and found.device.type == "cuda" and expected.norm() > 0
         assert (found.cpu() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("task", list(MODELS))
+def test_models_that_start_from_pictures_have_the_cpus_gradients_with_all_blocks_swapped(task):
+    found = []
+    for device, swapped in (("cpu", 0), ("cuda", 2)):
+        model = picture_model(task)
+        trained = attach_slice(model, "0.05", 3, device=device)
+        checkpoint_blocks(model, BlockInputs(2, torch.device(device)) if swapped else None)
+        place_model(model, device, SwapConfig(swapped), trained)
+        share = 0.5 if task == "ti2v-5B" else 0.0
+        backward(tiny_step(model, share, device=device), tiny_batch(task, frames=3), 1, 0, 1, preserves=False)
+        found.append(torch.cat([parameter.grad.flatten().cpu() for parameter in trained.parameters()]))
+    assert (found[1] - found[0]).norm() < 1e-3 * found[0].norm()
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Reference predictions of models that start from pictures: the second version of their file."""
 
 import json
+import struct
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import CLIP_WIDTH, MODELS
@@ -176,3 +179,44 @@ def test_predictions_of_another_kind_of_model_are_refused(tmp_path):
     for other in (MODELS["flf2v-14B"], MODELS["i2v-A14B"], CONFIG, replace(MODELS["i2v-14B"], image_dim=8)):
         with pytest.raises(InputError, match=OTHER):
             read_answers(tmp_path / "a.safetensors", BASE, other)
+
+
+values = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=3)
+told_values = values | st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=2)
+
+
+@st.composite
+def hostile_bytes(draw, whole):
+    """A real file with bytes changed, cut or added, in its header for the most part, or with another list."""
+    size = struct.unpack("<Q", whole[:8])[0]
+    if draw(st.booleans()):
+        header = json.loads(whole[8 : 8 + size])
+        table = json.loads(header["__metadata__"]["wan_answers"])
+        where = draw(st.sampled_from([table, *table["prompts"]]))
+        where[draw(st.sampled_from([*where, "pictures", "starts_clean"]))] = draw(told_values)
+        header["__metadata__"]["wan_answers"] = json.dumps(table)
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + whole[8 + size :]
+    content = bytearray(whole)
+    for _ in range(draw(st.integers(1, 4))):
+        content[draw(st.integers(0, min(size + 100, len(content) - 1)))] = draw(st.integers(0, 255))
+    return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
+
+
+@pytest.mark.parametrize("examples", [30, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_read_as_it_is_or_refused_in_one_line(tmp_path, examples):
+    path, refused = tmp_path / "a.safetensors", []
+    written(path, "i2v-14B")
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(hostile_bytes(path.read_bytes()))
+    def attempt(content):
+        (tmp_path / "b.safetensors").write_bytes(content)
+        try:
+            prompts = read_answers(tmp_path / "b.safetensors", BASE, MODELS["i2v-14B"])
+            assert all(own.pictures and not own.starts_clean for old in prompts for own in old.kept)
+        except InputError as error:
+            refused.append(str(error))
+
+    attempt()
+    assert refused and not any("\n" in message or len(message) > 2000 for message in refused)

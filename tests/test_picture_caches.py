@@ -359,7 +359,7 @@ def test_caches_alone_are_trained_on_and_those_for_another_model_named(clips, tm
 
 
 def test_a_share_is_held_out_of_clips_alone(tmp_path, vae_file):
-    config = videos(tmp_path, {"v": 6, "w": 6}, target_frames=[1, 5])
+    config = videos(tmp_path, {"v": 6, "w": 7}, target_frames=[1, 5])
     table = json.loads(config.read_text()) | {"general": {"validation_split": 0.5}}
     config.write_text(json.dumps(table), encoding="utf-8")
     cache_text(config, vae_file)
@@ -391,6 +391,21 @@ def test_the_vae_of_ti2v_5b_needs_no_pictures(clips, vae_2_2, clip_file, flag):
 def test_a_vae_in_place_of_clip_is_named(clips, vae_file):
     with pytest.raises(InputError, match="is not a CLIP image encoder"):
         cache_latents(clips, vae_file, "--clip", str(vae_file))
+
+
+def test_caches_of_two_clips_are_said(tmp_path, vae_file, clip_file):
+    config = videos(tmp_path, {"v": 6, "w": 6, "x": 6}, target_frames=[5])
+    cache_text(config, vae_file)
+    cache_latents(config, vae_file, "--clip", str(clip_file))
+    assert not any("another CLIP" in line for line in _build(config, "i2v-14B").describe())
+    (tmp_path / "cache" / "w_00000-005_0032x0032_wan.safetensors").rename(tmp_path / "kept")
+    cache_latents(config, vae_file, "--clip", _other_clip(clip_file, tmp_path), "--recache")
+    (tmp_path / "kept").rename(tmp_path / "cache" / "w_00000-005_0032x0032_wan.safetensors")
+    line = (
+        "another CLIP than the others (cache them again to make them alike): 1, w_00000-005_0032x0032_wan.safetensors"
+    )
+    assert any(line in said for said in _build(config, "i2v-14B").describe())
+    assert not any("another CLIP" in said for said in _build(config, "i2v-A14B").describe())
 
 
 def test_one_clip_is_known_in_every_precision(clip_file):

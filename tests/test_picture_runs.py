@@ -15,15 +15,16 @@ from utils.cli.train import parse_train
 from utils.data.cache_files import read_clip, read_condition, read_latents, read_text
 from utils.data.dataset import build_training_dataset
 from utils.data.given_pictures import starts_clean
+from utils.data.origins import without_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.answers_file import read_answers
 from utils.run.checks import check_dataset
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
-from utils.run.noise_bins import curves
+from utils.run.noise_bins import SEED, curves
 from utils.run.state import read_state
 from utils.run.validation import LEVELS, state_problem, validation_sums
 from utils.selective_finetune import slice_indices
-from utils.slice_saving import base_identity
+from utils.slice_saving import base_identity, read_header
 from utils.slices.base_identity import BaseModel
 from utils.training import train
 from wan.errors import InputError
@@ -111,22 +112,22 @@ def test_validation_is_the_loss_at_each_items_own_pictures_in_plain_arithmetic(f
         latents, text = read_latents(item.latents).float(), read_text(item.text)
         for level in range(LEVELS):
             sigma = (level + 0.5) / LEVELS
-            noise = torch.randn(latents.shape, generator=draw_generator(5, "validation", item.name, level))
+            noise = torch.randn(latents.shape, generator=draw_generator(SEED, "validation", item.name, level))
             noisy, frames = (1 - sigma) * latents + sigma * noise, latents.shape[1]
-            starts = starts_clean(share, frames, 5, "validation's first frame", item.name, level)
+            starts = starts_clean(share, frames, SEED, "validation's first frame", item.name, level)
             noisy[:, : int(starts)] = latents[:, : int(starts)]
             t, y, clip = given_to(task, item, starts, 1000 * sigma, frames)
             with torch.no_grad():
                 error = model(noisy[None], t, [text], y, clip)[0] - (noise - latents)
             losses.append(error[:, int(starts) :].square().mean().item())
-    sums = validation_sums(model, items, TimestepConfig("uniform"), 5, 1500, torch.device("cpu"), share)
+    sums = validation_sums(model, items, TimestepConfig("uniform"), 1500, torch.device("cpu"), share)
     assert curves("loss", sums)["validation/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_the_forgetting_probe_starts_from_a_clips_own_pictures_and_survives_a_state(files):
     model, cpu = tiny_model(files[0]), torch.device("cpu")
     texts = [torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3)]
-    asked = ProbedOn(texts, items_of(files), TimestepConfig("uniform"), 5, 0.5 if files[0] == "ti2v-5B" else 0.0)
+    asked = ProbedOn(texts, items_of(files), TimestepConfig("uniform"), 0.5 if files[0] == "ti2v-5B" else 0.0)
     probe = start_probe(asked, model, 10**6, cpu)
     assert not forgetting_sums(model, probe, 10**6, cpu)[0].any()
     model.head.head.bias.data += 0.5
@@ -174,6 +175,20 @@ def kept_by(files, name):
     return read_answers(files[1] / "out" / f"{name}.answers.safetensors", base, MODELS[files[0]])
 
 
+def is_of(item, answer):
+    """Whether a prediction is at an item's noisy latents, its clean first frame, its pictures."""
+    latents, sigma, first = read_latents(item.latents).float(), answer.t / 1000, int(answer.starts_clean)
+    if latents.shape != answer.noisy_CFHW.shape:
+        return False
+    noise = ((answer.noisy_CFHW.float() - (1 - sigma) * latents) / sigma)[:, first:]
+    same = [torch.equal(answer.noisy_CFHW[:, :first], latents[:, :first].half()), abs(noise.std() - 1) < 0.15]
+    if answer.pictures:
+        same.append(torch.equal(answer.pictures.y_CFHW, read_condition(item.latents).half()))
+        if answer.pictures.clip_PI is not None:
+            same.append(torch.equal(answer.pictures.clip_PI, read_clip(item.latents).half()))
+    return all(same)
+
+
 def test_old_prompts_are_asked_at_the_clips_own_pictures_and_kept_for_the_next_run(files):
     task, folder = files
     run(files, *preserving(folder), "--max_train_epochs", "1")
@@ -186,6 +201,7 @@ def test_old_prompts_are_asked_at_the_clips_own_pictures_and_kept_for_the_next_r
         given = [None if own is None else own[None].float() for own in given]
         predicted = model(answer.noisy_CFHW[None].float(), t.flatten()[None], [text_SD], *given)[0]
         torch.testing.assert_close(predicted.half(), answer.velocity_CFHW, rtol=1e-3, atol=1e-3)
+        assert any(is_of(item, answer) for item in items_of(files))
     assert any(answer.starts_clean for _, answer in answers) == (task == "ti2v-5B")
     after = ("--preserve_answers", str(folder / "out" / "one.answers.safetensors"), "--preserve_every", "1")
     said = run(files, *preserving(folder, *after), "--output_name", "two", "--max_train_epochs", "1")
@@ -207,11 +223,12 @@ def test_every_other_flag_goes_with_pictures(files):
 
 
 def validated(folder):
-    """A dataset of the same clips, whose caches lie elsewhere."""
-    if not (folder / "other").exists():
-        shutil.copytree(folder / "cache", folder / "other")
+    """A dataset of other clips: their caches, which do not say what they were made of, under other names."""
+    for path in (folder / "cache").glob("*.safetensors"):
+        (folder / "other").mkdir(exist_ok=True)
+        save_file(load_file(path), folder / "other" / f"other_{path.name}", without_origin(read_header(path)[1]))
     table = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    table["datasets"][0]["cache_directory"] = str(folder / "other")
+    table["datasets"][0] |= {"cache_directory": str(folder / "other"), "video_jsonl_file": str(folder / "gone.jsonl")}
     (folder / "other.json").write_text(json.dumps(table), encoding="utf-8")
     return folder / "other.json"
 

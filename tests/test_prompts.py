@@ -135,6 +135,20 @@ def test_a_wrong_file_is_refused(tmp_path, name, text, message):
         read_prompt_file(write(tmp_path, name, text))
 
 
+def test_a_long_dash_before_a_picture_is_noticed_but_not_before_a_sentence():
+    for option in ("i cat.png", "ei my/last.JPEG"):
+        with pytest.raises(InputError, match=r"begins with EM DASH, where two hyphens belong: --e?i"):
+            parse_prompt_line(f"a fox \u2014{option}", DEFAULTS, "line 1")
+    text = "a man says \u2014 I love it. Then \u2014I go"
+    assert parse_prompt_line(text, DEFAULTS, "line 1").prompt == text
+
+
+def test_options_of_pictures_are_paths_with_spaces_in_them():
+    line = "a fox --i my pictures/first frame.png --ei ../last.png --f 5"
+    paths = {"image_path": Path("my pictures/first frame.png"), "end_image_path": Path("../last.png")}
+    assert parse_prompt_line(line, DEFAULTS, "line 1") == SamplePrompt("a fox", frames=5, **paths)
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"prompt file .*p.txt does not exist"):
         read_prompt_file(tmp_path / "p.txt")

@@ -55,11 +55,11 @@ def tiny_batch(task, frames=2, seed=1, entries=(0, 5)):
     }
 
 
-def tiny_step(model, i2v_share=0.0, seed=3, preserved=None, **timesteps):
+def tiny_step(model, i2v_share=0.0, seed=3, preserved=None, device="cpu"):
     """What `backward` reads of a run, around a model."""
-    config = SimpleNamespace(timesteps=TimestepConfig("uniform", **timesteps), i2v_share=i2v_share)
+    config = SimpleNamespace(timesteps=TimestepConfig("uniform"), i2v_share=i2v_share)
     return SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        accelerator=SimpleNamespace(device=torch.device(device)),
         config=config,
         seed=seed,
         model=model,
@@ -80,7 +80,9 @@ def write_run_files(folder, task):
     weights = {key.removeprefix("weight."): value for key, value in oracle.items() if key.startswith("weight.")}
     save_file(weights, folder / "clip.safetensors", {"num_heads": "2"})
     settings = {"resolution": [64, 32], "target_frames": [5, 9], "batch_size": 2, "source_fps": TASKS[task].fps}
-    config = videos(folder, {"one": 9, "two": 9, "three": 9}, **settings)
+    config = videos(folder, dict.fromkeys(("one", "two", "three"), 9), **settings)
+    for seed, frame in enumerate(sorted(folder.glob("*/*.png"))):  # each another one, unlike those of `videos`
+        write_picture(frame, (32, 32), seed)
     conditions = TASKS[task].conditions
     given = ["--i2v", *(["--flf2v"] if conditions.pictures == 2 else [])] if conditions.pictures else []
     given += ["--clip", str(folder / "clip.safetensors")] if conditions.clip else []

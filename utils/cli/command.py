@@ -68,6 +68,8 @@ class Parser(argparse.ArgumentParser):
                 return f"{unknown[0]} does not continue a line here ({others}): write the command in one line"
             return f"{shown(unknown[0])} was not expected: no flag takes it"
         flag = flag.partition("=")[0]
+        if others := self._commands_with(flag):
+            return f"{flag} is a flag of {' and '.join(others)}, not of this command"
         return f"unknown flag {shown(flag)}{nearest(flag, self.known_flags())}"
 
     def known_flags(self, with_unsupported: bool = False) -> list[str]:
@@ -79,6 +81,12 @@ class Parser(argparse.ArgumentParser):
             elif with_unsupported or action.help is not argparse.SUPPRESS:
                 flags += action.option_strings
         return flags
+
+    def _commands_with(self, flag: str) -> list[str]:
+        """The subcommands that have this flag."""
+        subcommands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        named = [pair for action in subcommands for pair in action.choices.items()]
+        return [name for name, parser in named if flag in parser.known_flags()]
 
     def takes_path(self, flag: str) -> bool:
         """Whether the values of a flag are paths."""

@@ -52,6 +52,7 @@ _NOT_PLAIN = (
     "some of these files are turned, transparent, or not 8-bit sRGB, which other programs and older versions read "
     "differently (cache them again to be sure): {files}"
 )
+_ENCODERS = (("latent", "VAE", "vae"), ("latent", "CLIP", "image_encoder"), ("text", "text encoder", "text_encoder"))
 _OTHER_ENCODER = "{kind} caches made with another {encoder} than {usual} (cache them again to make them alike): {files}"
 
 
@@ -218,9 +219,9 @@ def _origin_notes(dataset: AnyDataset, items: Sequence[Item], sources: Sequence[
 
 
 def made_otherwise(items: Sequence[Item], others: Sequence[Item] | None = None) -> list[str]:
-    """Lines about caches made with another VAE or text encoder than most of `others`, or of the items themselves."""
+    """Lines about caches made with another encoder than most of `others`, or of the items themselves."""
     usual, notes = "the others" if others is None else "those that are trained on", []
-    for kind, encoder, key in (("latent", "VAE", "vae"), ("text", "text encoder", "text_encoder")):
+    for kind, encoder, key in _ENCODERS:
         own, compared = _encoders(items, key), _encoders(items if others is None else others, key)
         most = Counter(compared.values()).most_common(1)
         odd = [path for path, identity in own.items() if most and identity != most[0][0]]
@@ -231,7 +232,8 @@ def made_otherwise(items: Sequence[Item], others: Sequence[Item] | None = None) 
 
 def _encoders(items: Sequence[Item], key: str) -> dict[Path, str]:
     """The encoder of each cache that says it, by its `key` in made_by."""
-    paths = sorted({item.latents if key == "vae" else item.text for item in items})
+    held = [item for item in items if key != "image_encoder" or item.conditions.clip]
+    paths = sorted({item.text if key == "text_encoder" else item.latents for item in held})
     return {path: found[key] for path in paths if key in (found := made_by_of(path))}
 
 

@@ -109,8 +109,8 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
     if shape is None or shape[:-3] not in _BEFORE_FRAMES or 0 in shape:
         found = "none" if shape is None else f"the shape {shape}"
         raise InputError(
-            f"latent file {path}: `{LATENT_KEY}` of [{_CHANNELS[0]}, frames, height, width] (of ti2v-5B "
-            f"[{_CHANNELS[1]}, ...]) expected, found {found}"
+            f"latent file {path}: `{LATENT_KEY}` of [{_CHANNELS[0]}, frames, height, width] expected "
+            f"({_CHANNELS[1]} channels for ti2v-5B), found {found}"
         )
     if latent.dtype not in _LATENT_DTYPES:
         raise InputError(f"latent file {path}: `{LATENT_KEY}` is {latent.dtype}, not float32, float16 or bfloat16")
