@@ -228,7 +228,7 @@ def test_keys_without_a_matrix_are_counted_and_named_and_zero_differences_are_no
     told, zeros = lora.lines
     assert told.startswith("note: 4 of the 7 keys of") and "blocks.7.self_attn.q.lora_down.weight" in told
     assert told.endswith(" and 1 more") and "1 differences of norms or convolutions, which are zero" in zeros
-    assert "multiplier 0.5, beside 1 matrices" in lora_lines([lora], torch.float32)[0]
+    assert "multiplier 0.5, 4,608 values beside 1 matrices" in lora_lines([lora])[0]
     assert lora_bytes_beside([lora], torch.bfloat16) == 2 * 48 * 48 * 2
 
 

@@ -171,7 +171,7 @@ def _read_expert(
     with_slices = "".join(f", with {entry.label}" for entry in own.entries)
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{with_slices}")
     defaults = read_sample_defaults(header.metadata, path)
-    for line in [*own.notes, *lora_lines(beside, dtype), *defaults.lines(path)]:
+    for line in [*own.notes, *lora_lines(beside), *defaults.lines(path)]:
         say(line)
     return _Expert(path, own, beside, swap, dtype, mapped, widths, defaults, guidance_scale=None, t_end=0.0)
 

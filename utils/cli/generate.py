@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import sampling_flags
 from utils.cli.command import (
     DTYPES,
     USAGE,
@@ -19,7 +18,7 @@ from utils.cli.command import (
     refuse_flags,
     task,
 )
-from utils.cli.sampling_flags import add_batch_flag, add_lora_flags, read_loras
+from utils.cli.sampling_flags import GENERATION_LORAS, add_batch_flag, add_lora_flags, read_loras
 from utils.cli.swap_flags import add_swap_flags, read_swap
 from utils.cli.unsupported import GENERATION
 from utils.devices import default_device
@@ -49,7 +48,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
     defaults = _prompt_defaults(flags, task)
     _check_combinations(flags, task)
     prompts = _prompts(flags, defaults, task)
-    (loras, multipliers), (loras_high, multipliers_high) = (read_loras(flags, own) for own in sampling_flags.GENERATION)
+    (loras, multipliers), (loras_high, multipliers_high) = (read_loras(flags, own) for own in GENERATION_LORAS)
     for prompt in prompts:
         check_vae(prompt, flags.vae)
     return GenerateConfig(
@@ -156,7 +155,7 @@ def _add_files(parser: Parser) -> None:
         metavar="STRENGTH",
         help="one strength for all slices, or one for each; 1 is as trained (default: 1)",
     )
-    add_lora_flags(add, sampling_flags.GENERATION)
+    add_lora_flags(add, GENERATION_LORAS)
     add(
         "--vae",
         type=Path,

@@ -10,11 +10,11 @@ from wan.errors import InputError
 from wan.values import COUNT, STRENGTH
 
 _NAMES = "musubi-tuner, ComfyUI, diffusers, PEFT or Kohya"
-GENERATION = {
+GENERATION_LORAS = {
     "lora_weight": ("lora_multiplier", "to compute beside --dit"),
     "lora_weight_high_noise": ("lora_multiplier_high_noise", "to compute beside --dit_high_noise"),
 }
-TRAINING = {
+SAMPLE_LORAS = {
     "sample_lora": ("sample_lora_multiplier", "that the model computes with while samples are drawn, and only then"),
 }
 
@@ -41,7 +41,7 @@ def add_lora_flags(add: Callable[..., object], flags: dict[str, tuple[str, str]]
 
 def read_loras(flags: Namespace, files: str) -> tuple[tuple[Path, ...], tuple[float, ...]]:
     """The LoRA files of the flag `files` and a multiplier for each; InputError if they do not go together."""
-    (multipliers, _), given = (GENERATION | TRAINING)[files], getattr(flags, files)
+    (multipliers, _), given = (GENERATION_LORAS | SAMPLE_LORAS)[files], getattr(flags, files)
     numbers: Sequence[float] | None = getattr(flags, multipliers)
     if numbers and not given:
         raise InputError(f"--{multipliers} has no effect without --{files}")
@@ -49,12 +49,12 @@ def read_loras(flags: Namespace, files: str) -> tuple[tuple[Path, ...], tuple[fl
     return paths, tuple(one_strength_each(numbers, len(paths), f"--{multipliers}", "LoRAs"))
 
 
-def add_batch_flag(add: Callable[..., object]) -> None:
+def add_batch_flag(add: Callable[..., object], more: str = "") -> None:
     """Adds the flag for how many samples are drawn together."""
     add(
         "--sample_batch",
         type=number(COUNT),
         metavar="N",
-        help="most latents of one size in a pass through the model, where a sample with guidance counts as two; with "
-        "swapped blocks, larger batches copy less and take more memory (default: by their size, 4 of 512x512)",
+        help="most latents of one size in a pass through the model, where a sample with guidance counts as two"
+        f"{more}; with swapped blocks, larger batches copy less and take more memory (default: by size, 4 of 512x512)",
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from utils.cli.command import USAGE, Parser, refuse_flags, unknown_choice
 from utils.cli.config_file import flags_of_file
 from utils.cli.learning_flags import read_optimizer, read_schedule, read_timesteps
+from utils.cli.sampling_flags import read_loras
 from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
@@ -45,6 +46,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     _check_text(flags)
     _check_slice(flags)
     _check_required(flags)
+    _check_batch(flags)
     save, dataset = _save(flags), _dataset(flags, flags.dataset_config)
     return TrainConfig(
         task=flags.task,
@@ -139,6 +141,14 @@ def _check_required(flags: Namespace) -> None:
         )
 
 
+def _check_batch(flags: Namespace) -> None:
+    used = [flags.sample_prompts, flags.preserve_prompts, flags.preserve_answers]
+    if flags.sample_batch is not None and not any(used):
+        raise InputError(
+            f"--sample_batch {flags.sample_batch} has no effect without --sample_prompts or --preserve_prompts"
+        )
+
+
 def _dataset(flags: Namespace, path: Path) -> DatasetConfig:
     task = TASKS[flags.task]
     return read_dataset_config(path, task.latents, task.conditions)
@@ -167,7 +177,13 @@ def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
     named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts, flags.preserve_answers]
     named += [flags.validation_dataset_config, flags.clip]
-    named += [*flags.slices, *map(Path, flags.preserve_prompts or []), flags.config_file, flags.log_tracker_config]
+    named += [
+        *flags.slices,
+        *flags.sample_lora,
+        *map(Path, flags.preserve_prompts or []),
+        flags.config_file,
+        flags.log_tracker_config,
+    ]
     return tuple(path for path in named if path)
 
 
@@ -229,7 +245,9 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         "--sample_at_first": flags.sample_at_first,
     }
     given = [flag for flag, value in turns.items() if value]
+    loras, multipliers = read_loras(flags, "sample_lora")
     if flags.sample_prompts is None:
+        given += ["--sample_lora"] if loras else []
         if given:
             raise InputError(f"{given[0]} needs --sample_prompts, a file of prompts")
         return None
@@ -248,6 +266,9 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         every_n_epochs=flags.sample_every_n_epochs,
         every_n_steps=flags.sample_every_n_steps,
         at_first=flags.sample_at_first,
+        batch=flags.sample_batch,
+        loras=loras,
+        lora_multipliers=multipliers,
     )
 
 
@@ -307,6 +328,7 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
+        batch=flags.sample_batch,
     )
 
 

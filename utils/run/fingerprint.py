@@ -74,6 +74,9 @@ def deciding_settings(
     }
     if TASKS[config.task].config.starts_from_latents:
         values["i2v_share"] = config.i2v_share
+    asked = config.samples or config.preserve
+    if asked and asked.batch is not None:
+        values["sample_batch"] = asked.batch
     return {key: str(value) for key, value in values.items()}
 
 

@@ -27,6 +27,8 @@ from utils.sampling.prompts import SamplePrompt
 from utils.sampling.sample_metadata import sample_settings
 from utils.sampling.starts import check_clip, encode_starts
 from utils.sampling.writers import NO_SETTINGS, save_sample
+from utils.slices.lora_files import LoraFile, read_loras
+from utils.slices.loras_beside import lora_lines, loras_beside
 from wan.configs import WanConfig, WanTask
 from wan.model import WanModel
 from wan.text_encoder import load_text_encoder
@@ -49,6 +51,8 @@ class SampleConfig:
     at_first: bool = False
     clip: Path | None = None  # the image encoder, for tasks that read pictures through it
     batch: int | None = None  # latents that go through the model in one pass; None: by their size
+    loras: tuple[Path, ...] = ()  # beside the model, while samples are drawn
+    lora_multipliers: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ class PreparedSamples:
     vae: WanVAE
     fps: int
     batch: int | None  # latents in a pass; None: by their size
+    loras: tuple[LoraFile, ...]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides them beside the run's own settings and their prompts."""
+        return {"sample_loras": ", ".join(file.label for file in self.loras)} if self.loras else {}
 
     def denoisings(self) -> list[Denoising]:
         """The samples at their starts."""
@@ -92,6 +102,9 @@ def prepare_samples(
     """
     defaults = replace(defaults, steps=_STEPS if defaults.steps is None else defaults.steps)
     check_clip(task, config.clip)
+    loras = read_loras(config.loras, config.lora_multipliers, model)
+    for line in lora_lines(loras, " while samples are drawn"):
+        say(line)
     samples = tuple(resolve_sample(prompt, task, seed, defaults=defaults) for prompt in config.prompts)
     for line in filter(None, map(size_line, config.prompts, samples)):
         say(line)
@@ -106,7 +119,7 @@ def prepare_samples(
     del text_encoder
     gc.collect()  # its memory is needed for the transformer
     seed_given = tuple(prompt.seed is not None for prompt in config.prompts)
-    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps, config.batch)
+    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps, config.batch, loras)
 
 
 def due_after_step(config: SampleConfig | None, step: int) -> bool:
@@ -134,7 +147,8 @@ def draw_samples(
     """
     denoisings = prepared.denoisings()
     source = "the model in training"
-    advance(denoisings, model, None, prepared.texts, device, prepared.batch, on_step=on_step, source=source)
+    with loras_beside(model, prepared.loras, device):
+        advance(denoisings, model, None, prepared.texts, device, prepared.batch, on_step=on_step, source=source)
     latents = [denoising.latent_CFHW for denoising in denoisings]
     prepared.vae.to(device)
     time = datetime.now().strftime("%Y%m%d%H%M%S")

@@ -162,7 +162,8 @@ def draw_turn(run: Run, place: Place, when: str) -> None:
                 run.samples, run.model, run.accelerator.device, folder, stem, _weights(run, place), bar.update
             )
         sheet_path = folder / f"{run.config.save.name}{CONTACT_SHEET}"
-        sheet = open_sheet(sheet_path, run.settings, run.samples.samples).with_turn(place.step, drawn).save(sheet_path)
+        decides = {**run.settings, **run.samples.settings}
+        sheet = open_sheet(sheet_path, decides, run.samples.samples).with_turn(place.step, drawn).save(sheet_path)
         with _stops_without_room(run, place):
             for tracker in run.accelerator.trackers:
                 for number, saved in enumerate(drawn):
@@ -179,7 +180,9 @@ def _weights(run: Run, place: Place) -> dict[str, object] | None:
         return None
     slices = [file.entry.label for file in run.below.files]
     base = run.config.dit.stem
-    return {"model": run.config.save.name, "base_model": base, "slices": slices, "trained_steps": place.step}
+    loras = [file.label for file in run.samples.loras]
+    own = {"model": run.config.save.name, "base_model": base, "slices": slices, "loras": loras}
+    return own | {"trained_steps": place.step}
 
 
 def make_up(run: Run, place: Place) -> None:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.files import readable
 from utils.slices.lora_files import LoraFile
 from wan.model import LinearFloat32, WanModel
 
@@ -46,14 +45,14 @@ def lora_bytes_beside(files: Sequence[LoraFile], dtype: torch.dtype) -> int:
     return sum(file.values for file in files) * dtype.itemsize
 
 
-def lora_lines(files: Sequence[LoraFile], dtype: torch.dtype, when: str = "") -> list[str]:
-    """What there is to say about each: what is used of it, where, and what is not."""
+def lora_lines(files: Sequence[LoraFile], when: str = "") -> list[str]:
+    """What there is to say about each: what is used of it, and what is not."""
     return [
         line
         for file in files
         for line in (
-            f"LoRA {file.path}: multiplier {file.multiplier:g}, beside {len(file.parts)} matrices"
-            f"{when} ({readable(lora_bytes_beside([file], dtype))} on the device)",
+            f"LoRA {file.path}: multiplier {file.multiplier:g}, {file.values:,} values beside {len(file.parts)} "
+            f"matrices{when}",
             *file.lines,
         )
     ]
