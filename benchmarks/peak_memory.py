@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +47,7 @@ class Case:
     offload_inputs: bool = False
     limit: float | None = None  # GB, the figure to reach
     task: str = "t2v-14B"
+    experts: int = 1  # 2: both of A14B, of which one has trained and left the device
 
 
 CASES = (
@@ -56,6 +58,8 @@ CASES = (
     Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, limit=9.0),
     Case("1280x720x81, S = 40, block inputs on the host", CLIP_720P, 40, offload_inputs=True, limit=17.0),
     Case("832x480x81, S = 40", CLIP, 40),
+    Case("512x512x1, S = 24, two experts", IMAGE, 24, limit=13.1, task="t2v-A14B", experts=2),
+    Case("512x512x1, S = 40, ring of 2 blocks, two experts", IMAGE, 40, limit=2.8, task="t2v-A14B", experts=2),
     *(
         Case(f"832x480x81, S = {swapped}", CLIP, swapped, task=task)
         for task in ("i2v-14B", "i2v-A14B")
@@ -140,20 +144,23 @@ def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int
     task = TASKS[case.task]
     blocks = blocks or task.config.num_layers
     with META:
-        model = wan.model.WanModel(replace(task.config, num_layers=blocks)).bfloat16().requires_grad_(False)
-    count = DeviceBytes([parameter.data for parameter in model.parameters()])
+        config = replace(task.config, num_layers=blocks)
+        models = [wan.model.WanModel(config).bfloat16().requires_grad_(False) for _ in range(case.experts)]
+    count = DeviceBytes([parameter.data for model in models for parameter in model.parameters()])
     backend = MetaBackend(count)
     with (
         mock.patch.object(wan.model, "attention", flash_like_attention),
         mock.patch.object(torch.nn.RMSNorm, "forward", fused_like_rms_norm),
         count,
     ):
-        trained = attach_slice(model, ff, 1, device=META)
         inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
-        checkpoint_blocks(model, inputs)
-        swap = SwapConfig(min(case.blocks_to_swap, blocks), case.ring_blocks)
-        placement = place_model(model, META, swap, trained, LoadedWeights(mapped=True), backend)
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+        experts = [(model, *set_up(model, case, ff, inputs, backend)) for model in models]
+        for *expert, place in experts[:-1]:  # whose slice and optimizer's state stay on the device
+            with place():
+                count.add(*expert[0].parameters())
+                step(*expert, task, case.latents, count)
+        model, trained, optimizer, place = experts[-1]
+        placement = place()
         count.add(*model.parameters())
         placed = count.live
         traffic = placement.streamer.traffic if placement.streamer else Traffic()
@@ -163,6 +170,16 @@ def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int
         copied = traffic.bytes - before
         sampling = peak_of(count, lambda: sample(model, task, case.latents))
     return Peaks(placed, forward, backward, update, sampling, copied)
+
+
+def set_up(model, case: Case, ff: str, inputs: BlockInputs | None, backend: MetaBackend):
+    """The slice, its optimizer, and what places the model."""
+    trained = attach_slice(model, ff, 1, device=META)
+    checkpoint_blocks(model, inputs)
+    swap = SwapConfig(min(case.blocks_to_swap, len(model.blocks)), case.ring_blocks)
+    loaded = LoadedWeights(mapped=True, returns=case.experts > 1)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+    return trained, optimizer, partial(place_model, model, META, swap, trained, loaded, backend)
 
 
 def step(model, trained, optimizer, task: WanTask, latents, count: DeviceBytes) -> tuple[int, int, int]:

@@ -218,7 +218,6 @@ ADVICE = [
     ("--logit_mean 1", "--timestep_sampling logsnr --logit_mean 1"),
     ("--logit_std 2", "--timestep_sampling sigma --weighting_scheme logit_normal --logit_std 2"),
     ("--mode_scale 1", "--timestep_sampling sigma --weighting_scheme mode --mode_scale 1"),
-    ("--max_timestep 500 --preserve_distribution_shape", "--timestep_sampling shift --max_timestep 500"),
     ("--save_last_n_epochs 2", "--save_every_n_epochs 1 --save_last_n_epochs 2"),
     ("--save_every_n_steps 2 --save_last_n_steps_state 2", "--save_every_n_steps 2 --save_state"),
     ("--persistent_data_loader_workers --max_data_loader_n_workers 0", "--max_data_loader_n_workers 0"),

@@ -157,7 +157,6 @@ MISTAKES = {
     "--logit_mean 1": "no effect",
     "--mode_scale 1": "no effect",
     "--weighting_scheme mode --mode_scale 3": "from -1 to 1.75",
-    "--preserve_distribution_shape --max_timestep 500": "no effect",
     "--save_last_n_epochs 2": "no effect without --save_every_n_epochs",
     "--save_every_n_steps 2 --save_last_n_steps_state 2": "no effect without --save_state",
     "--persistent_data_loader_workers --max_data_loader_n_workers 0": "no effect",

@@ -1,6 +1,7 @@
 """Noise levels against the closed forms of their distributions; noisy latents, targets, weights."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,14 +98,56 @@ def test_the_range_is_squeezed_into(sampling):
     torch.testing.assert_close(sigmas_of(part, PARTS, SIZE), expected)
 
 
-@pytest.mark.parametrize("sampling", [name for name in SAMPLINGS if name != "sigma"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_preserved_shape_is_what_rejection_leaves(sampling):
     cut = random_sigmas(config(sampling, min_timestep=400, max_timestep=875, preserve_shape=True))
     drawn = random_sigmas(config(sampling), 100_000)
     kept = drawn[(drawn >= 0.4) & (drawn <= 0.875)]
     parts = torch.linspace(0.02, 0.98, 25)
-    assert cut.min() >= 0.4 and cut.max() <= 0.875
+    assert cut.min() >= 0.4 and cut.max() < 0.875
     assert (cut.quantile(parts) - kept.quantile(parts)).abs().max() < 0.02
+
+
+GRIDS = ({}, {"weighting": "logit_normal"}, {"weighting": "mode"}, {"weighting": "mode", "mode_scale": -0.9})
+
+
+@pytest.mark.parametrize("weighting", GRIDS)
+def test_a_cut_grid_has_the_values_and_counts_that_rejection_leaves(weighting):
+    """Every value of the grid, as often: each is the quantile of as many of 300,000 evenly spaced u."""
+    u = (torch.arange(300_000, dtype=torch.float64) + 0.5) / 300_000
+    cut = config("sigma", **weighting, min_timestep=650, max_timestep=900, preserve_shape=True)
+    drawn = sigmas_of(config("sigma", **weighting), u, SIZE)
+    values, counts = drawn[(1000 * drawn >= 650) & (1000 * drawn < 900)].unique(return_counts=True)
+    found, found_counts = sigmas_of(cut, u, SIZE).unique(return_counts=True)
+    assert torch.equal(found, values) and len(values) > 50
+    assert (found_counts / 300_000 - counts / counts.sum()).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("boundary", [875.0, 900.0, 875.4])
+@pytest.mark.parametrize("sampling", ["sigma", "shift"])
+def test_two_sides_share_no_timestep_and_the_boundary_is_the_upper_ones(sampling, boundary, shift):
+    settings = TimestepConfig(sampling, shift=shift, preserve_shape=True)
+    edges = torch.tensor([2.0**-53, 0.25, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    low = 1000 * sigmas_of(replace(settings, max_timestep=boundary), edges, SIZE)
+    high = 1000 * sigmas_of(replace(settings, min_timestep=boundary), edges, SIZE)
+    assert low.max().double() < boundary <= high.min().double()
+    whole = (1000 * sigmas_of(settings, PARTS, SIZE)).double()
+    if sampling == "sigma":
+        on_grid = 1000 * sigmas_of(settings, (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000, SIZE)
+        assert low.max() == on_grid[on_grid.double() < boundary].max()
+        assert high.min() == on_grid[on_grid.double() >= boundary].min()
+    assert whole.min() < boundary < whole.max()
+
+
+def test_a_level_of_the_grid_at_the_boundary_is_drawn_by_the_upper_side_alone():
+    """0.75 of the grid is 0.9 at shift 3; 0.9 is not a float32."""
+    u = torch.tensor([0.7495], dtype=torch.float64)
+    settings = TimestepConfig("sigma", shift=3.0, preserve_shape=True)
+    assert 1000 * sigmas_of(settings, u, SIZE) == 900
+    u = (torch.arange(5000, dtype=torch.float64) + 0.5) / 5000
+    assert 900 in 1000 * sigmas_of(replace(settings, min_timestep=900), u, SIZE)
+    assert 900 not in 1000 * sigmas_of(replace(settings, max_timestep=900), u, SIZE)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -117,6 +160,9 @@ def test_a_range_that_holds_nothing_is_refused():
         check_timesteps(TimestepConfig("sigmoid", max_timestep=1, preserve_shape=True), [SIZE])
     check_timesteps(TimestepConfig("sigmoid", max_timestep=1), [SIZE])
     check_timesteps(TimestepConfig("uniform", max_timestep=1, preserve_shape=True), [SIZE])
+    with pytest.raises(InputError, match="holds only 0 of the distribution sigma"):
+        check_timesteps(TimestepConfig("sigma", min_timestep=3.2, max_timestep=3.8, preserve_shape=True), [SIZE])
+    check_timesteps(TimestepConfig("sigma", min_timestep=3.2, max_timestep=4.8, preserve_shape=True), [SIZE])
 
 
 def test_small_timesteps_are_little_noise_in_sigma_sampling():

@@ -1,7 +1,6 @@
 """LoRAs beside a model: every trainer's names and scales, against slices and PEFT, and with weights that stream."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from utils.cli.slices import main
 from utils.selective_finetune import attach_slice
 from utils.slices.lora_files import _linears, read_loras
 from utils.slices.loras_beside import lora_bytes_beside, lora_lines, loras_beside
-from utils.swap.placement import place_model
+from utils.swap.placement import LoadedWeights, place_model
 from utils.swap.plan import SwapConfig
 from wan.errors import InputError
 from wan.loading import load_dit
@@ -146,7 +145,7 @@ def test_streamed_weights_stay_as_they_are(folder, tmp_path, host):
     wanted = output(load_dit(folder / "base.safetensors"), loras)
     model = load_dit(folder / "base.safetensors", read_only=True)
     swap = SwapConfig(blocks_to_swap=1, host_weights=host)
-    mapped = SimpleNamespace(mapped=True, overlays={}, reserved=0)
+    mapped = LoadedWeights(mapped=True)
     with place_model(model, "cpu", swap, loaded=mapped, backend=FakeDevice()) as placement:
         before = output(model)
         assert torch.equal(output(model, loras), wanted) and placement.streamed_bytes

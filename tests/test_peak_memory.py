@@ -37,6 +37,15 @@ def test_weights_on_the_device_are_the_buffers_and_what_is_small():
         assert peaks.highest - peaks.placed < (FEW + 25) * U + 0.05e9
 
 
+@pytest.mark.parametrize("swapped", [0, 2])
+def test_an_idle_expert_leaves_its_slice_and_its_optimizers_state_on_the_device_and_nothing_else(swapped):
+    one, two = (measure(Case("", IMAGE, swapped, experts=experts), blocks=FEW, steps=1) for experts in (1, 2))
+    values = FEW * BLOCK // 2 // 1000
+    idle = values * (2 + 4 + 8)  # its start and difference, and AdamW's state
+    assert idle <= two.placed - one.placed <= idle + 1e6
+    assert idle <= two.highest - one.highest <= idle + 1e6
+
+
 def test_the_time_path_and_the_text_do_not_set_the_peak():
     alone = measure(Case("", IMAGE, 1, 1), blocks=1, steps=1)
     assert alone.forward - alone.placed < (1 + 25) * U

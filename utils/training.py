@@ -2,10 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
+from functools import partial
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -14,26 +13,26 @@ from torch.utils.data import DataLoader
 
 from utils.data.dataset import make_loader
 from utils.devices import cpu_line
-from utils.files import writable_folder
 from utils.interrupts import StopRequest
 from utils.learning.lr_schedules import build_scheduler
 from utils.learning.optimizers import build_optimizer, learning_rates
-from utils.locks import sole_writer
 from utils.preserve.asking import AskingPlan, encode_old_prompts, keep_answers
 from utils.preserve.general_captions import general_captions
-from utils.run.checks import Inputs, RunPlan, check, read_inputs
+from utils.run.checks import Inputs, RunPlan, check_all, planned_lines, read_inputs
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
+from utils.run.experts import expert_configs
 from utils.run.fingerprint import other_settings, start_hash
 from utils.run.finite import check_start_is_finite
 from utils.run.forgetting import CAPTIONS, Probe, ProbedOn, encode_probe, start_probe
-from utils.run.opening_lines import opening_lines, timestep_lines
+from utils.run.opening_lines import experts_lines, model_lines, run_lines, timestep_lines
 from utils.run.plan import first_items
 from utils.run.progress import StepBar, StepTimer
-from utils.run.run import Place, Run, resume
+from utils.run.run import Place, Run, has_ended, has_ended_error, resume
 from utils.run.samples import PreparedSamples, due_after_epoch, prepare_samples
-from utils.run.save_schedule import SaveConfig, remove_overwritten, save_after_epoch, save_after_step, save_at_end
+from utils.run.save_schedule import remove_overwritten, save_after_epoch, save_after_step, save_at_end
 from utils.run.state import read_state
 from utils.run.step import backward, update
+from utils.run.surroundings import only_run_of_its_names, start_trackers
 from utils.run.turns import (
     draw_turn,
     draws_after_step,
@@ -46,12 +45,15 @@ from utils.run.turns import (
     stop_with_state,
     validate_turn,
 )
+from utils.run.two_experts import Expert, SharedSamples, shared_samples, take_turns
 from utils.run.validation import WITHOUT_GRADIENT, Validation, ValidationConfig
 from utils.sampling.defaults import read_sample_defaults
-from utils.selective_finetune import TrainedSlice, attach_slice
+from utils.selective_finetune import attach_slice
 from utils.slices.overlay import load_with_slices, start_from_overlays
 from utils.swap.block_inputs import BlockInputs
-from utils.swap.placement import LoadedWeights, Placement, checkpoint_blocks, place_model
+from utils.swap.order import WeightOrder
+from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model
+from utils.swap.stage import LoadedModel, Stage
 from utils.training_debug import TrainingDebug
 from wan.configs import TASKS
 from wan.loading import file_dtype
@@ -72,27 +74,35 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> bool:
     say = say if accelerator.is_main_process else _say_nothing
     if line := cpu_line(accelerator.device):
         say(line)
-    inputs = read_inputs(config, accelerator, say)
+    asked = expert_configs(config)  # one, or those of two experts
+    inputs = read_inputs(asked, accelerator, say)
     if config.show_timesteps:
-        for size in inputs.latent_sizes:
-            say("\n".join(timestep_lines(config.timesteps, size, inputs.seed)))
+        for own, given in zip(asked, inputs, strict=True):
+            for size in given.latent_sizes:
+                say("\n".join(timestep_lines(own.timesteps, size, given.seed)))
         return True
-    with _only_run_of_its_name(config.save, accelerator):
-        plan = check(config, inputs, accelerator, say)
-        samples, asking, probed = _encode_prompts(config, inputs, plan, accelerator, say)
-        placed = place(config, inputs, plan, accelerator.device)
-        run = prepare(config, inputs, plan, samples, asking, probed, placed, accelerator, started, say)
-        position = resume(run, plan.resume) if plan.resume else Place(0, 0, 0, deque(maxlen=run.plan.steps_per_epoch))
-        for line in opening_lines(run, placed.placement, placed.input_bytes, plan.saving_lines):
+    with only_run_of_its_names(config, asked, accelerator), Stage() as stage:
+        plans = check_all(config, asked, inputs, accelerator, say)
+        samples = _encode_samples(config, inputs[-1], accelerator, say)
+        encoded = [_encode_prompts(*own, accelerator, say) for own in zip(asked, inputs, plans, strict=True)]
+        block_inputs = _block_inputs(config, inputs[0], accelerator.device)
+        experts = [
+            _make_ready(*own, samples, block_inputs, stage, accelerator, started, _say_of(own[0], say))
+            for own in zip(asked, inputs, plans, encoded, strict=True)
+        ]
+        if all(expert.ended for expert in experts):
+            raise has_ended_error(experts[0].run, experts[0].place)
+        lines = planned_lines(asked, plans)
+        for line in [*run_lines(experts[0].run, experts[0].model.input_bytes, lines), *experts_lines(config)]:
             say(line)
         if accelerator.is_main_process:
-            for line in remove_overwritten(plan.removed):
+            for line in remove_overwritten([path for plan in plans for path in plan.removed]):
                 say(line)
-        _start_trackers(run)
-        with placed.placement, StopRequest() as stop:
-            _loop(run, position, stop)
+        start_trackers([expert.run for expert in experts])
+        with StopRequest() as stop:
+            _train(config, experts, shared_samples(config, inputs[0], samples), stage, stop, say)
         accelerator.end_training()
-        return position.step == run.plan.steps
+        return all(expert.place.step == expert.run.plan.steps for expert in experts)
 
 
 def _start_processes(config: TrainConfig) -> Accelerator:
@@ -112,41 +122,33 @@ def _say_nothing(line: str) -> None:
     pass
 
 
-@contextmanager
-def _only_run_of_its_name(save: SaveConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Locks the names of this run's files; InputError while another run writes them."""
-    if not accelerator.is_main_process:
-        yield
-        return
-    is_new, what = not save.folder.exists(), f"--output_name {save.name} in {save.folder}"
-    folder = writable_folder(save.folder, "--output_dir")
-    try:
-        with sole_writer(folder, save.name, what, "choose another --output_name, or wait until that run ends"):
-            yield
-    finally:
-        if is_new:
-            with suppress(OSError):  # not empty: the run was not refused
-                folder.rmdir()
+def _say_of(config: TrainConfig, say: Callable[[str], None]) -> Callable[[str], None]:
+    """Says of which of two experts a line is."""
+    return (lambda line: say(f"{config.expert}: {line}")) if config.expert else say
+
+
+def _encode_samples(
+    config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Callable[[str], None]
+) -> PreparedSamples | None:
+    """The prompts of samples, encoded while the model does not take up memory yet."""
+    if not (config.samples and accelerator.is_main_process):
+        return None
+    defaults = read_sample_defaults(inputs.header.metadata, config.dit)
+    for line in defaults.lines(config.dit):
+        say(line)
+    return prepare_samples(
+        config.samples, TASKS[config.task], inputs.model_config, inputs.seed, accelerator.device, defaults, say
+    )
 
 
 def _encode_prompts(
     config: TrainConfig, inputs: Inputs, plan: RunPlan, accelerator: Accelerator, say: Callable[[str], None]
-) -> tuple[PreparedSamples | None, AskingPlan | None, list[Tensor]]:
-    """Encodes every prompt of the run while the model does not take up memory yet.
-
-    Those of samples, those that are preserved, and those at which forgetting is measured.
-    """
-    samples, asking = None, plan.asking
-    if config.samples and accelerator.is_main_process:
-        defaults = read_sample_defaults(inputs.header.metadata, config.dit)
-        for line in defaults.lines(config.dit):
-            say(line)
-        samples = prepare_samples(
-            config.samples, TASKS[config.task], inputs.model_config, inputs.seed, accelerator.device, defaults, say
-        )
+) -> tuple[AskingPlan | None, list[Tensor]]:
+    """The same for the prompts that are preserved, and for those at which forgetting is measured."""
+    asking = plan.asking
     if asking:
         asking = encode_old_prompts(config.preserve, asking, accelerator, say)
-    return samples, asking, _encode_probe(config.validation, inputs, plan, accelerator, say)
+    return asking, _encode_probe(config.validation, inputs, plan, accelerator, say)
 
 
 def _encode_probe(
@@ -178,31 +180,57 @@ def _not_to_probe(inputs: Inputs, plan: RunPlan) -> set[str]:
     return preserved | {caption for item in inputs.dataset.items for caption in item.captions}
 
 
-@dataclass(frozen=True)
-class PlacedModel:
-    """The model with its slice attached, and where its weights are; `input_bytes` of each block wait on the host."""
-
-    model: WanModel
-    trained: TrainedSlice
-    placement: Placement
-    input_bytes: int
+def _block_inputs(config: TrainConfig, inputs: Inputs, device: torch.device) -> BlockInputs | None:
+    """Where the blocks' inputs wait; two experts share it, since one of them computes at a time."""
+    return BlockInputs(inputs.model_config.num_layers, device) if config.offload_block_inputs else None
 
 
-def place(config: TrainConfig, inputs: Inputs, plan: RunPlan, device: torch.device) -> PlacedModel:
-    """Loads the model, attaches the slice, and moves to the device what trains and what fits."""
+def _make_ready(
+    config: TrainConfig,
+    inputs: Inputs,
+    plan: RunPlan,
+    encoded: tuple[AskingPlan | None, list[Tensor]],
+    samples: PreparedSamples | None,
+    block_inputs: BlockInputs | None,
+    stage: Stage,
+    accelerator: Accelerator,
+    started: str,
+    say: Callable[[str], None],
+) -> Expert:
+    """Everything of a run, or of one of two experts, up to its first step."""
+    loaded = load(config, inputs, plan, block_inputs, accelerator.device)
+    placement = stage.bring(loaded)
+    own_samples = samples if config.samples else None
+    timer = StepTimer(stage.take_waits if placement.streamer else None)
+    run = prepare(config, inputs, plan, own_samples, *encoded, loaded, timer, accelerator, started, say)
+    place = resume(run, plan.resume) if plan.resume else Place(0, 0, 0, deque(maxlen=run.plan.steps_per_epoch))
+    ended = plan.resume is not None and has_ended(run, place)
+    for line in () if ended and not config.expert else model_lines(run, placement):
+        say(line)
+    return Expert(run, loaded, place, ended)
+
+
+def load(
+    config: TrainConfig, inputs: Inputs, plan: RunPlan, block_inputs: BlockInputs | None, device: torch.device
+) -> LoadedModel:
+    """Loads the model and attaches the slice; placed, the device has what trains and what fits."""
     model, overlays = load_with_slices(config.dit, COMPUTE_DTYPES[config.mixed_precision], inputs.below)
     trained = attach_slice(model, config.ff, config.ffid, device=device)
     if config.continue_slice or config.allow_overlap:
         start_from_overlays(trained, overlays)
     check_start_is_finite(trained, config.dit)
-    block_inputs = BlockInputs(len(model.blocks), device) if config.offload_block_inputs else None
     if config.gradient_checkpointing:
         checkpoint_blocks(model, block_inputs)
     offloaded = plan.block_input if config.offload_block_inputs else 0
     reserved = (len(model.blocks) - 1) * offloaded
-    loaded = LoadedWeights(file_dtype(inputs.header) == model.dtype, overlays, reserved)
-    placement = place_model(model, device, config.swap, trained, loaded)
-    return PlacedModel(model, trained, placement, offloaded)
+    loaded = LoadedWeights(
+        file_dtype(inputs.header) == model.dtype,
+        overlays,
+        reserved,
+        returns=bool(config.expert),
+        order=WeightOrder() if config.expert else None,
+    )
+    return LoadedModel(model, trained, partial(place_model, model, device, config.swap, trained, loaded), offloaded)
 
 
 def prepare(
@@ -212,13 +240,14 @@ def prepare(
     samples: PreparedSamples | None,
     asking: AskingPlan | None,
     probed: Sequence[Tensor],
-    placed: PlacedModel,
+    loaded: LoadedModel,
+    timer: StepTimer,
     accelerator: Accelerator,
     started: str,
     say: Callable[[str], None],
 ) -> Run:
     """Everything that the loop works with; records the reference predictions that the run preserves."""
-    model, trained, streamer = placed.model, placed.trained, placed.placement.streamer
+    model, trained = loaded.model, loaded.trained
     optimizer = build_optimizer(config.optimizer, trained.parameters())
     settings = {**plan.settings, **start_hash(trained)}
     replaces = config.save.overwrite or plan.continues
@@ -243,9 +272,11 @@ def prepare(
         samples=samples,
         preserved=preserved,
         validation=_validation(config, inputs, plan, probed, model, accelerator.device),
-        debug=TrainingDebug(trained, len(model.blocks), inputs.header.files, applied) if watches else None,
+        debug=TrainingDebug(trained, len(model.blocks), inputs.header.files, applied, config.expert)
+        if watches
+        else None,
         say=say,
-        timer=StepTimer(streamer.time_waits().take if streamer else None),
+        timer=timer,
     )
 
 
@@ -270,62 +301,81 @@ def _validation(
     return Validation(config.validation, inputs.validated, config.timesteps, *rest)
 
 
-def _start_trackers(run: Run) -> None:
-    log, folder = run.config.log, run.accelerator.project_dir
-    if not log.trackers:
-        return
-    arguments = {tracker: dict(own) for tracker, own in log.tracker_settings.items()}
-    if "wandb" in log.trackers and folder:  # else it writes to the folder that the run was started in
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        arguments["wandb"] = {"dir": str(folder)} | arguments.get("wandb", {})
-    settings = dict(run.metadata) if log.with_settings else None
-    run.accelerator.init_trackers(log.tracker_name, config=settings, init_kwargs=arguments)
+def _train(
+    config: TrainConfig,
+    experts: Sequence[Expert],
+    samples: SharedSamples | None,
+    stage: Stage,
+    stop: StopRequest,
+    say: Callable[[str], None],
+) -> None:
+    """Trains to the end, or until a stop is asked for: one model, or two experts in turn."""
+    steps, done = (
+        sum(counts) for counts in zip(*((own.run.plan.steps, own.place.step) for own in experts), strict=True)
+    )
+    run = experts[0].run
+    with StepBar(run.timer, steps, done, run.accelerator.is_main_process) as bar:
+        for expert in experts:
+            others = [own.place for own in experts if own is not expert]
+            expert.run = replace(expert.run, timer=run.timer, others=others)
+            expert.steps = _steps(expert.run, expert.place, stop, bar)
+        if config.experts:
+            take_turns(experts, config.experts.switch_every, samples, stage, say)
+        elif any(expert.steps):
+            stop_with_state(expert.run, expert.place)
 
 
-def _loop(run: Run, place: Place, stop: StopRequest) -> None:
-    """Epoch after epoch from `place` on, with what falls due after each; ends early where a stop was asked for."""
+def _steps(run: Run, place: Place, stop: StopRequest, bar: StepBar) -> Iterator[bool]:
+    """Trains from `place` on; yields after every optimizer step, once all that falls due after it is done.
+
+    True is the last that it yields, where a stop was asked for.
+    """
     config, plan, accelerator = run.config, run.plan, run.accelerator
-    rank, processes = accelerator.process_index, accelerator.num_processes
     loader = make_loader(
         run.dataset,
         run.seed,
         place.epoch,
         place.batch,
-        rank,
-        processes,
+        accelerator.process_index,
+        accelerator.num_processes,
         config.workers,
         config.persistent_workers,
         run.say,
     )
-    with StepBar(run.timer, plan.steps, place.step, accelerator.is_main_process) as bar:
-        if config.samples and config.samples.at_first and place.step == 0:
-            draw_turn(run, place, epoch_text(0))
-        if place.step == 0:
-            validate_turn(run, place)
-        if place.step > 0:
-            make_up(run, place)
-        run.timer.restart()
-        for epoch in range(place.epoch + 1, plan.epochs + 1):
-            stops = _train_epoch(run, place, loader, stop, bar)
-            if stops and place.batch < plan.batches_per_epoch:
-                return stop_with_state(run, place)
-            log(run, place, {"loss/epoch": place.average_loss()})
-            if place.batch == plan.batches_per_epoch:  # not where --max_train_steps ends the run within an epoch
-                place.epoch, place.batch = epoch, 0
-            if run.validation and run.validation.config.is_due_after_epoch(epoch):
-                validate_turn(run, place)
-            if turn := save_after_epoch(config.save, epoch, plan.epochs):
-                save_turn(run, place, turn)
-            if due_after_epoch(config.samples, epoch):
-                draw_turn(run, place, epoch_text(epoch))
-            if stops:
-                return stop_with_state(run, place)
+    if config.samples and config.samples.at_first and place.step == 0:
+        draw_turn(run, place, epoch_text(0))
+    if place.step == 0:
         validate_turn(run, place)
-        save_turn(run, place, save_at_end(config.save, plan.steps))
+    if place.step > 0:
+        make_up(run, place)
+    run.timer.restart()
+    for epoch in range(place.epoch + 1, plan.epochs + 1):
+        stops = False
+        for stops in _steps_of_epoch(run, place, loader, stop, bar):
+            if place.batch < plan.batches_per_epoch and (stops or place.step < plan.steps):
+                yield stops
+        _end_epoch(run, place, epoch)
+        yield stops
+    validate_turn(run, place)
+    save_turn(run, place, save_at_end(config.save, plan.steps))
 
 
-def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, bar: StepBar) -> bool:
-    """Trains from `place` to the end of its epoch, or of the run; whether a stop was asked for on the way."""
+def _end_epoch(run: Run, place: Place, epoch: int) -> None:
+    """What falls due after an epoch, counted from 1."""
+    config, plan = run.config, run.plan
+    log(run, place, {"loss/epoch": place.average_loss()})
+    if place.batch == plan.batches_per_epoch:  # not where --max_train_steps ends the run within an epoch
+        place.epoch, place.batch = epoch, 0
+    if run.validation and run.validation.config.is_due_after_epoch(epoch):
+        validate_turn(run, place)
+    if turn := save_after_epoch(config.save, epoch, plan.epochs):
+        save_turn(run, place, turn)
+    if due_after_epoch(config.samples, epoch):
+        draw_turn(run, place, epoch_text(epoch))
+
+
+def _steps_of_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, bar: StepBar) -> Iterator[bool]:
+    """Trains from `place` to the end of its epoch, or of the run; yields after each step whether to stop."""
     plan, accelerator = run.plan, run.accelerator
     loader.sampler.set_epoch(place.epoch, place.batch)
     batches = run.dataset.epoch_batches(run.seed, place.epoch)
@@ -338,13 +388,12 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
         losses += backward(run, batch, place.epoch, first_item, plan.window(number), preserves)
         if not plan.ends_step(number):
             if stop.is_urgent and _any_asked(accelerator, stop):
-                return True  # without the unfinished step, whose gradients go with the process
+                yield True  # without the unfinished step, whose gradients go with the process
             continue
         rates = learning_rates(run.optimizer)
         values, asked = update(run, place, losses, stop)
         losses = torch.zeros_like(losses)
         place.finish_step(number + 1)
-        stops = asked and place.step < plan.steps
         place.losses.append(values["loss"])
         preserved = {"loss/preserve": values["preserve_loss"]} if preserves else {}
         log_step(run, place, {**preserved, **rates, "grad_norm": values["grad_norm"]}, bar)
@@ -354,9 +403,9 @@ def _train_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, 
             save_turn(run, place, turn)
         if draws_after_step(run, place):
             draw_turn(run, place, step_text(place.step))
-        if stops or place.step == plan.steps:
-            return stops
-    return False
+        yield asked and place.step < plan.steps
+        if place.step == plan.steps:
+            return
 
 
 def _any_asked(accelerator: Accelerator, stop: StopRequest) -> bool:

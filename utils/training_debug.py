@@ -43,10 +43,13 @@ class TrainingDebug:
     0) and in use (the rounded value has other bits).
     """
 
-    def __init__(self, trained: TrainedSlice, blocks: int, bases: Sequence[Path], applied: Sequence[Entry] = ()):
+    def __init__(
+        self, trained: TrainedSlice, blocks: int, bases: Sequence[Path], applied: Sequence[Entry] = (), expert: str = ""
+    ):
         self.trained = trained
         self.bases = bases
         self.applied = applied  # other slices that checkpoints contain
+        self.suffix = f"/{expert}" if expert else ""  # of names in trackers
         self.matrices = list(trained.matrices.values())
         self.by_block = [[matrix for matrix in self.matrices if _block(matrix) == number] for number in range(blocks)]
         self.device = self.matrices[0].start.device
@@ -143,7 +146,7 @@ class TrainingDebug:
         self.history.add(figures_SQB)
         self.step = step
         values = {
-            f"debug_{quantity}/{block:02d}": value
+            f"debug_{quantity}/{block:02d}{self.suffix}": value
             for quantity, of_blocks in zip(_QUANTITIES, figures_SQB[-1] / self.shown_in_QB, strict=True)
             for block, value in enumerate(of_blocks.tolist())
             if self.counts[block]
@@ -164,10 +167,10 @@ class TrainingDebug:
         for (quantity, title), values_CB in zip(_QUANTITIES.items(), shown_CQB.unbind(1), strict=True):
             picture = heat_map(values_CB.T, title, blocks, *outer_columns)
             for tracker in trackers:
-                _log_picture(tracker, f"debug/{quantity}", picture, self.step)
+                _log_picture(tracker, f"debug/{quantity}{self.suffix}", picture, self.step)
         for tracker in trackers:
             for block, counts in histograms.items():
-                _log_histogram(tracker, f"debug_log10_of_update/{block:02d}", counts, self.step)
+                _log_histogram(tracker, f"debug_log10_of_update/{block:02d}{self.suffix}", counts, self.step)
 
     def _histograms(self) -> dict[int, Tensor]:
         """How many values of a block the last step moved by how much: [bins] for each block with a slice."""

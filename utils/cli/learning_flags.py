@@ -251,7 +251,6 @@ def _refuse_unread_timestep_settings(flags: Namespace) -> None:
     sampling, weighting = flags.timestep_sampling, flags.weighting_scheme
     of_sigma = weighting if sampling == "sigma" else ""
     reads_logit = of_sigma == "logit_normal" or sampling in ("logsnr", "qinglong_flux")
-    is_cut = flags.preserve_distribution_shape and (flags.min_timestep, flags.max_timestep) != (0, 1000)
     reads_it = "--timestep_sampling {}".format
     logit = f"{reads_it('logsnr')}, or with {reads_it('sigma')} --weighting_scheme logit_normal"
     # What would read each flag, because advice to use a sampling that does not either would lead in a circle.
@@ -268,7 +267,6 @@ def _refuse_unread_timestep_settings(flags: Namespace) -> None:
             flags.mode_scale != 1.29 and of_sigma != "mode",
             f"{reads_it('sigma')} --weighting_scheme mode",
         ),
-        "--preserve_distribution_shape": (is_cut and sampling == "sigma", reads_it("shift")),
     }
     for flag, (is_unread, reader) in unread.items():
         if is_unread:

@@ -16,6 +16,7 @@ GENERATION_LORAS = {
 }
 SAMPLE_LORAS = {
     "sample_lora": ("sample_lora_multiplier", "that the model computes with while samples are drawn, and only then"),
+    "sample_lora_high_noise": ("sample_lora_multiplier_high_noise", "of the same use for --dit_high_noise"),
 }
 
 

@@ -1,6 +1,5 @@
 """The flags of wan_train_network.py, checked into a TrainConfig."""
 
-import importlib.util
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -9,8 +8,10 @@ from pathlib import Path
 
 from utils.cli.command import USAGE, Parser, refuse_flags, unknown_choice
 from utils.cli.config_file import flags_of_file
+from utils.cli.expert_flags import has_states, names_of, read_experts
 from utils.cli.learning_flags import read_optimizer, read_schedule, read_timesteps
-from utils.cli.sampling_flags import read_loras
+from utils.cli.log_flags import read_log
+from utils.cli.sampling_flags import SAMPLE_LORAS, read_loras
 from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
@@ -18,16 +19,15 @@ from utils.data.config import read_dataset_config
 from utils.data.sources import DatasetConfig, VideoDataset
 from utils.files import existing_file
 from utils.preserve.old_prompts import PreserveConfig
-from utils.run.config import COMPUTE_DTYPES, LogConfig, MetadataConfig, TrainConfig
+from utils.run.config import COMPUTE_DTYPES, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
 from utils.run.save_schedule import KINDS, SaveConfig
-from utils.run.state import LATEST, no_state, state_folders
+from utils.run.state import LATEST, no_state
 from utils.run.validation import ValidationConfig
 from utils.sampling.prompts import read_prompt_file
 from utils.sampling.starts import check_clip
 from utils.selective_finetune import check_slice, ids_available
 from utils.slices.ledger import is_concept_name
-from utils.text_files import read_toml
 from wan.configs import TASKS
 from wan.errors import InputError
 from wan.values import outer_space_problem, quotes_problem, shown
@@ -55,12 +55,14 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         ffid=flags.ffid,
         dataset=dataset,
         save=save,
+        experts=read_experts(flags),
         timesteps=read_timesteps(flags),
         optimizer=read_optimizer(flags),
         schedule=read_schedule(flags),
         metadata=_metadata(flags),
-        log=_log(flags),
+        log=read_log(flags),
         samples=_samples(flags),
+        sample_batch=flags.sample_batch,
         preserve=_preserve(flags),
         validation=_validation(flags, dataset),
         i2v_share=_i2v_share(flags, dataset),
@@ -135,7 +137,7 @@ def _check_required(flags: Namespace) -> None:
             f"--output_name {flags.output_name[:40]!a} must have at most 255 characters and no control characters: it "
             "is the concept's name in files"
         )
-    if (size := len(flags.output_name.encode())) > _LONGEST_NAME:
+    if (size := max(len(name.encode()) for name in names_of(flags))) > _LONGEST_NAME:
         raise InputError(
             f"--output_name has {size} bytes, at most {_LONGEST_NAME} are allowed: steps and times are added to it"
         )
@@ -175,15 +177,10 @@ def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
 
 
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
-    named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts, flags.preserve_answers]
-    named += [flags.validation_dataset_config, flags.clip]
-    named += [
-        *flags.slices,
-        *flags.sample_lora,
-        *map(Path, flags.preserve_prompts or []),
-        flags.config_file,
-        flags.log_tracker_config,
-    ]
+    named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts]
+    named += [flags.validation_dataset_config, flags.clip, *(flags.preserve_answers or [])]
+    named += [*flags.slices, *flags.sample_lora, *flags.sample_lora_high_noise, flags.config_file]
+    named += [*map(Path, flags.preserve_prompts or []), flags.log_tracker_config]
     return tuple(path for path in named if path)
 
 
@@ -212,13 +209,16 @@ def _save(flags: Namespace) -> SaveConfig:
 
 
 def _resume(flags: Namespace, save: SaveConfig) -> Path | None:
-    if flags.resume == LATEST and flags.overwrite:
+    if not flags.resume:
+        return None
+    latest = LATEST in flags.resume
+    if latest and flags.overwrite:
         raise InputError(
             "--overwrite trains again from the first step, and --resume latest continues: give one of them"
         )
-    if flags.resume == LATEST and not state_folders(save):
+    if latest and not has_states(flags, save):
         raise no_state(save)
-    return flags.resume
+    return flags.resume[0] if flags.dit_high_noise is None else None
 
 
 def _metadata(flags: Namespace) -> MetadataConfig:
@@ -245,9 +245,11 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         "--sample_at_first": flags.sample_at_first,
     }
     given = [flag for flag, value in turns.items() if value]
-    loras, multipliers = read_loras(flags, "sample_lora")
+    (loras, multipliers), (loras_high, multipliers_high) = (read_loras(flags, own) for own in SAMPLE_LORAS)
+    if loras_high and flags.dit_high_noise is None:
+        raise InputError("--sample_lora_high_noise is for two experts: give --dit_high_noise too, or use --sample_lora")
     if flags.sample_prompts is None:
-        given += ["--sample_lora"] if loras else []
+        given += ["--sample_lora"] if loras or loras_high else []
         if given:
             raise InputError(f"{given[0]} needs --sample_prompts, a file of prompts")
         return None
@@ -269,6 +271,8 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         batch=flags.sample_batch,
         loras=loras,
         lora_multipliers=multipliers,
+        loras_high_noise=loras_high,
+        lora_multipliers_high_noise=multipliers_high,
     )
 
 
@@ -322,7 +326,7 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
     return PreserveConfig(
         prompts=tuple(line.prompt for file in files for line in read_prompt_file(file)),
         from_ledger="auto" in prompts,
-        answers=flags.preserve_answers and existing_file(flags.preserve_answers, "--preserve_answers"),
+        answers=_answers(flags),
         levels=_LEVELS if flags.preserve_levels is None else flags.preserve_levels,
         every=every,
         weight=weight,
@@ -332,38 +336,11 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
     )
 
 
-def _log(flags: Namespace) -> LogConfig:
-    with_folder = "tensorboard" if flags.logging_dir else None
-    trackers = {None: (), "all": ("tensorboard", "wandb")}.get(name := flags.log_with or with_folder, (name,))
-    if "tensorboard" in trackers and flags.logging_dir is None:
-        raise InputError(f"--log_with {flags.log_with} needs --logging_dir")
-    for flag in ("log_prefix", "log_tracker_config", "log_config", "wandb_run_name"):
-        needed = "wandb" if flag == "wandb_run_name" else "tensorboard or wandb"
-        if getattr(flags, flag) and not any(tracker in needed for tracker in trackers):
-            raise InputError(f"--{flag} has no effect without logging: give --logging_dir, and --log_with {needed}")
-    for tracker in trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise InputError(f"logging with {tracker} needs its package: pip install {tracker}")
-    return LogConfig(
-        folder=flags.logging_dir,
-        trackers=trackers,
-        prefix=flags.log_prefix,
-        tracker_name=flags.log_tracker_name,
-        tracker_settings=_tracker_settings(flags, trackers),
-        with_settings=flags.log_config,
-    )
-
-
-def _tracker_settings(flags: Namespace, trackers: Sequence[str]) -> dict[str, dict]:
-    settings = read_toml(flags.log_tracker_config) if flags.log_tracker_config else {}
-    for name, value in settings.items():
-        if name not in trackers or not isinstance(value, dict):
-            raise InputError(
-                f"{flags.log_tracker_config}: {shown(name)} is not a table of a tracker in use ({', '.join(trackers)})"
-            )
-    if flags.wandb_run_name:
-        settings["wandb"] = {"name": flags.wandb_run_name} | settings.get("wandb", {})
-    return settings
+def _answers(flags: Namespace) -> Path | None:
+    """Of one model; those of two experts are told apart later."""
+    if flags.preserve_answers is None or flags.dit_high_noise is not None:
+        return None
+    return existing_file(flags.preserve_answers[0], "--preserve_answers")
 
 
 def _mixed_precision(flags: Namespace) -> str:

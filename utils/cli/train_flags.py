@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from utils.cli.command import DTYPES, dtype, number, task
+from utils.cli.expert_flags import add_expert_flags
 from utils.cli.learning_flags import add_learning_flags
 from utils.cli.sampling_flags import SAMPLE_LORAS, add_batch_flag, add_lora_flags
 from utils.cli.swap_flags import add_swap_flags
@@ -25,6 +26,7 @@ def add_flags(parser: ArgumentParser) -> None:
     _add_slice(parser)
     _add_files(parser)
     _add_training(parser)
+    add_expert_flags(parser)
     add_swap_flags(parser)
     add_learning_flags(parser)
     _add_preservation(parser)
@@ -197,9 +199,10 @@ def _add_preservation(parser: ArgumentParser) -> None:
     add(
         "--preserve_answers",
         type=Path,
+        nargs="+",
         metavar="FILE",
-        help="reference predictions of an earlier run (OUTPUT_NAME.answers.safetensors) to preserve too "
-        "(default: none)",
+        help="reference predictions of an earlier run (OUTPUT_NAME.answers.safetensors) to preserve too; of two "
+        "experts a file of each (default: none)",
     )
     add(
         "--preserve_levels",
@@ -269,8 +272,10 @@ def _add_saving(parser: ArgumentParser) -> None:
     add(
         "--resume",
         type=Path,
+        nargs="+",
         metavar="FOLDER",
-        help="folder NAME-state to resume from; latest takes the newest in --output_dir (default: start at step 0)",
+        help="folder NAME-state to resume from, of two experts one of each; latest takes the newest in --output_dir "
+        "(default: start at step 0)",
     )
     add(
         "--overwrite",

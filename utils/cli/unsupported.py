@@ -4,10 +4,6 @@ _ATTENTION = "the only attention is PyTorch's, which picks the device's fastest 
 _LORA = "this script trains a slice of the checkpoint itself, not a LoRA: use --ff 0.001 --ffid 1"
 _FP8 = "slices train on 16- or 32-bit weights; to save memory use --blocks_to_swap"
 _COMPILE = "the model is not compiled; leave it out"
-_ONE_EXPERT = (
-    "each of the two experts is trained by its own run: give that expert's file as --dit and its timesteps as "
-    "--min_timestep and --max_timestep"
-)
 _HUB = "nothing is uploaded; upload the files in --output_dir yourself"
 _DDP = "the slice's gradients are averaged without DDP; leave it out"
 
@@ -23,7 +19,6 @@ _TRAINING_TOGETHER = {
         *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
         *("--compile_cache_size_limit", "--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
     ),
-    _ONE_EXPERT: ("--dit_high_noise", "--timestep_boundary", "--offload_inactive_dit"),
     _HUB: (
         *("--huggingface_repo_id", "--huggingface_repo_type", "--huggingface_path_in_repo", "--huggingface_token"),
         *("--huggingface_repo_visibility", "--save_state_to_huggingface", "--resume_from_huggingface"),

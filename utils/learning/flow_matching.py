@@ -48,6 +48,7 @@ class TimestepConfig:
     min_timestep: float = 0.0
     max_timestep: float = 1000.0
     preserve_shape: bool = False  # cut the distribution to the range, where otherwise it is squeezed into it
+    # Cut, the range ends below max_timestep, unless that is 1000: where two experts meet, the upper one has the bound.
     buckets: int | None = None  # strata that successive samples visit in turn
 
 
@@ -78,17 +79,23 @@ class _Uniform:
 
 def check_timesteps(config: TimestepConfig, latent_sizes: Sequence[tuple[int, int]]) -> None:
     """InputError if the range of timesteps holds almost none of the distribution at one of the latent sizes."""
-    if not config.preserve_shape or config.sampling == "sigma":
+    if not config.preserve_shape:
         return
-    low, high = config.min_timestep / TIMESTEPS, config.max_timestep / TIMESTEPS
     for size in latent_sizes:
-        share = sum(w * (d.share_below(high) - d.share_below(low)) for w, d in _components(config, size))
+        share = _share_in_range(config, size)
         if share < _LEAST_SHARE:
             raise InputError(
                 f"--min_timestep {config.min_timestep:g} --max_timestep {config.max_timestep:g} holds only "
                 f"{share:.1g} of the distribution {config.sampling} for latents of {size[0]}x{size[1]}: widen the "
                 "range, or leave out --preserve_distribution_shape, so that the distribution is squeezed into the range"
             )
+
+
+def _share_in_range(config: TimestepConfig, latent_size: tuple[int, int]) -> float:
+    if config.sampling == "sigma":
+        return _on_grid(config)[1]
+    low, high = config.min_timestep / TIMESTEPS, config.max_timestep / TIMESTEPS
+    return sum(w * (d.share_below(high) - d.share_below(low)) for w, d in _components(config, latent_size))
 
 
 def draw_generator(seed: int, *place: int | str) -> torch.Generator:
@@ -118,26 +125,84 @@ def _bucket(buckets: int, seed: int, item: int) -> int:
 def sigmas_of(config: TimestepConfig, u_B: Tensor, latent_size: tuple[int, int]) -> Tensor:
     """The noise levels [B] (float32) that uniform numbers u_B (float64) stand for, at latents of (height, width)."""
     low, high = config.min_timestep / TIMESTEPS, config.max_timestep / TIMESTEPS
-    if config.sampling == "sigma":
+    if config.sampling == "sigma" and config.preserve_shape:
+        sigma_B = _cut_sigma_grid(config, u_B)
+    elif config.sampling == "sigma":
         sigma_B = low + (high - low) * _sigma_grid(config, u_B)
     elif config.preserve_shape:
-        sigma_B = _mixture_quantile(_components(config, latent_size), u_B, low, high).clamp(low, high)
+        sigma_B = _mixture_quantile(_components(config, latent_size), u_B, low, high).float().clamp(*_ends(config))
     else:
         sigma_B = low + (high - low) * _mixture_quantile(_components(config, latent_size), u_B, 0, 1)
     return sigma_B.float()
 
 
-def _sigma_grid(config: TimestepConfig, u_B: Tensor) -> Tensor:
-    """One of the 1000 noise levels of the model's schedule, shifted; the densities are those of Esser et al. 2024, 3.1.
+def _ends(config: TimestepConfig) -> tuple[float, float]:
+    """The smallest and the largest float32 noise level whose timestep, rounded as the model reads it, is in a cut."""
+    low, high = (torch.tensor(end / TIMESTEPS) for end in (config.min_timestep, config.max_timestep))
+    while not _is_in_cut(config, low) and low < 1:
+        low = torch.nextafter(low, torch.ones(()))
+    while not _is_in_cut(config, high) and high > 0:
+        high = torch.nextafter(high, torch.zeros(()))
+    return float(low), float(high)
 
-    Larger u is more noise, as in the paper and in every other mode here.
-    """
-    if config.weighting == "logit_normal":
-        u_B = _LogitNormal(config.logit_mean, config.logit_std).quantile(u_B)
-    elif config.weighting == "mode":
-        u_B = 1 - u_B - config.mode_scale * (torch.cos(math.pi / 2 * u_B) ** 2 - 1 + u_B)
-    grid_B = ((u_B * TIMESTEPS).floor() + 1).clamp(1, TIMESTEPS) / TIMESTEPS
+
+def _is_in_cut(config: TimestepConfig, sigma: Tensor) -> Tensor:
+    t = (sigma.float() * TIMESTEPS).double()
+    below = t <= TIMESTEPS if config.max_timestep == TIMESTEPS else t < config.max_timestep
+    return (t >= config.min_timestep) & below
+
+
+def _sigma_grid(config: TimestepConfig, u_B: Tensor) -> Tensor:
+    """One of the 1000 noise levels of the model's schedule, shifted."""
+    return _grid_level(config, (_grid_share(config, u_B) * TIMESTEPS).floor() + 1)
+
+
+def _cut_sigma_grid(config: TimestepConfig, u_B: Tensor) -> Tensor:
+    """The same, of those alone that lie in the range: what drawing again until one does would give."""
+    numbers, share, first_u = _on_grid(config)
+    u_B = (first_u + share * u_B).clamp(2.0**-53, 1 - 2.0**-53)
+    number_B = (_grid_share(config, u_B) * TIMESTEPS).floor() + 1
+    return _grid_level(config, number_B.clamp(int(numbers[0]), int(numbers[-1])))  # rounded over an edge
+
+
+def _on_grid(config: TimestepConfig) -> tuple[Tensor, float, float]:
+    """The noise levels that lie in the range, by number; their share of all draws; the u at which they begin."""
+    numbers = torch.arange(1, TIMESTEPS + 1, dtype=torch.float64)
+    numbers = numbers[_is_in_cut(config, _grid_level(config, numbers))]
+    if not len(numbers):
+        return numbers, 0.0, 0.0
+    edges = sorted(_u_below(config, edge / TIMESTEPS) for edge in (float(numbers[0]) - 1, float(numbers[-1])))
+    return numbers, edges[1] - edges[0], edges[0]
+
+
+def _grid_level(config: TimestepConfig, number_B: Tensor) -> Tensor:
+    grid_B = number_B.clamp(1, TIMESTEPS) / TIMESTEPS
     return config.shift * grid_B / (1 + (config.shift - 1) * grid_B)
+
+
+def _grid_share(config: TimestepConfig, u_B: Tensor) -> Tensor:
+    """Where on the grid u lies, from 0 to 1, by the densities of Esser et al. 2024, 3.1. `mode` falls, others rise."""
+    if config.weighting == "logit_normal":
+        return _LogitNormal(config.logit_mean, config.logit_std).quantile(u_B)
+    if config.weighting == "mode":
+        return 1 - u_B - config.mode_scale * (torch.cos(math.pi / 2 * u_B) ** 2 - 1 + u_B)
+    return u_B
+
+
+def _u_below(config: TimestepConfig, share: float) -> float:
+    """The u at which _grid_share is `share`."""
+    if share in (0, 1):
+        return 1 - share if config.weighting == "mode" else share
+    if config.weighting == "logit_normal":
+        return _LogitNormal(config.logit_mean, config.logit_std).share_below(share)
+    if config.weighting != "mode":
+        return share
+    low, high = 0.0, 1.0
+    for _ in range(60):  # by bisection: it has no closed inverse
+        middle = (low + high) / 2
+        above = float(_grid_share(config, torch.tensor(middle, dtype=torch.float64))) > share
+        low, high = (middle, high) if above else (low, middle)
+    return (low + high) / 2
 
 
 def _components(config: TimestepConfig, latent_size: tuple[int, int]) -> list[tuple[float, _LogitNormal | _Uniform]]:

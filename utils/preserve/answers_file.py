@@ -126,6 +126,11 @@ def read_answers(path: Path, base: BaseModel, model: WanConfig) -> list[OldPromp
     return prompts
 
 
+def base_identity_of(path: Path) -> str:
+    """The identity of the base whose predictions a file holds; InputError if it is not such a file."""
+    return _read(path)[1]["base"].identity
+
+
 def is_of_run(path: Path, run: str) -> bool:
     """Whether the file exists, is complete, and was recorded at the start of a run with these settings (their hash)."""
     with suppress(InputError):

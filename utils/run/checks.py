@@ -26,6 +26,7 @@ from utils.run.fingerprint import base_settings, deciding_settings
 from utils.run.opening_lines import expert_line, first_frame_line, input_bytes, saving_lines
 from utils.run.plan import TrainingPlan, plan_training
 from utils.run.save_schedule import (
+    DiskUse,
     best_file,
     check_saves,
     disk_use,
@@ -33,15 +34,15 @@ from utils.run.save_schedule import (
     planned_saves,
     remove_unfinished,
 )
-from utils.run.state import choose_state, seed_of_state
+from utils.run.state import LATEST, choose_state, latest_state, no_state, seed_of_state
 from utils.run.state_check import check_state, expected_state
 from utils.selective_finetune import check_slice
 from utils.slices.base_identity import base_model
-from utils.slices.ledger import own_entry
+from utils.slices.ledger import own_entry, read_ledger
 from utils.slices.lora import lora_bytes
 from utils.slices.on_base import SlicesOnBase, read_below, units_of
 from utils.swap.memory_checks import StepNeeds, check_memory
-from utils.swap.placement import check_swap
+from utils.swap.placement import check_swap, sizes_of
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import (
@@ -52,6 +53,7 @@ from wan.loading import (
     is_fp8,
     read_checkpoint_header,
 )
+from wan.memory import available_bytes, check_room
 from wan.stored_tensors import dtype_name
 
 _STATE_BYTES = 12  # a value: the difference, two of AdamW
@@ -85,22 +87,37 @@ class RunPlan:
     asking: AskingPlan | None
     block_input: int  # bytes: the input of a block, for the largest batch
     most_values: int  # of latents, in the largest batch
-    saving_lines: Sequence[str]
+    notes: Sequence[str]  # on files that it replaces, or leaves
+    use: DiskUse
+    sizes: Mapping[str, int]  # bytes of one save, by kind
     resume: Path | None
     continues: bool
     removed: Sequence[Path]  # by --overwrite, before the first step
 
 
-def read_inputs(config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Inputs:
-    """Reads the headers, slices and caches that a run is given; InputError if they do not fit together."""
-    header, model_config = read_dit(config, accelerator.device)
-    own = own_entry(config.ff, config.ffid, config.save.name)
-    dtype = COMPUTE_DTYPES[config.mixed_precision]
-    below = read_below(config.dit, header, config.slices, own, dtype, config.continue_slice, config.allow_overlap)
-    dataset = build_training_dataset(config.dataset)
-    check_dataset(dataset, model_config, config)
+def read_inputs(asked: Sequence[TrainConfig], accelerator: Accelerator, say: Callable[[str], None]) -> list[Inputs]:
+    """Reads the headers, slices and caches that a run, or each expert of one, is given: one dataset, one seed.
+
+    InputError if they do not fit together.
+    """
+    models = [(config, *read_dit(config, accelerator.device)) for config in asked]
+    if len(models) > 1:
+        check_are_experts(*(header for _, header, _ in models))
+    below = [_read_below(config, header) for config, header, _ in models]
+    dataset = build_training_dataset(asked[0].dataset)
+    for config, _, model_config in models:
+        check_dataset(dataset, model_config, config)
     validated = _validated_items(config, dataset, model_config, say)
-    return Inputs(header, model_config, below, dataset, validated, _agree_on_seed(config, say))
+    seed = _agree_on_seed(asked, say)
+    return [
+        Inputs(header, model_config, own, dataset, validated, seed)
+        for (_, header, model_config), own in zip(models, below, strict=True)
+    ]
+
+
+def _read_below(config: TrainConfig, header: CheckpointHeader) -> SlicesOnBase:
+    own, dtype = own_entry(config.ff, config.ffid, config.save.name), COMPUTE_DTYPES[config.mixed_precision]
+    return read_below(config.dit, header, config.slices, own, dtype, config.continue_slice, config.allow_overlap)
 
 
 def _validated_items(
@@ -138,7 +155,7 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
     answers = config.save.folder / f"{config.save.name}{ENDING}"
     trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed, config.i2v_share)
     asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
-    replaced, lines = check_plan(config, header, steps, asking, resume, continues)
+    replaced, use, sizes = check_plan(config, header, steps, asking, resume, continues)
     kept = asking.largest_kept if asking else ()
     block_input = input_bytes(inputs.model_config, COMPUTE_DTYPES[config.mixed_precision], dataset, batches, kept)
     check_run_memory(config, header, inputs.model_config, accelerator.device, block_input)
@@ -146,7 +163,52 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
     for line in asking.lines() if asking else ():
         say(line)
     most_values = max(sum(dataset.latent_values(entry) for entry in batch) for batch in batches)
-    return RunPlan(steps, settings, asking, block_input, most_values, lines, resume, continues, replaced.removed)
+    return RunPlan(
+        steps,
+        settings,
+        asking,
+        block_input,
+        most_values,
+        replaced.lines,
+        use,
+        sizes,
+        resume,
+        continues,
+        replaced.removed,
+    )
+
+
+def check_all(
+    config: TrainConfig,
+    asked: Sequence[TrainConfig],
+    inputs: Sequence[Inputs],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> list[RunPlan]:
+    """The plans of what is `asked` for by `config`: of a run, or of each expert; InputError if one could not work."""
+    plans = [check(own, given, accelerator, say) for own, given in zip(asked, inputs, strict=True)]
+    if config.experts is None:
+        return plans
+    for line in inputs[0].dataset.describe():
+        say(line)
+    if asked[0].resume and not any(plan.resume for plan in plans):
+        raise no_state(config.save)
+    for own, plan in zip(asked, plans, strict=True):
+        if own.resume and plan.resume is None:
+            say(f"{own.save.name} has no usable state, so it begins at its first step")
+    if config.samples:
+        writable_folder(config.save.folder / "sample", "the folder of samples")
+        if accelerator.is_main_process:
+            remove_unfinished(config.save)
+    return plans
+
+
+def planned_lines(asked: Sequence[TrainConfig], plans: Sequence[RunPlan]) -> list[str]:
+    """What will be replaced and written, by a run or by both experts together."""
+    folder = asked[0].save.folder
+    uses = {config.save.name: plan.use for config, plan in zip(asked, plans, strict=True)}
+    lines = saving_lines(uses, plans[0].sizes, folder, shutil.disk_usage(folder).free)
+    return [*(note for plan in plans for note in plan.notes), *lines]
 
 
 def _choose_state(
@@ -164,18 +226,22 @@ def _choose_state(
     counts = {name: own.count for name, own in units.items()}
     scales_loss = config.mixed_precision == "fp16"
     expected = expected_state(settings, plan, counts, config.optimizer, config.schedule, device, scales_loss)
-    folder, name = choose_state(config.resume, config.save, partial(check_state, expected=expected), say)
+    fits = partial(check_state, expected=expected)
+    if config.expert and config.resume == LATEST:  # the other one may have got further before a crash
+        return latest_state(config.save, fits, say), True
+    folder, name = choose_state(config.resume, config.save, fits, say)
     if name == config.save.name and config.save.overwrite:
         raise InputError(f"--overwrite trains again from the first step, and --resume {folder} continues: give one")
     return folder, name == config.save.name
 
 
-def _agree_on_seed(config: TrainConfig, say: Callable[[str], None]) -> int:
-    if config.seed is not None:
-        return config.seed
-    if config.resume and (seed := seed_of_state(config.resume, config.save)) is not None:
-        say(f"seed {seed}, as the run that --resume continues")
-        return seed
+def _agree_on_seed(asked: Sequence[TrainConfig], say: Callable[[str], None]) -> int:
+    for config in asked:
+        if config.seed is not None:
+            return config.seed
+        if config.resume and (seed := seed_of_state(config.resume, config.save)) is not None:
+            say(f"seed {seed}, as the run that --resume continues")
+            return seed
     drawn = [random.SystemRandom().randrange(2**32)]
     broadcast_object_list(drawn)
     say(f"seed {drawn[0]} (drawn at random; --seed {drawn[0]} repeats the run)")
@@ -202,6 +268,17 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
     if config.offload_block_inputs and device.type == "cpu":
         raise InputError("--gradient_checkpointing_cpu_offload has no effect where the CPU trains: leave it out")
     return header, model_config
+
+
+def check_are_experts(high: CheckpointHeader, low: CheckpointHeader) -> None:
+    """InputError if two files are not two models of one shape."""
+    files = f"--dit {low.files[0]} and --dit_high_noise {high.files[0]}"
+    bases = [base_model(own, read_ledger(own.metadata, own.files[0])) for own in (high, low)]
+    if bases[0].is_same(bases[1]):
+        raise InputError(f"{files} hold the same model: give the low-noise expert, then the high-noise one")
+    shapes = [{name: tensor.shape for name, tensor in own.tensors.items()} for own in (high, low)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"{files} are models of different shapes: give the two experts of one model")
 
 
 def check_dataset(dataset: TrainingDataset, model: WanConfig, config: TrainConfig) -> None:
@@ -248,8 +325,8 @@ def check_plan(
     asking: AskingPlan | None,
     resume: Path | None,
     continues: bool,
-) -> tuple[Replaced, list[str]]:
-    """What the run replaces, lines on that and on what it will write.
+) -> tuple[Replaced, DiskUse, dict[str, int]]:
+    """What the run replaces, what it will write in all, and the bytes of one save by kind.
 
     InputError if the optimizer, the schedule or a planned file cannot be.
     """
@@ -282,9 +359,7 @@ def check_plan(
     own = own_entry(config.ff, config.ffid, config.save.name)
     planned = [*planned_files(saves), *(path for path in others if path == best_file(config.save))]
     replaced = check_earlier_run(config.save, planned, own, [*inputs, *filter(None, [resume])], continues)
-    free = shutil.disk_usage(config.save.folder).free
-    use = disk_use(saves, sizes, values * _STATE_BYTES)
-    return replaced, [*replaced.lines, *saving_lines(use, sizes, config.save.folder, free)]
+    return replaced, disk_use(saves, sizes, values * _STATE_BYTES), sizes
 
 
 def check_run_memory(
@@ -295,9 +370,15 @@ def check_run_memory(
     flag = next((name for name, used in COMPUTE_DTYPES.items() if used == stored), None)
     own = units_of(header, own_entry(config.ff, config.ffid, config.save.name)).values()
     # The start values; fp32 differences and gradients.
-    trained = sum(units.count for units in own) * (dtype.itemsize + 4 + 4)
+    values = sum(units.count for units in own)
+    trained = values * (dtype.itemsize + 4 + 4)
+    if config.expert:  # the other one's slice and AdamW's state of it stay
+        trained += values * (dtype.itemsize + _STATE_BYTES)
     usable = stored.itemsize <= dtype.itemsize and not (stored == torch.float16 and device.type == "cpu")
     lighter = f"use --mixed_precision {flag}" if usable else f"use a {dtype_name(dtype)} file as --dit"
+    if config.expert and stored != dtype:  # read in place, they would stay in their files
+        both = {"the weights of both experts": 2 * sizes_of(model, dtype).all}
+        check_room(both, available_bytes(), "RAM", lighter)
     step = StepNeeds(trained, block_input, config.offload_block_inputs)
     check_memory(header, model, dtype, device, config.swap, f"{lighter}, so that the weights are read in place", step)
 
@@ -309,6 +390,8 @@ def say_what_is_read(
     stored, used = file_dtype(header), COMPUTE_DTYPES[config.mixed_precision]
     cast = "" if stored == used else f", cast to {dtype_name(used)} at load, saved in {dtype_name(stored)}"
     say(f"{config.dit}: {dtype_name(stored)}{cast}")
+    if config.expert:
+        return
     for line in dataset.describe():
         say(line)
     if line := first_frame_line(config.i2v_share, dataset.items):

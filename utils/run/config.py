@@ -48,6 +48,17 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """What a run that trains both experts of a model is given beside --dit, the low-noise one."""
+
+    dit_high_noise: Path
+    boundary: float  # the timestep from which on the high-noise expert is used
+    switch_every: int = 100  # optimizer steps
+    resume: tuple[Path, ...] = ()  # a state of each, or one name that stands for both
+    preserve_answers: tuple[Path, ...] = ()  # files of earlier runs, each of one expert
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
@@ -57,12 +68,15 @@ class TrainConfig:
     ffid: int
     dataset: DatasetConfig
     save: SaveConfig
+    experts: ExpertsConfig | None = None  # both are trained; their own configs are made of this one
+    expert: str = ""  # which of two experts this is the config of, where both are trained
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     metadata: MetadataConfig = field(default_factory=MetadataConfig)
     log: LogConfig = field(default_factory=LogConfig)
     samples: SampleConfig | None = None
+    sample_batch: int | None = None  # latents in a pass, of samples and recorded predictions; None: by their size
     preserve: PreserveConfig | None = None
     validation: ValidationConfig | None = None
     i2v_share: float = 0.0  # of the clips of ti2v-5B: those that start from their first frame

@@ -3,6 +3,7 @@
 The names are musubi-tuner's, without its ss_.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -74,9 +75,8 @@ def deciding_settings(
     }
     if TASKS[config.task].config.starts_from_latents:
         values["i2v_share"] = config.i2v_share
-    asked = config.samples or config.preserve
-    if asked and asked.batch is not None:
-        values["sample_batch"] = asked.batch
+    if config.sample_batch is not None:
+        values["sample_batch"] = config.sample_batch
     return {key: str(value) for key, value in values.items()}
 
 
@@ -115,6 +115,7 @@ def _plain_share(ff: str) -> str:
     return f"{decimal.normalize():f}" if Fraction(decimal) == exact else str(exact)
 
 
+@functools.lru_cache(maxsize=1)  # two experts train on one
 def _dataset_hash(dataset: TrainingDataset) -> str:
     """The SHA-256 of what the run sees and in which order; not of files, whose metadata have no fixed order."""
     items = [_identity(item) for item in dataset.items]

@@ -12,6 +12,7 @@ from utils.files import readable
 from utils.interrupts import torchrun_line
 from utils.learning.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
 from utils.preserve.old_prompts import preserve_lines
+from utils.run.config import TrainConfig
 from utils.run.plan import TrainingPlan
 from utils.run.run import Run
 from utils.run.save_schedule import DiskUse
@@ -26,18 +27,34 @@ from wan.model import WanModel
 KIND_NAMES = {"checkpoint": "checkpoint", "slice": "slice file", "lora": "LoRA"}  # of --save_as, in words
 
 
-def opening_lines(run: Run, placement: Placement, input_bytes: int, saving_lines: Sequence[str]) -> list[str]:
-    """All of them; `input_bytes` of each block's input wait on the host, `saving_lines` say what will be written."""
+def model_lines(run: Run, placement: Placement) -> list[str]:
+    """What of the model trains, beside and over what, and the memory that it takes."""
     config, below, trained = run.config, run.below, run.trained
     own = own_entry(config.ff, config.ffid, config.save.name)
     lines = lines_below(config.dit, below, own, config.continue_slice)
     lines += slice_lines(trained, run.model, below.entries)
     lines += preserve_lines(run.preserved, below.entries, own)
-    lines.append(f"{memory_line(placement, run.accelerator.device)}; {slice_memory(trained, run.model)}")
-    if input_bytes:
-        lines.append(inputs_line(len(run.model.blocks), input_bytes))
+    return [*lines, f"{memory_line(placement, run.accelerator.device)}; {slice_memory(trained, run.model)}"]
+
+
+def run_lines(run: Run, input_bytes: int, saving_lines: Sequence[str]) -> list[str]:
+    """How long it takes; `input_bytes` of each block's input wait on the host, `saving_lines` say what is written."""
+    lines = [inputs_line(len(run.model.blocks), input_bytes)] if input_bytes else []
     lines += [plan_line(run.plan, run.accelerator.num_processes), *saving_lines]
     return [*lines, *filter(None, [torchrun_line()])]
+
+
+def experts_lines(config: TrainConfig) -> list[str]:
+    """How two experts share the run."""
+    if (two := config.experts) is None:
+        return []
+    lines = [
+        f"each expert takes these steps, {two.dit_high_noise.name} on timesteps from {two.boundary:g}, "
+        f"{config.dit.name} below; they take turns of {_counted(two.switch_every, 'step')}"
+    ]
+    if "high" in config.dit.name.lower() and "low" in two.dit_high_noise.name.lower():
+        lines.append("WARNING: by their names, --dit is the high-noise expert and --dit_high_noise the low-noise one")
+    return lines
 
 
 def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry]) -> list[str]:
@@ -92,20 +109,28 @@ def plan_line(plan: TrainingPlan, processes: int) -> str:
     return f"{_counted(plan.steps, 'step')}: {epochs}, {items}, {per_step} per step{where}"
 
 
-def saving_lines(use: DiskUse, sizes: Mapping[str, int], folder: Path, free: int) -> list[str]:
-    """What the run will write in all, with a warning if the disk has no room; `sizes` are those of one save."""
-    each = [f"{_counted(use.saves, KIND_NAMES[kind])} of {readable(size)}" for kind, size in sizes.items()]
-    states = [_counted(use.states, "state")] if use.states else []
+def saving_lines(uses: Mapping[str, DiskUse], sizes: Mapping[str, int], folder: Path, free: int) -> list[str]:
+    """What the run will write in all, with a warning if the disk has no room; `sizes` are those of one save.
+
+    `uses` are by output name: one, or those of two experts.
+    """
+    each = [_written(use, sizes) + (f" as {name}" if len(uses) > 1 else "") for name, use in uses.items()]
+    written, kept = (sum(getattr(use, field) for use in uses.values()) for field in ("written", "kept"))
     lines = [
-        f"will write {', '.join([*each, *states])} to {folder}: {readable(use.written)} in all, of which "
-        f"{readable(use.kept)} will be kept; {readable(free)} are free"
+        f"will write {' and '.join(each)} to {folder}: {readable(written)} in all, of which {readable(kept)} will be "
+        f"kept; {readable(free)} are free"
     ]
-    if use.kept > free:
+    if kept > free:
         lines.append(
-            f"WARNING: {readable(use.kept)} will not fit into {readable(free)}: save less often "
+            f"WARNING: {readable(kept)} will not fit into {readable(free)}: save less often "
             "(--save_every_n_epochs), keep fewer files (--save_last_n_epochs), or use --save_as slice"
         )
     return lines
+
+
+def _written(use: DiskUse, sizes: Mapping[str, int]) -> str:
+    each = [f"{_counted(use.saves, KIND_NAMES[kind])} of {readable(size)}" for kind, size in sizes.items()]
+    return ", ".join([*each, *([_counted(use.states, "state")] if use.states else [])])
 
 
 def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | None:
@@ -120,7 +145,7 @@ def expert_line(task: WanTask, dit: Path, timesteps: TimestepConfig) -> str | No
     if (low_only and not is_high) or (high_only and not is_low):
         return None
     named = {(True, False): f"is the high-noise one: use {high}", (False, True): f"is the low-noise one: use {low}"}
-    advice = named.get((is_high, is_low), f"is one of them: use {low} or {high}")
+    advice = named.get((is_high, is_low), f"is one of them: use {low} or {high}, or train both (--dit_high_noise)")
     return (
         f"note: this run trains on timesteps {timesteps.min_timestep:g} to {timesteps.max_timestep:g}, but "
         f"{task.name} has two experts, one on each side of {boundary:g}, and {dit.name} {advice}"

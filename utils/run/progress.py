@@ -97,7 +97,15 @@ class StepBar(tqdm):
 
     def __init__(self, timer: StepTimer, total: int, done: int, shown: bool):
         self._timer = timer
+        self._losses: dict[str, str] = {}
         super().__init__(total=total, initial=done, desc="steps", disable=not shown)
+
+    def show(self, expert: str, loss: float, average: float) -> None:
+        """Moves on by a step; two experts have a loss each, since high noise makes it several times larger."""
+        self._losses |= {expert: f"{loss:.4f} (average {average:.4f})"} if expert else {}
+        shown = self._losses or {"loss": f"{loss:.4f}", "average": f"{average:.4f}"}
+        self.set_postfix(shown, refresh=False)
+        self.update()
 
     @property
     def format_dict(self) -> dict:

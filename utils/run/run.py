@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +88,7 @@ class Run:
     debug: TrainingDebug | None
     say: Callable[[str], None]
     timer: StepTimer
+    others: Sequence[Place] = ()  # of the expert that trains in turn with this one
 
 
 def resume(run: Run, folder: Path) -> Place:
@@ -103,19 +104,29 @@ def resume(run: Run, folder: Path) -> Place:
         run.validation.load_state(state.validation)
     losses = deque(state.losses, run.plan.steps_per_epoch)
     place = Place(state.epoch, state.batch, state.step, losses, state.saved_at, folder, state.step, state.epoch)
-    # As the main process sees it, before it writes: all have to take the same way.
-    final = save_at_end(run.config.save, run.plan.steps)
-    ended = [place.step >= run.plan.steps and not final.missing(values_digest(run.trained))]
-    broadcast_object_list(ended)
-    if ended[0] or place.step > run.plan.steps:
-        raise InputError(
-            f"--resume {folder} has done {place.step} steps and the run has {run.plan.steps}: raise --max_train_epochs "
-            "or --max_train_steps to continue"
-        )
+    if place.step > run.plan.steps:
+        raise has_ended_error(run, place)
     run.say(f"continues from {folder}: epoch {place.epoch + 1}, step {place.step}")
     if (before := state.planned_steps) != run.plan.steps:
         run.say(f"note: the learning-rate schedule now spans {run.plan.steps} steps instead of {before}")
     return place
+
+
+def has_ended(run: Run, place: Place) -> bool:
+    """Whether a resumed run has nothing left to do: its steps are done, and its last files are written."""
+    # As the main process sees it, before it writes: all have to take the same way.
+    final = save_at_end(run.config.save, run.plan.steps)
+    ended = [place.step >= run.plan.steps and not final.missing(values_digest(run.trained))]
+    broadcast_object_list(ended)
+    return ended[0]
+
+
+def has_ended_error(run: Run, place: Place) -> InputError:
+    """What --resume of a run that has ended comes to."""
+    return InputError(
+        f"--resume {place.state} has done {place.step} steps and the run has {run.plan.steps}: raise "
+        "--max_train_epochs or --max_train_steps to continue"
+    )
 
 
 def _resume_schedule(run: Run, state: State) -> None:

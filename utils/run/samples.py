@@ -4,7 +4,7 @@ Shapes: T frames, H W height and width in pixels, S text tokens, D text width.
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +53,8 @@ class SampleConfig:
     batch: int | None = None  # latents that go through the model in one pass; None: by their size
     loras: tuple[Path, ...] = ()  # beside the model, while samples are drawn
     lora_multipliers: tuple[float, ...] = ()
+    loras_high_noise: tuple[Path, ...] = ()  # beside the high-noise expert, where two are trained
+    lora_multipliers_high_noise: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ class PreparedSamples:
     fps: int
     batch: int | None  # latents in a pass; None: by their size
     loras: tuple[LoraFile, ...]
+    loras_high_noise: tuple[LoraFile, ...] = ()  # beside the high-noise expert, where two are trained
 
     @property
     def settings(self) -> dict[str, str]:
         """What decides them beside the run's own settings and their prompts."""
-        return {"sample_loras": ", ".join(file.label for file in self.loras)} if self.loras else {}
+        loras = [file.label for file in (*self.loras, *self.loras_high_noise)]
+        return {"sample_loras": ", ".join(loras)} if loras else {}
 
     def denoisings(self) -> list[Denoising]:
         """The samples at their starts."""
@@ -103,7 +107,8 @@ def prepare_samples(
     defaults = replace(defaults, steps=_STEPS if defaults.steps is None else defaults.steps)
     check_clip(task, config.clip)
     loras = read_loras(config.loras, config.lora_multipliers, model)
-    for line in lora_lines(loras, " while samples are drawn"):
+    loras_high = read_loras(config.loras_high_noise, config.lora_multipliers_high_noise, model)
+    for line in lora_lines([*loras, *loras_high], " while samples are drawn"):
         say(line)
     samples = tuple(resolve_sample(prompt, task, seed, defaults=defaults) for prompt in config.prompts)
     for line in filter(None, map(size_line, config.prompts, samples)):
@@ -119,7 +124,7 @@ def prepare_samples(
     del text_encoder
     gc.collect()  # its memory is needed for the transformer
     seed_given = tuple(prompt.seed is not None for prompt in config.prompts)
-    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps, config.batch, loras)
+    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps, config.batch, loras, loras_high)
 
 
 def due_after_step(config: SampleConfig | None, step: int) -> bool:
@@ -149,7 +154,18 @@ def draw_samples(
     source = "the model in training"
     with loras_beside(model, prepared.loras, device):
         advance(denoisings, model, None, prepared.texts, device, prepared.batch, on_step=on_step, source=source)
-    latents = [denoising.latent_CFHW for denoising in denoisings]
+    return save_drawn(prepared, [own.latent_CFHW for own in denoisings], device, folder, stem, weights)
+
+
+def save_drawn(
+    prepared: PreparedSamples,
+    latents: Sequence[Tensor],
+    device: torch.device,
+    folder: Path,
+    stem: str,
+    weights: Mapping[str, object] | None,
+) -> list[SavedSample]:
+    """Decodes the latents of all samples on `device`, and saves them as draw_samples does."""
     prepared.vae.to(device)
     time = datetime.now().strftime("%Y%m%d%H%M%S")
     saved = []

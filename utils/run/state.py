@@ -54,6 +54,11 @@ class State:
     validation: Mapping | None = None
 
 
+def is_state(folder: Path) -> bool:
+    """Whether a folder holds a state, as far as its file's name tells."""
+    return (folder / _FILE).is_file()
+
+
 def save_state(folder: Path, state: State) -> None:
     """Writes the state to `folder`.
 
@@ -89,14 +94,21 @@ def choose_state(
         state = read_state(resume)
         check(resume, state)
         return resume, state.name
+    if (folder := latest_state(save, check, say)) is None:
+        raise no_state(save)
+    return folder, save.name
+
+
+def latest_state(save: SaveConfig, check: Callable[[Path, State], None], say: Callable[[str], None]) -> Path | None:
+    """The newest state of the run that `check` accepts; None if there is none."""
     for folder in _newest_first(save, say):
         try:
             check(folder, read_state(folder))
         except UnusableState as error:
             say(f"note: {error}")
         else:
-            return folder, save.name
-    raise no_state(save)
+            return folder
+    return None
 
 
 def seed_of_state(resume: Path, save: SaveConfig) -> int | None:

@@ -5,13 +5,14 @@ At each turn the state is written first; files that a crash or a full disk preve
 
 import glob
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
@@ -19,11 +20,12 @@ from utils.preserve.old_prompts import most_frequent
 from utils.run.contact_sheet import CONTACT_SHEET, open_sheet
 from utils.run.fingerprint import checkpoint_metadata
 from utils.run.finite import check_state_is_finite
-from utils.run.progress import between_steps
+from utils.run.progress import StepBar, between_steps
 from utils.run.run import Place, Run, state_of, values_digest
-from utils.run.samples import draw_samples, due_after_epoch, due_after_step
+from utils.run.samples import PreparedSamples, SampleConfig, SavedSample, draw_samples, due_after_epoch, due_after_step
 from utils.run.save_schedule import (
     Save,
+    SaveConfig,
     best_file,
     remove_expired,
     save_after_epoch,
@@ -45,7 +47,7 @@ def say_beside_bar(run: Run, *lines: str) -> None:
             run.say(line)
 
 
-def log_step(run: Run, place: Place, values: Mapping[str, float], bar: tqdm) -> None:
+def log_step(run: Run, place: Place, values: Mapping[str, float], bar: StepBar) -> None:
     """Logs the step that was done, and moves the bar."""
     device, times = run.accelerator.device, run.timer.finish_step()
     losses = {"loss/current": place.losses[-1], "loss/average": place.average_loss()}
@@ -57,14 +59,20 @@ def log_step(run: Run, place: Place, values: Mapping[str, float], bar: tqdm) -> 
         with _stops_without_room(run, place):
             lines = run.debug.after_step(place.step, run.accelerator.trackers)
         say_beside_bar(run, *lines)
-    bar.set_postfix(loss=f"{place.losses[-1]:.4f}", average=f"{place.average_loss():.4f}", refresh=False)
-    bar.update()
+    bar.show(run.config.expert, place.losses[-1], place.average_loss())
 
 
 def log(run: Run, place: Place, values: Mapping[str, float]) -> None:
-    """Tells the trackers of this step's values."""
+    """Tells the trackers of this step's values, of two experts under names of their own."""
+    named = {f"{name}/{run.config.expert}" if run.config.expert else name: value for name, value in values.items()}
     with _stops_without_room(run, place):
-        run.accelerator.log(dict(values), step=place.step)
+        for tracker in run.accelerator.trackers:
+            tracker.log(named, step=_step_in(tracker, run, place))
+
+
+def _step_in(tracker: GeneralTracker, run: Run, place: Place) -> int:
+    """wandb drops what comes at an earlier step than the last, so there the steps of two experts count together."""
+    return place.step + (sum(other.step for other in run.others) if tracker.name == "wandb" else 0)
 
 
 @between_steps
@@ -120,14 +128,14 @@ def stop_with_state(run: Run, place: Place) -> None:
     """Ends a run that was interrupted, with a state to resume from: the one that this step has saved, if it has."""
     if place.step == 0:
         return run.say("stopped before the first step was finished, so there is nothing to resume from")
-    _keep_place(run, place)
+    keep_place(run, place)
     run.accelerator.wait_for_everyone()
     run.say(
         f"stopped after step {place.step}; to continue, run the same command with --resume latest (or {place.state})"
     )
 
 
-def _keep_place(run: Run, place: Place) -> None:
+def keep_place(run: Run, place: Place) -> None:
     """Saves a state, unless one of this very place is on disk: another one would have its files written again."""
     if not place.is_saved:
         _save_state(run, place, stop_state(run.config.save, place.step))
@@ -161,17 +169,29 @@ def draw_turn(run: Run, place: Place, when: str) -> None:
             drawn = draw_samples(
                 run.samples, run.model, run.accelerator.device, folder, stem, _weights(run, place), bar.update
             )
-        sheet_path = folder / f"{run.config.save.name}{CONTACT_SHEET}"
-        decides = {**run.settings, **run.samples.settings}
-        sheet = open_sheet(sheet_path, decides, run.samples.samples).with_turn(place.step, drawn).save(sheet_path)
-        with _stops_without_room(run, place):
-            for tracker in run.accelerator.trackers:
-                for number, saved in enumerate(drawn):
-                    show_sample(tracker, f"sample/{number:02d}", saved, run.samples.fps, place.step)
-                show_sheet(tracker, "sample/contact_sheet", sheet, place.step)
-        for saved in drawn:
-            say_beside_bar(run, f"sampled {saved.path}")
+        show_drawn(run, place, run.config.save, run.settings, run.samples, drawn)
     run.accelerator.wait_for_everyone()
+
+
+def show_drawn(
+    run: Run,
+    place: Place,
+    save: SaveConfig,
+    settings: Mapping[str, str],
+    samples: PreparedSamples,
+    drawn: Sequence[SavedSample],
+) -> None:
+    """Adds the turn to the contact sheet, and shows it in the trackers."""
+    path = save.folder / "sample" / f"{save.name}{CONTACT_SHEET}"
+    sheet = open_sheet(path, {**settings, **samples.settings}, samples.samples).with_turn(place.step, drawn).save(path)
+    with _stops_without_room(run, place):
+        for tracker in run.accelerator.trackers:
+            step = _step_in(tracker, run, place)
+            for number, saved in enumerate(drawn):
+                show_sample(tracker, f"sample/{number:02d}", saved, samples.fps, step)
+            show_sheet(tracker, "sample/contact_sheet", sheet, step)
+    for saved in drawn:
+        say_beside_bar(run, f"sampled {saved.path}")
 
 
 def _weights(run: Run, place: Place) -> dict[str, object] | None:
@@ -197,7 +217,7 @@ def make_up(run: Run, place: Place) -> None:
         draws = draws_after_step(run, place)
     # What the main process sees, before it writes: all have to take the same way.
     files = turn.missing(values_digest(run.trained)) if turn else {}
-    missing = [files, draws and not _are_drawn(run, when, place.finished_at)]
+    missing = [files, draws and not are_drawn(run.config.save, run.config.samples, when, place.finished_at)]
     broadcast_object_list(missing)
     files, samples = missing
     if files or samples:
@@ -216,9 +236,10 @@ def epoch_text(epoch: int) -> str:
     return f"e{epoch:06d}"
 
 
-def _are_drawn(run: Run, when: str, since: int) -> bool:
-    stem, folder = glob.escape(f"{run.config.save.name}_{when}"), run.config.save.folder / "sample"
-    numbers = range(len(run.config.samples.prompts))
+def are_drawn(save: SaveConfig, samples: SampleConfig, when: str, since: int) -> bool:
+    """Whether all samples of a turn are on disk, none of them older than `since`, in ns since 1970."""
+    stem, folder = glob.escape(f"{save.name}_{when}"), save.folder / "sample"
+    numbers = range(len(samples.prompts))
     drawn = {number: folder.glob(f"{stem}_{number:02d}_*") for number in numbers}
     return all(any(path.stat().st_mtime_ns >= since for path in paths) for paths in drawn.values())
 
@@ -229,7 +250,7 @@ def _stops_without_room(run: Run, place: Place) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _keep_place(run, place)
+        keep_place(run, place)
         raise InputError(
             f"--logging_dir {run.config.log.folder} cannot be written to ({error.strerror}): the run stops after step "
             f"{place.step}; to continue, run the same command with --resume latest (or {place.state})"

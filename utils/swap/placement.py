@@ -20,6 +20,7 @@ from utils.slices.overlay import Overlay
 from utils.swap.backend import CudaBackend, HostBackend, make_backend
 from utils.swap.block_inputs import BlockInputs
 from utils.swap.host_store import BackgroundCopies, HostStore, aligned, make_host_store
+from utils.swap.order import WeightOrder
 from utils.swap.plan import SwapConfig, SwapPlan, WeightSizes, plan_swap
 from utils.swap.streamer import StreamedWeight, WeightStreamer
 from wan.configs import WanConfig
@@ -36,6 +37,8 @@ class LoadedWeights:
     mapped: bool = False  # the block matrices are the file's own bytes
     overlays: Mapping[nn.Linear, Overlay] = field(default_factory=dict)  # what slices hold on top of these
     reserved: int = 0  # bytes of RAM to leave for other uses
+    returns: bool = False  # to the host when the placement ends, so that the model can be placed again
+    order: WeightOrder | None = None  # in which streamed weights are used, kept from one placement to the next
 
 
 _IN_MEMORY = LoadedWeights()
@@ -45,7 +48,8 @@ _IN_MEMORY = LoadedWeights()
 class Placement:
     """Where the weights are, in bytes: on the device in all, its buffers, what streams, RAM beside the file's pages.
 
-    As a context it ends the streaming: copies are finished, pages unlocked, and layers use their weight on the host.
+    As a context it ends the streaming: copies are finished, pages unlocked, and layers use their weight on the host. A
+    model that `returns` leaves the device, except for its slice, and the RAM that was made for it.
     """
 
     device_bytes: int
@@ -84,21 +88,25 @@ def place_model(
     if swap.weights_vram is not None:  # which includes the overlays
         swap = replace(swap, weights_vram=swap.weights_vram - sum(overlay.nbytes for overlay in overlays.values()))
     plan = plan_swap(weight_sizes(model), swap)
-    streamed = _streamed_linears(model, plan)
-    resident_bytes = _move_resident(model, device, streamed, {linear.weight for linear in overlays}, trained)
+    streamed, undo = _streamed_linears(model, plan), ExitStack()
+    if loaded.returns:
+        _return_weights(model, () if loaded.mapped else streamed, undo)
+    resident_bytes = _move_resident(model, device, streamed, loaded, trained)
     weights = [linear.weight for linear in streamed]
     store = make_host_store(weights, swap.host_weights, backend, loaded.mapped, loaded.reserved) if streamed else None
     stays_mapped = set(streamed) if store and store.mode == "mapped" else set()
     for linear in overlays.keys() - stays_mapped:
         overlays[linear].write(linear.weight.data)
     if store is None:
-        return Placement(resident_bytes)
+        _write_slice(trained, loaded)
+        return Placement(resident_bytes, undo=undo)
 
     beside = {linear: overlay.to(device) for linear, overlay in overlays.items() if linear in stays_mapped}
     streamer = _make_streamer(streamed, plan, store, backend, trained, beside)
-    undo = ExitStack()
+    streamer.order = loaded.order or streamer.order
     undo.callback(streamer.close)
     _attach(model, streamed, trained, streamer, undo)
+    _write_slice(trained, loaded)
     return Placement(
         device_bytes=resident_bytes + plan.slot_bytes + sum(overlay.nbytes for overlay in beside.values()),
         buffer_bytes=plan.slot_bytes,
@@ -112,18 +120,35 @@ def place_model(
     )
 
 
+def _return_weights(model: WanModel, moved: Collection[nn.Linear], undo: ExitStack) -> None:
+    """Has `undo` put every weight back to where it is now, except for those that are `moved` within the host."""
+    weights = {linear.weight for linear in moved}
+    for parameter in model.parameters():
+        if parameter not in weights:
+            undo.callback(setattr, parameter, "data", parameter.data)
+
+
+def _write_slice(trained: TrainedSlice | None, loaded: LoadedWeights) -> None:
+    """Puts what was trained in an earlier placement into the weights that are on the device now."""
+    if trained is not None and loaded.returns:
+        trained.write_back()
+
+
 def _move_resident(
     model: WanModel,
     device: torch.device,
     streamed: Sequence[nn.Linear],
-    overlaid: Collection[nn.Parameter],
+    loaded: LoadedWeights,
     trained: TrainedSlice | None,
 ) -> int:
     """Moves what does not stream to the device; copies of what will be written to. How many bytes lie there."""
     on_host = {linear.weight for linear in streamed}
     resident = [parameter for parameter in model.parameters() if parameter not in on_host]
+    overlaid = {linear.weight for linear in loaded.overlays}
+    is_own = loaded.returns and not loaded.mapped  # private memory that is kept: a CPU needs no second copy of it
     for parameter in resident:
-        parameter.data = parameter.data.to(device, copy=trained is not None or parameter in overlaid)
+        written = trained is not None or parameter in overlaid
+        parameter.data = parameter.data.to(device, copy=written and not is_own)
     return sum(parameter.nbytes for parameter in resident)
 
 

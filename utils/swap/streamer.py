@@ -142,6 +142,11 @@ class WeightStreamer:
         self._drain()
         if self.store is not None:
             self.store.close()
+        # Whoever still holds the streamer does not hold the memory.
+        self.weights, self._in_use = (), None
+        self._lanes.clear()
+        self._lane_of.clear()
+        self._slot_of.clear()
 
     def time_waits(self) -> WaitingTime:
         """Measures from now on for how long computing waits; somebody has to take() it again and again."""
