@@ -58,6 +58,7 @@ class Placing:
     ring_blocks: int = 2
     host_weights: str = "auto"
     takes_clips: bool = True
+    fp8: str = ""  # "scaled": the block matrices are rounded
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ PLACINGS = (
     Placing("S = 40", 1),
     Placing("S = 40, one buffer", 1, ring_blocks=1, takes_clips=False),
     Placing("S = 40, staged", 1, host_weights="staged", takes_clips=False),
+    Placing("S = 0, fp8", 0, takes_clips=False, fp8="scaled"),
+    Placing("S = 40, fp8", 1, takes_clips=False, fp8="scaled"),
 )
 PICTURE = Size("512x512x1", 1, (1, 64, 64), work=1)
 PICTURES = Size("512x512x1, batch 4", 4, (1, 64, 64), work=4)
@@ -107,11 +110,11 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     config = TINY if flags.dry_run else TASKS["t2v-14B"].config
     print(heading(device), flush=True)
     deadline = time.monotonic() + 60 * flags.minutes
-    rows, reference = [], {}
+    rows, references = [], {placing.fp8: {} for placing in PLACINGS}
     try:
         for placing in PLACINGS:
             measured = attempt(
-                placing.name, deadline, lambda p=placing: measure(p, config, device, deadline, reference)
+                placing.name, deadline, lambda p=placing: measure(p, config, device, deadline, references[p.fp8])
             )
             for row in measured:
                 rows.append(row)
@@ -191,7 +194,8 @@ def measure(
     trained = attach_slice(model, "0.001" if is_gpu else "0.05", 1, device=device)
     inputs = OptionalInputs(len(model.blocks), device, TimedBackend(device) if is_gpu else None)
     checkpoint_blocks(model, inputs)
-    swap = SwapConfig(round(placing.blocks * len(model.blocks)), placing.ring_blocks, host_weights=placing.host_weights)
+    swapped = round(placing.blocks * len(model.blocks))
+    swap = SwapConfig(swapped, placing.ring_blocks, host_weights=placing.host_weights, fp8=placing.fp8)
     started = time.perf_counter()
     # As if mapped: windows of one small table are not the memory that the choice of a store would count on.
     with place_model(model, device, swap, trained, LoadedWeights(mapped=True), backend) as placement:

@@ -28,7 +28,7 @@ from utils.learning.conditions import Conditioning  # noqa: E402
 from utils.selective_finetune import attach_slice  # noqa: E402
 from utils.swap.backend import HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
-from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model  # noqa: E402
+from utils.swap.placement import LoadedWeights, Placement, checkpoint_blocks, place_model  # noqa: E402
 from utils.swap.plan import SwapConfig  # noqa: E402
 from utils.swap.streamer import Traffic  # noqa: E402
 from wan.configs import TASKS, WanTask  # noqa: E402
@@ -48,6 +48,7 @@ class Case:
     limit: float | None = None  # GB, the figure to reach
     task: str = "t2v-14B"
     experts: int = 1  # 2: both of A14B, of which one has trained and left the device
+    fp8: str = ""  # "scaled": --fp8_base --fp8_scaled
 
 
 CASES = (
@@ -58,6 +59,10 @@ CASES = (
     Case("832x480x81, S = 40, block inputs on the host", CLIP, 40, offload_inputs=True, limit=9.0),
     Case("1280x720x81, S = 40, block inputs on the host", CLIP_720P, 40, offload_inputs=True, limit=17.0),
     Case("832x480x81, S = 40", CLIP, 40),
+    Case("512x512x1, S = 0, fp8", IMAGE, 0, limit=15.6, fp8="scaled"),
+    Case("512x512x1, S = 24, fp8", IMAGE, 24, limit=7.2, fp8="scaled"),
+    Case("512x512x1, S = 40, fp8, ring of 2 blocks", IMAGE, 40, limit=1.9, fp8="scaled"),
+    Case("512x512x1, S = 40, fp8, one block-sized buffer", IMAGE, 40, ring_blocks=1, limit=1.6, fp8="scaled"),
     Case("512x512x1, S = 24, two experts", IMAGE, 24, limit=13.1, task="t2v-A14B", experts=2),
     Case("512x512x1, S = 40, ring of 2 blocks, two experts", IMAGE, 40, limit=2.8, task="t2v-A14B", experts=2),
     *(
@@ -176,10 +181,20 @@ def set_up(model, case: Case, ff: str, inputs: BlockInputs | None, backend: Meta
     """The slice, its optimizer, and what places the model."""
     trained = attach_slice(model, ff, 1, device=META)
     checkpoint_blocks(model, inputs)
-    swap = SwapConfig(min(case.blocks_to_swap, len(model.blocks)), case.ring_blocks)
+    swap = SwapConfig(min(case.blocks_to_swap, len(model.blocks)), case.ring_blocks, fp8=case.fp8)
     loaded = LoadedWeights(mapped=True, returns=case.experts > 1)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
-    return trained, optimizer, partial(place_model, model, META, swap, trained, loaded, backend)
+    return trained, optimizer, partial(place, model, swap, trained, loaded, backend)
+
+
+def place(model, swap: SwapConfig, trained, loaded: LoadedWeights, backend: MetaBackend) -> Placement:
+    """place_model; what waits on the host is not counted, where it is not the file's own."""
+    placement = place_model(model, META, swap, trained, loaded, backend)
+    if swap.fp8 and placement.streamer:
+        hosts = [weight.host for weight in placement.streamer.weights]
+        for host in {host.untyped_storage()._cdata: host for host in hosts}.values():
+            backend.count.leave_out(host)
+    return placement
 
 
 def step(model, trained, optimizer, task: WanTask, latents, count: DeviceBytes) -> tuple[int, int, int]:

@@ -76,6 +76,7 @@ def scaled(start: Tensor, final: Tensor, strength: float) -> Tensor:
 def with_slice(model, file: SliceFile, strength: float):
     """A clone of ComfyUI's `model` with the slice on top, and a report; SliceError if it does not belong there."""
     _refuse_overlaps(model, file)
+    _refuse_merged(model, file)
     # Names and weights of modules, as state_dict() of GGUF models has entries that are no weights, in packed shapes.
     keys = {contract_name(key): key for key, _ in model.model.named_parameters() if key.startswith(PREFIX)}
     weights = {name: _stored(model, key) for name, key in keys.items()}
@@ -120,6 +121,15 @@ def _refuse_overlaps(model, file: SliceFile) -> None:
                 f"{file.name}, {file.label}, shares values with {other.name}, {other.label}, which this model has "
                 "already: use one of the two"
             )
+
+
+def _refuse_merged(model, file: SliceFile) -> None:
+    """A patch that is a list is another whole model: the slice would go into the first of the two, weakened with it."""
+    if any(isinstance(patch[1], list) for own in model.patches.values() for patch in own):
+        raise SliceError(
+            f"two models were merged before this node, so {file.label} would be merged, too: move Load Wan Slice to "
+            "before the merging node, behind the model that it was trained on"
+        )
 
 
 def _units(weights: dict[str, Tensor], file: SliceFile) -> dict[str, SliceUnits]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .selective_finetune import CONTRACT, SliceError, check_slice, contract_name, exact_fraction
 from .slice_saving import LEDGER_KEY
 
+_LONGEST = 60  # characters of a concept's name in a message
 _JOINERS = "\u200c\u200d"  # of letters and of emoji, in real names
 _ANSWERS_KEY = "wan_answers"  # of files with the reference predictions of earlier concepts
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,7 +32,8 @@ class SliceFile:
     @property
     def label(self) -> str:
         """The slice in words."""
-        return f"{self.concept} (ff {self.entry['ff']} ffid {self.entry['ffid']})"
+        concept = self.concept if len(self.concept) <= _LONGEST else f"{self.concept[:_LONGEST]}..."
+        return f"{concept} (ff {self.entry['ff']} ffid {self.entry['ffid']})"
 
     @property
     def concept(self) -> str:
@@ -56,7 +58,8 @@ def read_slice_file(path: str | None, name: str) -> SliceFile:
             shapes = {key: file.get_slice(key).get_shape() for key in names}
             if not names or any(len(shape) != 1 for shape in shapes.values()):
                 raise SliceError(_not_a_slice(name, metadata, names))
-            values = {key: file.get_tensor(key) for key in names}
+            # Copies: tensors are maps of the file, which change with it, and which keep Windows from replacing it.
+            values = {key: file.get_tensor(key).clone() for key in names}
     except (SafetensorError, OSError) as error:
         raise SliceError(f"{name} is damaged, or not a safetensors file ({error}): copy it here again") from None
     for key, own in values.items():

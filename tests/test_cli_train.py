@@ -124,7 +124,8 @@ def test_a_file_gives_defaults_and_the_command_line_wins(folder):
         (f"seed = {'9' * 5000}", "wrong.toml is not valid toml"),
         (f"seed = 0x{'f' * 5000}", "--seed must be a whole number"),
         ("[a]\n" * 2, "wrong.toml is not valid toml"),
-        ("fp8_base = true", "--fp8_base is not supported"),
+        ("compile = true", "--compile is not supported"),
+        ("fp8_scaled = true", "--fp8_scaled has no effect without --fp8_base"),
         ('config_file = "b.toml"', "unknown key config_file"),
     ],
 )

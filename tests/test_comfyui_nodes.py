@@ -191,6 +191,14 @@ def test_a_lora_gives_the_same_before_and_after_a_slice(nodes, files):
         assert torch.equal(model.model.state_dict()[key], expected)
 
 
+def test_a_file_that_is_written_anew_leaves_a_model_that_has_it_as_it_was(nodes, files):
+    model = chained(nodes, comfy_model(files / "base.safetensors"), ("one", 1))
+    path = Path(nodes["folder_paths"].models_dir) / "slices" / "one.slice.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    model.load()
+    assert same(dict(model.model.state_dict()), applied(files, ("one", 1)))
+
+
 def test_a_base_is_recognised_while_another_chain_of_nodes_has_it_loaded(nodes, files):
     base = comfy_model(files / "base.safetensors")
     chained(nodes, base, ("one", 1)).load()
@@ -228,6 +236,19 @@ def test_slices_that_share_values_are_refused(nodes, files):
     model = chained(nodes, comfy_model(files / "base.safetensors"), ("two", 1), ("one", 1))
     told = refusal(nodes, model, "over.slice.safetensors")
     assert "over (ff 0.04 ffid 2), shares values with one.slice.safetensors, one (ff 0.05 ffid 2)" in told
+
+
+def test_a_slice_behind_a_merge_of_two_models_is_refused_and_before_it_is_taken(nodes, files):
+    model = chained(nodes, comfy_model(files / "base.safetensors"), ("one", 1))
+    weights = comfy_model(files / "other.safetensors").model.state_dict()
+    model.add_patches({key: [(weight, None)] for key, weight in weights.items()}, 0.5, 0.5)
+    told = refusal(nodes, model, "two.slice.safetensors")
+    assert "two models were merged before this node, so two (ff 0.03 ffid 1) would be merged, too" in told
+
+
+def test_a_long_name_of_a_concept_is_cut_in_messages(nodes, files):
+    name = rewritten(nodes, files, lambda entry, _: entry.update(name="long " * 2000))
+    assert len(refusal(nodes, comfy_model(files / "other.safetensors"), name)) < 500
 
 
 def test_a_quantised_base_takes_the_slice_and_says_what_cannot_be_checked(nodes, files):

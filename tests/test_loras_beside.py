@@ -268,6 +268,15 @@ def test_generation_with_loras_beside_both_experts_is_that_with_their_slices(mod
     assert (told["loras"], told["loras_high_noise"]) == (["one.lora 1"], ["two.lora 1"])
 
 
+def test_a_lora_adds_to_an_fp8_base_what_it_adds_to_the_base(models, tmp_path):
+    lora, fp8 = f"--lora_weight={models}/one.lora.safetensors", ["--fp8", "--fp8_scaled", "--blocks_to_swap", "1"]
+    names = {"a": [], "b": fp8, "c": [lora], "d": [lora, *fp8]}
+    plain, rounded, learned, both = (generated(models, tmp_path / n, "low", "high", *m)[0] for n, m in names.items())
+    assert (rounded - plain).abs().max() > 1e-3  # fp8 is another model
+    added, wanted = both - rounded, learned - plain
+    assert torch.cosine_similarity(added.flatten(), wanted.flatten(), dim=0) > 0.98
+
+
 def test_generation_with_a_lora_beside_slices_is_that_with_both(models, tmp_path):
     train_concept(models / "one.safetensors", tmp_path, "three", "0.2", 3)
     slices = ["--slices", str(tmp_path / "three.slice.safetensors")]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import wan_cache_latents
 from utils import caching
+from utils.cli.train import parse_train
 from utils.data.cache_files import clip_latents_path, read_clip, read_condition
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset, make_loader
@@ -423,19 +426,31 @@ def test_clip_tokens_that_are_not_finite_are_not_written(clips, tmp_path, vae_fi
 
 
 @pytest.mark.parametrize(
-    ("flags", "ending"),
+    ("flags", "task"),
     [
-        ([], "--dataset_config {}"),
-        (["--i2v"], "--dataset_config {} --task i2v-A14B --dit DIT"),
-        (["--clip"], "--dataset_config {} --task i2v-14B --dit DIT"),
-        (["--flf2v", "--clip"], "--dataset_config {} --task flf2v-14B --dit DIT"),
-        (["2.2"], "--dataset_config {} --task ti2v-5B --dit DIT --vae WAN_2.2_VAE"),
+        ([], "t2v-A14B"),
+        (["--i2v"], "i2v-A14B"),
+        (["--clip"], "i2v-14B"),
+        (["--flf2v", "--clip"], "flf2v-14B"),
+        (["2.2"], "ti2v-5B"),
     ],
 )
-def test_the_next_command_names_the_task(clips, vae_file, vae_2_2, clip_file, flags, ending):
+def test_the_next_command_is_one_that_training_takes(clips, vae_file, vae_2_2, clip_file, monkeypatch, flags, task):
     vae = vae_2_2 if flags == ["2.2"] else vae_file
     flags = [flag for flag in flags if flag != "2.2"] + ([str(clip_file)] if "--clip" in flags else [])
     said = cache_latents(clips, vae, *flags)
     assert "wan_cache_text_encoder_outputs.py" in said[-1]
-    assert cache_text(clips, vae)[-1].endswith(ending.format(clips))
-    assert cache_latents(clips, vae, *flags)[-1].endswith(ending.format(clips))
+    after_text, after_latents = cache_text(clips, vae)[-1], cache_latents(clips, vae, *flags)[-1]
+    assert after_text == after_latents
+    monkeypatch.chdir(Path(__file__).parents[1])  # where users run it, beside the example's files
+    argv = shlex.split(after_text.partition("wan_train_network.py ")[2])
+    files = [f"--{name}={vae}" for name in ("vae", "t5")] if task == "t2v-A14B" else []  # the example's do not exist
+    config = parse_train([*argv, *files])
+    assert (config.task, config.dataset.path, config.samples is None) == (task, clips, task != "t2v-A14B")
+
+
+@pytest.mark.parametrize("kind", ["pictures", "clips"])
+def test_after_the_captions_too_what_is_missing_to_train_on_is_said(tmp_path, vae_file, kind):
+    config = write_pictures(tmp_path) if kind == "pictures" else videos(tmp_path, {"v": 3}, target_frames=[1])
+    cache_latents(config, vae_file, "--i2v")
+    assert cache_text(config, vae_file)[-1].startswith("next: add a dataset of videos with target_frames of 5 or more")

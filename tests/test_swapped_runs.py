@@ -37,8 +37,8 @@ def folder(tmp_path_factory):
 
 def swap(*given):
     parser = argparse.ArgumentParser()
-    add_swap_flags(parser)
-    return read_swap(parser.parse_args(given))
+    add_swap_flags(parser, "--fp8_base", "the blocks")
+    return read_swap(parser.parse_args(given), "--fp8_base")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,7 @@ def test_flags_of_musubi_tuner_mean_what_they_meant():
         ("--block_swap_h2d_only", "no effect without --blocks_to_swap"),
         ("--block_swap_ring_size 2", "no effect without --blocks_to_swap"),
         ("--host_weights staged", "no effect without --blocks_to_swap"),
+        ("--fp8_scaled", "no effect without --fp8_base"),
     ],
 )
 def test_flags_that_contradict_or_do_nothing_are_refused(given, told):

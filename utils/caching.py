@@ -232,7 +232,7 @@ def _done(clips: Sequence[Clip], conditions: Conditions) -> Caching:
         made=len(fresh),
         current=len(clips) - len(fresh),
         added_to=sum(bool(clip.kept) for clip in fresh),
-        one_frame=sum((clip.frame_count or 1) == 1 for clip in clips) if conditions.pictures else 0,
+        one_frame=sum(conditions.are_all_of(clip.frame_count or 1) for clip in clips),
         untold=tuple(clip.path for clip in clips if clip.origin is None),
     )
 

@@ -40,7 +40,7 @@ from utils.slices.loras_beside import lora_bytes_beside, lora_lines, loras_besid
 from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
 from utils.swap.memory_checks import check_memory
-from utils.swap.placement import LoadedWeights, check_swap, memory_line, place_model
+from utils.swap.placement import FP8_TEXTS, LoadedWeights, check_swap, memory_line, place_model
 from utils.swap.plan import SwapConfig
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
@@ -161,15 +161,20 @@ def _read_expert(
     check_fits_task(header, config.task)
     widths = config_from_header(header)
     dtype = config.dit_dtype or (torch.bfloat16 if is_fp8(header) else file_dtype(header))
-    mapped = file_dtype(header) == dtype
+    fp8 = config.swap.fp8
+    if fp8 and is_fp8(header):
+        raise InputError(f"{path} is stored in fp8, and --fp8 rounds bf16, fp16 and fp32 files: leave out --fp8")
+    mapped = bool(fp8) or file_dtype(header) == dtype
     beside = read_loras(*loras, widths)
     swap = _without(config.swap, lora_bytes_beside(beside, dtype))
     check_swap(widths, dtype, config.device, swap, mapped)
     lighter = "use a bf16 file" if is_fp8(header) else "leave out --dit_dtype"
+    lighter = "use --host_weights mapped instead of --fp8" if fp8 else lighter
     check_memory(header, widths, dtype, config.device, swap, f"{lighter}, so that the weights are read in place")
     own = slices_on_base(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     with_slices = "".join(f", with {entry.label}" for entry in own.entries)
-    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{with_slices}")
+    rounded = f", block matrices rounded to {FP8_TEXTS[fp8]}" if fp8 else ""
+    say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{rounded}{with_slices}")
     defaults = read_sample_defaults(header.metadata, path)
     for line in [*own.notes, *lora_lines(beside), *defaults.lines(path)]:
         say(line)
@@ -275,7 +280,7 @@ def _run_expert(
 ) -> None:
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
-    model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices)
+    model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices, bool(config.swap.fp8))
     loaded = LoadedWeights(expert.mapped, overlays)
     with (
         place_model(model, config.device, expert.swap, loaded=loaded) as placement,

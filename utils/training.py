@@ -49,7 +49,7 @@ from utils.run.two_experts import Expert, SharedSamples, shared_samples, take_tu
 from utils.run.validation import WITHOUT_GRADIENT, Validation, ValidationConfig
 from utils.sampling.defaults import read_sample_defaults
 from utils.selective_finetune import attach_slice
-from utils.slices.overlay import load_with_slices, start_from_overlays
+from utils.slices.overlay import load_with_slices, start_from_overlays, start_in
 from utils.swap.block_inputs import BlockInputs
 from utils.swap.order import WeightOrder
 from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model
@@ -214,8 +214,10 @@ def load(
     config: TrainConfig, inputs: Inputs, plan: RunPlan, block_inputs: BlockInputs | None, device: torch.device
 ) -> LoadedModel:
     """Loads the model and attaches the slice; placed, the device has what trains and what fits."""
-    model, overlays = load_with_slices(config.dit, COMPUTE_DTYPES[config.mixed_precision], inputs.below)
+    dtype, rounds = COMPUTE_DTYPES[config.mixed_precision], bool(config.swap.fp8)
+    model, overlays = load_with_slices(config.dit, dtype, inputs.below, rounds)
     trained = attach_slice(model, config.ff, config.ffid, device=device)
+    start_in(trained, model.dtype)
     if config.continue_slice or config.allow_overlap:
         start_from_overlays(trained, overlays)
     check_start_is_finite(trained, config.dit)
@@ -224,9 +226,9 @@ def load(
     offloaded = plan.block_input if config.offload_block_inputs else 0
     reserved = (len(model.blocks) - 1) * offloaded
     loaded = LoadedWeights(
-        file_dtype(inputs.header) == model.dtype,
-        overlays,
-        reserved,
+        mapped=rounds or file_dtype(inputs.header) == model.dtype,
+        overlays=overlays,
+        reserved=reserved,
         returns=bool(config.expert),
         order=WeightOrder() if config.expert else None,
     )

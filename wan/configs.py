@@ -80,6 +80,10 @@ class Conditions:
     pictures: int = 0  # 1: the first frame, 2: the first and the last, joined to the latents as y
     clip: bool = False  # and CLIP tokens of each
 
+    def are_all_of(self, frames: int) -> bool:
+        """Whether a clip of that many frames is given as a whole, so that nothing of it is left to predict."""
+        return self.pictures > 0 and frames == 1
+
 
 NO_CONDITIONS = Conditions()
 # ti2v reads a first frame too, but as a part of its noisy latents.

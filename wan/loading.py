@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -153,9 +153,8 @@ def is_shard(path: Path) -> bool:
 def file_dtype(header: CheckpointHeader) -> torch.dtype:
     """The dtype in which the file stores (most of) its block matrices."""
     values = Counter()
-    for name, entry in header.tensors.items():
-        if name.startswith("blocks.") and len(entry.shape) == 2:
-            values[entry.dtype] += entry.numel
+    for name in block_matrices(header):
+        values[header.tensors[name].dtype] += header.tensors[name].numel
     return DTYPES[values.most_common(1)[0][0]]
 
 
@@ -164,10 +163,18 @@ def is_fp8(header: CheckpointHeader) -> bool:
     return any(entry.dtype in FP8 for entry in header.tensors.values())
 
 
-def cast_bytes(header: CheckpointHeader, dtype: torch.dtype) -> int:
+def block_matrices(header: CheckpointHeader) -> frozenset[str]:
+    """The names of the matrices in the blocks."""
+    return frozenset(
+        name for name, entry in header.tensors.items() if name.startswith("blocks.") and len(entry.shape) == 2
+    )
+
+
+def cast_bytes(header: CheckpointHeader, dtype: torch.dtype, as_stored: Collection[str] = ()) -> int:
     """RAM that load_dit takes for a model in `dtype`: that of tensors stored in another one; others stay mapped."""
-    stored = (entry for name, entry in header.tensors.items() if not is_companion(name))
-    return sum(entry.numel * dtype.itemsize for entry in stored if DTYPES[entry.dtype] != dtype)
+    names = (name for name in header.tensors.keys() - as_stored if not is_companion(name))
+    cast = (header.tensors[name] for name in names if DTYPES[header.tensors[name].dtype] != dtype)
+    return sum(entry.numel * dtype.itemsize for entry in cast)
 
 
 def load_dit(
@@ -176,12 +183,14 @@ def load_dit(
     device: str | torch.device = "cpu",
     read_only: bool = False,
     patches: Mapping[str, Callable[[Tensor], None]] | None = None,
+    as_stored: Collection[str] = (),
 ) -> WanModel:
     """The frozen model of a checkpoint, all in `dtype`: the file's own by default, bfloat16 for fp8 files.
 
     On the CPU, tensors that are already in `dtype` stay mapped from the file: a page is copied when it is written to;
     if `read_only`, which files larger than the RAM need, nothing may be written to them. `patches` change copies of
-    the stored tensors, by original name. Errors: those of read_checkpoint_header and config_from_header.
+    the stored tensors, by original name; those in `as_stored` keep the file's dtype. Errors: those of
+    read_checkpoint_header and config_from_header.
     """
     header = read_checkpoint_header(path)
     config = config_from_header(header)
@@ -189,7 +198,8 @@ def load_dit(
         dtype = torch.bfloat16 if is_fp8(header) else file_dtype(header)
     with torch.device("meta"):
         model = WanModel(config)
-    tensors = dict(_load_tensors(header, dtype, torch.device(device), read_only, patches or {}))
+    dtypes = {name: DTYPES[header.tensors[name].dtype] if name in as_stored else dtype for name in header.tensors}
+    tensors = dict(_load_tensors(header, dtypes, torch.device(device), read_only, patches or {}))
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -316,7 +326,7 @@ def _shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def _load_tensors(
-    header: CheckpointHeader, dtype: torch.dtype, device: torch.device, read_only: bool, patches: Mapping
+    header: CheckpointHeader, dtypes: Mapping, device: torch.device, read_only: bool, patches: Mapping
 ) -> Iterator[tuple[str, Tensor]]:
     for file in header.files:
         inside = {name: entry for name, entry in header.tensors.items() if entry.file == file}
@@ -327,7 +337,7 @@ def _load_tensors(
             stored = mapped_tensor(contents, entry)
             if name in patches:
                 patches[name](stored := stored.clone())
-            yield name, _load_tensor(stored, scale_of(name, header.tensors), dtype, device)
+            yield name, _load_tensor(stored, scale_of(name, header.tensors), dtypes[name], device)
 
 
 def _load_tensor(stored: Tensor, scale: TensorEntry | None, dtype: torch.dtype, device: torch.device) -> Tensor:

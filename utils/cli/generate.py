@@ -75,7 +75,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         solver=flags.sample_solver,
         boundary=_boundary(flags, task),
         guidance_scale_high=flags.guidance_scale_high_noise,
-        swap=read_swap(flags),
+        swap=read_swap(flags, "--fp8"),
         batch=flags.sample_batch,
         device=flags.device or default_device(),
         dit_dtype=flags.dit_dtype,
@@ -93,7 +93,7 @@ def _parser() -> Parser:
     _add_sampling(parser)
     _add_output(parser)
     _add_computing(parser)
-    add_swap_flags(parser)
+    add_swap_flags(parser, "--fp8", "the matrices of the blocks, except for --slices,")
     refuse_flags(parser, GENERATION)
     return parser
 

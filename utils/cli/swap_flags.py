@@ -15,8 +15,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 _LARGEST = 10**15  # bytes
 
 
-def add_swap_flags(parser) -> None:
-    """Adds the flags, as a group of their own."""
+def add_swap_flags(parser, base_flag: str, kept: str) -> None:
+    """Adds the flags, as a group of their own; `base_flag` keeps in float8 what `kept` says."""
     group = parser.add_argument_group("GPU memory")
     group.add_argument(
         "--blocks_to_swap",
@@ -53,6 +53,16 @@ def add_swap_flags(parser) -> None:
         action="store_true",
         help="accepted for compatibility: swapped blocks are only ever copied to the GPU",
     )
+    group.add_argument(
+        base_flag,
+        action="store_true",
+        help=f"keep {kept} in float8: half the memory and half the copying, with rounding errors (default: off)",
+    )
+    group.add_argument(
+        "--fp8_scaled",
+        action="store_true",
+        help=f"with {base_flag}: a scale for each row, so that small weights are rounded less (default: off)",
+    )
 
 
 def size(text: str) -> int:
@@ -63,8 +73,11 @@ def size(text: str) -> int:
     return int(count)
 
 
-def read_swap(flags: Namespace) -> SwapConfig:
-    """How blocks are swapped; InputError where flags contradict each other or would have no effect."""
+def read_swap(flags: Namespace, base_flag: str) -> SwapConfig:
+    """How weights are kept; InputError where flags contradict each other or would have no effect.
+
+    `base_flag` as in add_swap_flags.
+    """
     if flags.blocks_to_swap and flags.weights_vram is not None:
         raise InputError("--blocks_to_swap and --weights_vram are two ways to set the same thing: give only one")
     if flags.block_swap_ring_size and flags.weights_vram is not None:
@@ -72,12 +85,16 @@ def read_swap(flags: Namespace) -> SwapConfig:
     _refuse_without_effect(flags)
     if flags.use_pinned_memory_for_block_swap and flags.host_weights not in ("auto", "pinned"):
         raise InputError(f"--use_pinned_memory_for_block_swap contradicts --host_weights {flags.host_weights}")
+    in_fp8 = vars(flags)[base_flag.removeprefix("--")]
+    if flags.fp8_scaled and not in_fp8:
+        raise InputError(f"--fp8_scaled has no effect without {base_flag}: give it as well, or leave --fp8_scaled out")
     pinned = flags.use_pinned_memory_for_block_swap
     return SwapConfig(
         blocks_to_swap=flags.blocks_to_swap,
         ring_blocks=flags.block_swap_ring_size or 2,
         weights_vram=flags.weights_vram,
         host_weights="pinned" if pinned else flags.host_weights,
+        fp8="" if not in_fp8 else "scaled" if flags.fp8_scaled else "plain",
     )
 
 

@@ -27,7 +27,7 @@ def add_flags(parser: ArgumentParser) -> None:
     _add_files(parser)
     _add_training(parser)
     add_expert_flags(parser)
-    add_swap_flags(parser)
+    add_swap_flags(parser, "--fp8_base", "the matrices of the blocks, except for the slice,")
     add_learning_flags(parser)
     _add_preservation(parser)
     _add_saving(parser)

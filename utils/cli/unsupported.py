@@ -2,7 +2,6 @@
 
 _ATTENTION = "the only attention is PyTorch's, which picks the device's fastest kernel: use --sdpa"
 _LORA = "this script trains a slice of the checkpoint itself, not a LoRA: use --ff 0.001 --ffid 1"
-_FP8 = "slices train on 16- or 32-bit weights; to save memory use --blocks_to_swap"
 _COMPILE = "the model is not compiled; leave it out"
 _HUB = "nothing is uploaded; upload the files in --output_dir yourself"
 _DDP = "the slice's gradients are averaged without DDP; leave it out"
@@ -14,7 +13,6 @@ _TRAINING_TOGETHER = {
         *("--network_weights", "--dim_from_weights", "--scale_weight_norms"),
         *("--base_weights", "--base_weights_multiplier"),
     ),
-    _FP8: ("--fp8_base", "--fp8_scaled"),
     _COMPILE: (
         *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
         *("--compile_cache_size_limit", "--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
@@ -42,9 +40,7 @@ TRAINING = {
 _WHOLE_LORA = "a LoRA of --lora_weight is used as a whole; leave it out"
 _NO_LYCORIS = "only ordinary LoRAs (up and down matrices) can be loaded, with --lora_weight"
 _NO_MERGING = "LoRAs are computed beside the model and not merged into it; leave it out"
-_NO_FP8 = (
-    "the computation is in 16 or 32 bits; an fp8 --dit is converted to bf16, and --blocks_to_swap saves GPU memory"
-)
+_NO_FP8 = "the computation is in 16 or 32 bits; weights are kept in fp8 with --fp8 --fp8_scaled"
 _NO_CONTROL = "models with control videos are not supported, nor is video-to-video; leave it out"
 _NO_ONE_FRAME = (
     "one-frame inference is not supported; a picture as the first frame is --image_path, as the last --end_image_path"
@@ -55,7 +51,7 @@ _GENERATION_TOGETHER = {
     _WHOLE_LORA: ("--include_patterns", "--exclude_patterns"),
     _NO_LYCORIS: ("--lycoris",),
     _NO_MERGING: ("--save_merged_model",),
-    _NO_FP8: ("--fp8", "--fp8_scaled", "--fp8_fast"),
+    _NO_FP8: ("--fp8_fast",),
     _NO_CONTROL: ("--video_path", "--control_path"),
     _NO_ONE_FRAME: ("--one_frame_inference", "--control_image_path", "--control_image_mask_path"),
     _ONE_GUIDANCE: (

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 from utils.data.cache_files import clip_shape, condition_shape, latents_files, latents_shape, text_path
@@ -12,6 +13,8 @@ from utils.pixels.rates import FILE_RATE, Rate, is_close
 from utils.pixels.remarks import count_and_names
 from wan.configs import NO_CONDITIONS, TASKS, WAN_2_1_VAE, WAN_2_2_VAE, Conditions, LatentLayout
 from wan.errors import InputError
+
+_NO_VIDEOS = "next: add a dataset of videos with target_frames of 5 or more to {config}, there is none yet"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def summary_lines(what: str, done: Caching, text_len: int | None = None) -> list
 def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sources]], done: Caching) -> str:
     """The next command for the user once latents are cached, or what is missing that could be trained on."""
     if 0 < done.one_frame == done.made + done.current:
-        return f"next: add a dataset of videos with target_frames of 5 or more to {config.path}, there is none yet"
+        return _NO_VIDEOS.format(config=config.path)
     texts = [text_path(dataset.cache_directory, own.stem) for dataset, sources in listed for own in sources.found]
     has_texts = all(path.is_file() for path in texts)
     train = training_command(config.path, config.latents, config.conditions)
@@ -82,8 +85,21 @@ def after_latents(config: DatasetConfig, listed: Iterable[tuple[AnyDataset, Sour
 def after_text(config: DatasetConfig) -> str:
     """The next command for the user once captions are cached."""
     found = [latents_files(dataset.cache_directory, dataset.recursive) for dataset in config.datasets]
-    train = training_command(config.path, *_model_of([path for paths in found for path in paths]))
-    return f"next: {train if all(found) else caching_command('latents', config.path)}"
+    caches = [path for paths in found for path in paths]
+    latents, conditions = _model_of(caches)
+    if not all(found):
+        return f"next: {caching_command('latents', config.path, latents, conditions)}"
+    if all(map(partial(_is_given_whole, conditions=conditions), caches)):
+        return _NO_VIDEOS.format(config=config.path)
+    return f"next: {training_command(config.path, latents, conditions)}"
+
+
+def _is_given_whole(cache: Path, conditions: Conditions) -> bool:
+    """Whether a cache holds nothing that a model is not given."""
+    try:
+        return conditions.are_all_of(latents_shape(cache)[1])
+    except InputError:  # caching names and replaces it
+        return False
 
 
 def _model_of(caches: Iterable[Path]) -> tuple[LatentLayout, Conditions]:

@@ -142,7 +142,7 @@ def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) ->
         text = text_path(dataset.cache_directory, stem)
         if bucket is None:
             continue
-        if frames == 1 and dataset.conditions.pictures:
+        if dataset.conditions.are_all_of(frames):
             one_frame += 1
             continue
         if not text.is_file():
@@ -162,7 +162,7 @@ def items_of_caches(dataset: AnyDataset, caches: Sequence[Path], reason: str) ->
 
 def _is_of_one_frame(dataset: AnyDataset) -> bool:
     """Whether the model is given the only frame of all that the dataset has."""
-    return isinstance(dataset, ImageDataset) and dataset.conditions.pictures > 0
+    return isinstance(dataset, ImageDataset) and dataset.conditions.are_all_of(1)
 
 
 def _cached_captions(text: Path) -> list[str]:
@@ -275,7 +275,7 @@ def _count_of_one_frame(dataset: VideoDataset, cached: Iterable[CachedClip], cli
     """How many clips of a video the model is given as a whole; at least one, cached or not, where one is asked for."""
     is_full = dataset.frame_extraction == "full"
     is_asked = not clips if is_full else 1 in dataset.target_frames
-    if not dataset.conditions.pictures or not is_asked:
+    if not dataset.conditions.are_all_of(1) or not is_asked:
         return 0
     return max(1, sum(clip.frames == 1 for clip in cached))
 
@@ -328,15 +328,15 @@ def _expected_windows(
 
     The video's length is taken from the last cached clip where there is one.
     """
-    fewest = 2 if dataset.conditions.pictures else 1
+    whole = dataset.conditions.are_all_of
     if dataset.frame_extraction == "full":
         longest = longest_full_clip(dataset, dataset.max_frames)
         known = (0, longest) in cached
         windows = [(0, longest)] if known else clip_windows(dataset, _length(dataset, source))
-        yield from (window for window in windows if window[1] >= fewest)
+        yield from (window for window in windows if not whole(window[1]))
         return
     length = None
-    for frames in (count for count in dataset.target_frames if count >= fewest):
+    for frames in (count for count in dataset.target_frames if not whole(count)):
         ends = [start + count for start, count in cached if count == frames]
         if not ends and length is None:
             length = _length(dataset, source)

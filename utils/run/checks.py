@@ -42,7 +42,7 @@ from utils.slices.ledger import own_entry, read_ledger
 from utils.slices.lora import lora_bytes
 from utils.slices.on_base import SlicesOnBase, read_below, units_of
 from utils.swap.memory_checks import StepNeeds, check_memory
-from utils.swap.placement import check_swap, sizes_of
+from utils.swap.placement import FP8_TEXTS, check_swap, sizes_of
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import (
@@ -256,7 +256,10 @@ def read_dit(config: TrainConfig, device: torch.device) -> tuple[CheckpointHeade
     header = read_checkpoint_header(config.dit)
     check_fits_task(header, config.task)
     if is_fp8(header):
-        raise InputError(f"{config.dit} is stored in fp8, which cannot be trained: use the bf16, fp16 or fp32 file")
+        raise InputError(
+            f"{config.dit} is stored in fp8, which cannot be trained: use the bf16, fp16 or fp32 file, with --fp8_base "
+            "if its frozen weights are to take as little memory"
+        )
     if config.save_precision not in (None, dtype_name(file_dtype(header))):
         raise InputError(
             f"--save_precision {config.save_precision}: a checkpoint keeps the dtypes of --dit, here "
@@ -376,7 +379,8 @@ def check_run_memory(
         trained += values * (dtype.itemsize + _STATE_BYTES)
     usable = stored.itemsize <= dtype.itemsize and not (stored == torch.float16 and device.type == "cpu")
     lighter = f"use --mixed_precision {flag}" if usable else f"use a {dtype_name(dtype)} file as --dit"
-    if config.expert and stored != dtype:  # read in place, they would stay in their files
+    lighter = "use --host_weights mapped instead of --fp8_base" if config.swap.fp8 else lighter
+    if config.expert and stored != dtype and not config.swap.fp8:  # read in place, they would stay in their files
         both = {"the weights of both experts": 2 * sizes_of(model, dtype).all}
         check_room(both, available_bytes(), "RAM", lighter)
     step = StepNeeds(trained, block_input, config.offload_block_inputs)
@@ -389,7 +393,8 @@ def say_what_is_read(
     """The model's file, how it is computed, the dataset."""
     stored, used = file_dtype(header), COMPUTE_DTYPES[config.mixed_precision]
     cast = "" if stored == used else f", cast to {dtype_name(used)} at load, saved in {dtype_name(stored)}"
-    say(f"{config.dit}: {dtype_name(stored)}{cast}")
+    fp8 = f"; block matrices rounded to {FP8_TEXTS[config.swap.fp8]}, but not the slice" if config.swap.fp8 else ""
+    say(f"{config.dit}: {dtype_name(stored)}{cast}{fp8}")
     if config.expert:
         return
     for line in dataset.describe():

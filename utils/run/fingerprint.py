@@ -73,6 +73,8 @@ def deciding_settings(
         "num_train_items": len(dataset.items),
         "dataset_sha256": _dataset_hash(dataset),
     }
+    if config.swap.fp8:
+        values["fp8_base"] = config.swap.fp8
     if TASKS[config.task].config.starts_from_latents:
         values["i2v_share"] = config.i2v_share
     if config.sample_batch is not None:

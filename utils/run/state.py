@@ -21,11 +21,12 @@ from wan.errors import InputError
 LATEST = Path("latest")  # what --resume says for the newest state of its --output_name
 _FORMAT = 5
 _FILE = "state.pt"
+# Settings that are left out where they are this, as all earlier versions did.
+_TOLD_IF_USED = {"fp8_base": "no", "sample_batch": "by size"}
 _COUNTS = ("epoch", "batch", "step", "planned_steps")
 _TABLES = ("trained", "optimizer", "scheduler", "scaler")
 _KEYS = (*_COUNTS, *_TABLES, "losses")
 _OPTIONAL = ("validation",)
-_DEFAULTS = {"sample_batch": "by size"}  # settings that are not recorded where a run leaves them to their default
 
 
 class UnusableState(InputError):
@@ -131,19 +132,17 @@ def no_state(save: SaveConfig) -> InputError:
 
 def check_settings(folder: Path, state: State, settings: Mapping[str, str]) -> None:
     """InputError if the state in `folder` was made with other settings; it names them."""
-    if missing := settings.keys() - state.settings.keys() - _DEFAULTS.keys():
+    saved, settings = _TOLD_IF_USED | dict(state.settings), _TOLD_IF_USED | dict(settings)
+    if missing := settings.keys() - saved.keys():
         raise damaged_state(folder, f"it does not say with which {min(missing)} it was made")
-    # Where a run leaves one of these out, its state says nothing of it.
-    before = _DEFAULTS | state.settings
-    now = _DEFAULTS | settings
-    different = [key for key in now if before[key] != now[key]]
+    different = [key for key in settings if saved[key] != settings[key]]
     if different == ["dataset_sha256"]:
         raise InputError(
             f"--resume {folder} is the state of another run: dataset_sha256 is different, so the pictures, captions or "
             "settings of the dataset have changed since; restore them, or leave out --resume"
         )
     if different:
-        shown = ", ".join(f"{key} {_short(before[key])} (now {now[key]})" for key in different[:4])
+        shown = ", ".join(f"{key} {_short(saved[key])} (now {settings[key]})" for key in different[:4])
         raise InputError(
             f"--resume {folder} is the state of another run: {shown}; give the same settings, or leave out --resume"
         )

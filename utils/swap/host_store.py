@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from utils.swap.backend import CudaBackend, HostBackend
 from utils.swap.host_memory import memlock_limit, page_locks_are_cheap, read_ahead, share_with_forks
+from utils.swap.rounding import AS_THEY_ARE, Rounding
 from utils.swap.worker_thread import WorkerThread
 from wan.memory import available_bytes, check_room
 
@@ -45,28 +46,39 @@ class HostStore:
 
 
 def make_host_store(
-    weights: Sequence[nn.Parameter], mode: str, backend: HostBackend | CudaBackend, mapped: bool, reserved: int = 0
+    weights: Sequence[nn.Parameter],
+    mode: str,
+    backend: HostBackend | CudaBackend,
+    mapped: bool,
+    reserved: int = 0,
+    rounding: Rounding = AS_THEY_ARE,
 ) -> HostStore:
     """Moves the weights to where `mode` keeps them; `mapped` says whether they are a file's own bytes so far.
 
     "auto" leaves `reserved` bytes of RAM for other uses. Where page-locking fails, what was locked is unlocked and the
-    weights are staged. InputError if `mode` needs more memory than there is.
+    weights are staged. What `rounding` rounds cannot stay mapped. InputError if `mode` needs more memory than there is.
     """
-    total = sum(weight.nbytes for weight in weights)
+    total = sum(map(rounding.stored_bytes, weights))
     # Weights that are in memory already are freed piece by piece as they are moved.
     available = available_bytes() + (0 if mapped else total)
+    can_stay = mapped and not rounding.matrices
     if mode == "auto":
-        mode = choose_mode(total, backend.page_locks, mapped, available - reserved, page_locks_are_cheap())
-    assert mode != "mapped" or mapped, "checked against the file's dtype before the model was loaded"
+        mode = choose_mode(total, backend.page_locks, can_stay, available - reserved, page_locks_are_cheap())
+    assert mode != "mapped" or can_stay, "checked against the file's dtype before the model was loaded"
     if mode != "mapped":
-        advice = "use --host_weights mapped" if mapped else "swap fewer blocks"
+        advice = "use --host_weights mapped" if can_stay else "swap fewer blocks"
         check_room({f"--host_weights {mode}": total}, available, "RAM", advice)
     if mode == "pinned":
-        return _page_locked(weights, total, backend)
-    if mode == "staged" and mapped:
-        for weight in weights:
-            weight.data = weight.data.clone()
+        return _page_locked(weights, total, backend, rounding)
+    if mode == "staged":
+        for weight in weights if mapped else rounding.matrices.intersection(weights):
+            rounding.move(weight, host_memory(rounding.stored_bytes(weight), weight))
     return HostStore(mode, 0 if mode == "mapped" else total)
+
+
+def host_memory(size: int, like: Tensor) -> Tensor:
+    """uint8 [size], not page-locked, where `like` is: on the CPU, or on meta."""
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
 def choose_mode(total: int, page_locks: bool, mapped: bool, available: int, cheap: bool) -> str:
@@ -110,12 +122,12 @@ def _unlock_all(backend: CudaBackend, regions: list[Tensor]) -> None:
         share_with_forks(region, True)
 
 
-def _page_locked(weights: Sequence[nn.Parameter], total: int, backend: CudaBackend) -> HostStore:
+def _page_locked(weights: Sequence[nn.Parameter], total: int, backend: CudaBackend, rounding: Rounding) -> HostStore:
     locks = LockedMemory(backend)
-    for piece in _pieces(weights):
+    for piece in _pieces(weights, rounding):
         for weight in piece:
             read_ahead(weight.data)
-        _move(piece, locks.region(sum(aligned(weight.nbytes) for weight in piece)))
+        _move(piece, locks.region(sum(aligned(rounding.stored_bytes(weight)) for weight in piece)), rounding)
     if not locks.failed:
         return HostStore("pinned", total, locks=locks)
     locks.release()
@@ -124,11 +136,11 @@ def _page_locked(weights: Sequence[nn.Parameter], total: int, backend: CudaBacke
     return HostStore("staged", total, f"page-locking failed{reason}")
 
 
-def _pieces(weights: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _pieces(weights: Sequence[nn.Parameter], rounding: Rounding = AS_THEY_ARE) -> list[list[nn.Parameter]]:
     """Successive weights in groups of at most PIECE_BYTES."""
     groups, room = [], 0
     for weight in weights:
-        size = aligned(weight.nbytes)
+        size = aligned(rounding.stored_bytes(weight))
         if size > room:
             groups.append([])
             room = PIECE_BYTES
@@ -142,11 +154,11 @@ def aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _move(weights: Sequence[nn.Parameter], region: Tensor) -> None:
+def _move(weights: Sequence[nn.Parameter], region: Tensor, rounding: Rounding) -> None:
     """Puts the weights into `region`, one after the other."""
     start = 0
     for weight in weights:
-        weight.data = as_weight(region[start:], weight.data).copy_(weight.data)
+        rounding.move(weight, region[start:])
         start += aligned(weight.nbytes)
 
 

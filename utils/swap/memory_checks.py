@@ -14,7 +14,7 @@ from utils.swap.host_store import aligned
 from utils.swap.placement import sizes_of
 from utils.swap.plan import SwapConfig, WeightSizes, device_bytes, plan_swap, streamed_bytes
 from wan.configs import WanConfig
-from wan.loading import CheckpointHeader, cast_bytes, file_dtype
+from wan.loading import CheckpointHeader, block_matrices, cast_bytes, file_dtype
 from wan.memory import available_bytes, check_room, free_device_bytes
 
 
@@ -47,11 +47,12 @@ def check_memory(
 ) -> None:
     """InputError if the checkpoint's model, computing in `dtype`, needs more memory than there is.
 
-    `lighter` is advice for a file whose weights are cast: how to read them in place. `step`: the model is trained.
+    `lighter` is advice for weights that are cast or rounded: how to read them in place. `step`: the model is trained.
     """
-    mapped, on_cpu = file_dtype(header) == dtype, device.type == "cpu"
-    sizes = sizes_of(config, dtype)
-    needs = weight_needs(sizes, swap, cast_bytes(header, dtype), mapped, on_cpu, trains=step is not None)
+    mapped, on_cpu = file_dtype(header) == dtype and not swap.fp8, device.type == "cpu"
+    sizes = sizes_of(config, dtype, swap.fp8)
+    cast = cast_bytes(header, dtype, as_stored=block_matrices(header) if swap.fp8 else ())
+    needs = weight_needs(sizes, swap, cast, mapped, on_cpu, trains=step is not None)
     if mapped:
         streams = swap.blocks_to_swap or swap.weights_vram is not None
         lighter = "use --host_weights mapped" if streams else f"use --blocks_to_swap {sizes.blocks}"

@@ -19,22 +19,25 @@ from utils.selective_finetune import SlicedMatrix, TrainedSlice
 from utils.slices.overlay import Overlay
 from utils.swap.backend import CudaBackend, HostBackend, make_backend
 from utils.swap.block_inputs import BlockInputs
-from utils.swap.host_store import BackgroundCopies, HostStore, aligned, make_host_store
+from utils.swap.host_store import BackgroundCopies, HostStore, aligned, host_memory, make_host_store
 from utils.swap.order import WeightOrder
 from utils.swap.plan import SwapConfig, SwapPlan, WeightSizes, plan_swap
+from utils.swap.rounding import Rounding, beside_rounded
 from utils.swap.streamer import StreamedWeight, WeightStreamer
 from wan.configs import WanConfig
 from wan.errors import InputError
+from wan.float8 import check_float8
 from wan.model import LinearFloat32, WanModel
 
 _NO_SWAP = SwapConfig()
+FP8_TEXTS = {"plain": "fp8", "scaled": "fp8 with a scale for each row"}  # of SwapConfig.fp8
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
     """A model's weights on the host before they are placed."""
 
-    mapped: bool = False  # the block matrices are the file's own bytes
+    mapped: bool = False  # the block matrices are the file's own bytes; if they are rounded, in any dtype
     overlays: Mapping[nn.Linear, Overlay] = field(default_factory=dict)  # what slices hold on top of these
     reserved: int = 0  # bytes of RAM to leave for other uses
     returns: bool = False  # to the host when the placement ends, so that the model can be placed again
@@ -59,6 +62,7 @@ class Placement:
     host_bytes: int = 0
     host_mode: str = ""  # of the host store; "" where nothing is streamed
     note: str = ""
+    fp8: str = ""  # as in SwapConfig
     streamer: WeightStreamer | None = None
     undo: ExitStack = field(default_factory=ExitStack)
 
@@ -80,44 +84,97 @@ def place_model(
     """Moves the model to `device`, except for the weights that stream from the host as `swap` says.
 
     With a trained slice (attach it first) what stays on the device becomes private memory, since the slice is written
-    into it. Overlays are put into what is private then, and into each copy of what stays mapped. InputError if
-    swap.weights_vram is too little, or the RAM for --host_weights.
+    into it. Overlays are put into what is private then, and into each copy of what stays mapped. With swap.fp8 the
+    block matrices are rounded; slice and overlays are put into what is made of them for each use, in full precision.
+    InputError if swap.weights_vram is too little, or the RAM for --host_weights.
     """
     device, overlays = torch.device(device), loaded.overlays
     backend = backend or make_backend(device)
     if swap.weights_vram is not None:  # which includes the overlays
         swap = replace(swap, weights_vram=swap.weights_vram - sum(overlay.nbytes for overlay in overlays.values()))
-    plan = plan_swap(weight_sizes(model), swap)
+    plan = plan_swap(weight_sizes(model, swap.fp8), swap)
     streamed, undo = _streamed_linears(model, plan), ExitStack()
     if loaded.returns:
         _return_weights(model, () if loaded.mapped else streamed, undo)
-    resident_bytes = _move_resident(model, device, streamed, loaded, trained)
-    weights = [linear.weight for linear in streamed]
-    store = make_host_store(weights, swap.host_weights, backend, loaded.mapped, loaded.reserved) if streamed else None
-    stays_mapped = set(streamed) if store and store.mode == "mapped" else set()
-    for linear in overlays.keys() - stays_mapped:
+    rounding = _rounding(model, swap, device, undo)
+    resident_bytes = _move_resident(model, device, streamed, loaded, trained, rounding)
+    store = _host_store(streamed, swap, backend, loaded, rounding)
+    stays = streamed if store and store.mode == "mapped" else _linears(model.blocks) if swap.fp8 else []
+    beside = {linear: overlays[linear].to(device) for linear in stays if linear in overlays}
+    for linear in overlays.keys() - beside.keys():
         overlays[linear].write(linear.weight.data)
+    device_bytes = resident_bytes + rounding.device_bytes + sum(overlay.nbytes for overlay in beside.values())
+    in_use = _in_use(rounding, model, trained, beside)
+    for linear in in_use.keys() - set(streamed):
+        _attach(linear, [functools.partial(_resident_in_use, linear, in_use[linear])], trained, undo)
     if store is None:
         _write_slice(trained, loaded)
-        return Placement(resident_bytes, undo=undo)
+        return Placement(device_bytes, fp8=swap.fp8, undo=undo)
 
-    beside = {linear: overlay.to(device) for linear, overlay in overlays.items() if linear in stays_mapped}
-    streamer = _make_streamer(streamed, plan, store, backend, trained, beside)
+    streamer = _make_streamer(streamed, plan, store, backend, trained, beside, in_use)
     streamer.order = loaded.order or streamer.order
     undo.callback(streamer.close)
-    _attach(model, streamed, trained, streamer, undo)
+    _attach_streamer(model, streamed, trained, streamer, undo)
     _write_slice(trained, loaded)
     return Placement(
-        device_bytes=resident_bytes + plan.slot_bytes + sum(overlay.nbytes for overlay in beside.values()),
+        device_bytes=device_bytes + plan.slot_bytes,
         buffer_bytes=plan.slot_bytes,
-        streamed_bytes=sum(weight.nbytes for weight in weights),
+        streamed_bytes=sum(linear.weight.nbytes for linear in streamed),
         streamed_blocks=len(plan.streamed),
         host_bytes=store.bytes,
         host_mode=store.mode,
         note=store.note,
+        fp8=swap.fp8,
         streamer=streamer,
         undo=undo,
     )
+
+
+def _rounding(model: WanModel, swap: SwapConfig, device: torch.device, undo: ExitStack) -> Rounding:
+    """What rounds the block matrices, if they are to be; `undo` puts the file's own back, which takes no memory."""
+    matrices = [linear.weight for linear in _linears(model.blocks)] if swap.fp8 else []
+    for matrix in matrices:
+        undo.callback(setattr, matrix, "data", matrix.data)
+    return Rounding(matrices, swap.fp8 == "scaled", model.dtype, device)
+
+
+def _host_store(
+    linears: Sequence[nn.Linear],
+    swap: SwapConfig,
+    backend: HostBackend | CudaBackend,
+    loaded: LoadedWeights,
+    rounding: Rounding,
+) -> HostStore | None:
+    """Where these layers' weights wait, moved to there; None if there are none."""
+    weights = [linear.weight for linear in linears]
+    if not weights:
+        return None
+    return make_host_store(weights, swap.host_weights, backend, loaded.mapped, loaded.reserved, rounding)
+
+
+def _in_use(
+    rounding: Rounding, model: WanModel, trained: TrainedSlice | None, overlays: Mapping[nn.Linear, Overlay]
+) -> dict[nn.Linear, Callable[[Tensor], Tensor]]:
+    """For each layer whose weight is rounded: what makes the values that compute of its copy on the device."""
+    matrices = _matrices(trained)
+    return {
+        linear: functools.partial(_values_in_use, rounding, linear.weight, overlays.get(linear), matrices.get(linear))
+        for linear in _linears(model.blocks)
+        if linear.weight in rounding.matrices
+    }
+
+
+def _values_in_use(
+    rounding: Rounding, weight: nn.Parameter, overlay: Overlay | None, matrix: SlicedMatrix | None, rounded: Tensor
+) -> Tensor:
+    values = rounding.turned_back(weight, rounded)
+    for written in filter(None, (overlay, matrix)):
+        written.write(values)
+    return values
+
+
+def _resident_in_use(linear: nn.Linear, in_use: Callable[[Tensor], Tensor]) -> Tensor:
+    return in_use(linear.weight.data)
 
 
 def _return_weights(model: WanModel, moved: Collection[nn.Linear], undo: ExitStack) -> None:
@@ -140,6 +197,7 @@ def _move_resident(
     streamed: Sequence[nn.Linear],
     loaded: LoadedWeights,
     trained: TrainedSlice | None,
+    rounding: Rounding,
 ) -> int:
     """Moves what does not stream to the device; copies of what will be written to. How many bytes lie there."""
     on_host = {linear.weight for linear in streamed}
@@ -147,6 +205,10 @@ def _move_resident(
     overlaid = {linear.weight for linear in loaded.overlays}
     is_own = loaded.returns and not loaded.mapped  # private memory that is kept: a CPU needs no second copy of it
     for parameter in resident:
+        if parameter in rounding.matrices:
+            rounding.move(parameter, host_memory(rounding.stored_bytes(parameter), parameter))
+            parameter.data = parameter.data.to(device)
+            continue
         written = trained is not None or parameter in overlaid
         parameter.data = parameter.data.to(device, copy=written and not is_own)
     return sum(parameter.nbytes for parameter in resident)
@@ -159,11 +221,14 @@ def _make_streamer(
     backend: HostBackend | CudaBackend,
     trained: TrainedSlice | None,
     overlays: Mapping[nn.Linear, Overlay],
+    in_use: Mapping[nn.Linear, Callable[[Tensor], Tensor]],
 ) -> WeightStreamer:
     """A streamer of these layers' weights, which knows them by number, in this order."""
     matrices = _matrices(trained)
     weights = [
-        StreamedWeight(piece, matrices.get(linear), overlays.get(linear))
+        StreamedWeight(piece, in_use=in_use[linear])
+        if linear in in_use
+        else StreamedWeight(piece, matrices.get(linear), overlays.get(linear))
         for linear in linears
         for piece in _pieces(linear)
     ]
@@ -184,17 +249,25 @@ def check_swap(config: WanConfig, dtype: torch.dtype, device: torch.device, swap
             f"--host_weights pinned (or --use_pinned_memory_for_block_swap) is for copies to a GPU, and the device is "
             f"{device}: leave it out"
         )
+    if swap.fp8:
+        check_float8(device)
+    if swap.host_weights == "mapped" and swap.fp8:
+        raise InputError(
+            "--host_weights mapped streams the file's own bytes, but for fp8 the weights are rounded when they are "
+            "loaded: leave one of the two out"
+        )
     if swap.host_weights == "mapped" and not mapped:
         raise InputError(
             "--host_weights mapped needs the weights as they are in the file, but here they are cast when they are "
             "loaded: leave it out"
         )
-    plan_swap(sizes_of(config, dtype), swap)
+    plan_swap(sizes_of(config, dtype, swap.fp8), swap)
 
 
 def memory_line(placement: Placement, device: torch.device) -> str:
     """Where the weights lie and where they stream from, with the VRAM and RAM that they take."""
-    line = f"memory: {readable(placement.device_bytes)} of weights on {device}"
+    fp8 = f" (block matrices in {FP8_TEXTS[placement.fp8]})" if placement.fp8 else ""
+    line = f"memory: {readable(placement.device_bytes)} of weights on {device}{fp8}"
     if not placement.host_mode:
         return line
     where = {
@@ -216,18 +289,22 @@ def checkpoint_blocks(model: WanModel, inputs: BlockInputs | None = None) -> Non
 
 
 @functools.lru_cache(maxsize=2)  # asked by several checks; two experts share it
-def sizes_of(config: WanConfig, dtype: torch.dtype) -> WeightSizes:
+def sizes_of(config: WanConfig, dtype: torch.dtype, fp8: str = "") -> WeightSizes:
     """weight_sizes of a model that is not loaded."""
     with torch.device("meta"):
-        return weight_sizes(WanModel(config).to(dtype))
+        return weight_sizes(WanModel(config).to(dtype), fp8)
 
 
-def weight_sizes(model: WanModel) -> WeightSizes:
-    """What swapping can move of this model, and what it leaves on the device."""
-    matrices = [linear.weight.nbytes for linear in _linears(model.blocks[0])]
+def weight_sizes(model: WanModel, fp8: str = "") -> WeightSizes:
+    """What swapping can move of this model, and what it leaves on the device; `fp8` as in SwapConfig."""
+    matrices = [linear.weight for linear in _linears(model.blocks)]
     outside = sum(linear.weight.nbytes for linear in _outside(model))
-    in_all = sum(parameter.nbytes for parameter in model.parameters())
-    return WeightSizes(len(model.blocks), matrices, outside, in_all - outside - len(model.blocks) * sum(matrices))
+    small = sum(parameter.nbytes for parameter in {*model.parameters()} - {*matrices}) - outside
+    if fp8:
+        small += beside_rounded(matrices, fp8 == "scaled", model.dtype)
+    of_block = [linear.weight for linear in _linears(model.blocks[0])]
+    sizes = [weight.numel() if fp8 else weight.nbytes for weight in of_block]
+    return WeightSizes(len(model.blocks), sizes, outside, small)
 
 
 def _streamed_linears(model: WanModel, plan: SwapPlan) -> list[nn.Linear]:
@@ -255,7 +332,7 @@ def _pieces(linear: nn.Linear) -> Sequence[Tensor]:
     return linear.weight.data.chunk(linear.pieces) if isinstance(linear, LinearFloat32) else [linear.weight.data]
 
 
-def _attach(
+def _attach_streamer(
     model: WanModel,
     linears: Sequence[nn.Linear],
     trained: TrainedSlice | None,
@@ -267,20 +344,26 @@ def _attach(
         lambda *_: streamer.begin_pass("training" if torch.is_grad_enabled() else "no grad")
     )
     undo.callback(hook.remove)
-    matrices, first = _matrices(trained), 0
+    first = 0
     for linear in linears:
-        count = len(_pieces(linear))
-        fetches = [functools.partial(streamer.use, number) for number in range(first, first + count)]
-        first += count
-        if linear in matrices:
-            (matrices[linear].fetch,) = fetches
-            undo.callback(setattr, matrices[linear], "fetch", None)
-            continue
-        if isinstance(linear, LinearFloat32):
-            linear.forward = functools.partial(_float32_forward, linear, fetches)
-        else:
-            linear.forward = functools.partial(_streamed_forward, linear, *fetches)
-        undo.callback(delattr, linear, "forward")
+        fetches = [functools.partial(streamer.use, first + number) for number in range(len(_pieces(linear)))]
+        _attach(linear, fetches, trained, undo)
+        first += len(fetches)
+
+
+def _attach(
+    linear: nn.Linear, fetches: Sequence[Callable[[], Tensor]], trained: TrainedSlice | None, undo: ExitStack
+) -> None:
+    """Has the layer ask for (the pieces of) its weight whenever it needs it; `undo` ends that."""
+    if matrix := _matrices(trained).get(linear):
+        (matrix.fetch,) = fetches
+        undo.callback(setattr, matrix, "fetch", None)
+        return
+    if isinstance(linear, LinearFloat32):
+        linear.forward = functools.partial(_float32_forward, linear, fetches)
+    else:
+        linear.forward = functools.partial(_streamed_forward, linear, *fetches)
+    undo.callback(delattr, linear, "forward")
 
 
 def _streamed_forward(linear: nn.Linear, fetch: Callable[[], Tensor], x: Tensor) -> Tensor:

@@ -14,12 +14,16 @@ from wan.errors import InputError
 
 @dataclass(frozen=True)
 class SwapConfig:
-    """How blocks are swapped: so many of them, or as many as leave `weights_vram` bytes of weights on the device."""
+    """How a model's weights are kept: how many blocks are swapped, and how.
+
+    So many of them, or as many as leave `weights_vram` bytes of weights on the device.
+    """
 
     blocks_to_swap: int = 0
     ring_blocks: int = 2
     weights_vram: int | None = None
     host_weights: str = "auto"  # one of host_store.MODES
+    fp8: str = ""  # "plain" or "scaled": the block matrices are kept in float8, swapped or not
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,15 @@ from utils.swap.order import WeightOrder, evictions
 
 @dataclass(frozen=True, eq=False)
 class StreamedWeight:
-    """A weight on the host; the slice of it that trains and the overlay that goes into each copy, if there are any."""
+    """A weight on the host; the slice of it that trains and the overlay that goes into each copy, if there are any.
+
+    `in_use` makes other values of the copy, at each use, and puts slice and overlay into these itself.
+    """
 
     host: Tensor
     matrix: SlicedMatrix | None = None
     overlay: Overlay | None = None
+    in_use: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -201,7 +205,7 @@ class WeightStreamer:
         if entry.matrix is not None and slot.version != self.version():
             entry.matrix.write(weight)
             slot.version = self.version()
-        return weight
+        return weight if entry.in_use is None else entry.in_use(weight)
 
     def _load_late(self, weight: int) -> None:
         """Brings a weight that was not foreseen, into the slot that was used longest ago."""
