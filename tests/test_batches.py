@@ -84,7 +84,7 @@ def test_no_pass_has_more_rows_than_the_batch_and_one_at_a_time_is_as_alone_bit_
     )  # the last were drawn one row at a time
 
 
-def test_samples_of_as_many_steps_share_their_batches():
+def test_samples_of_other_step_counts_fill_each_others_batches():
     model = tiny_model("t2v-14B")
     prompts = [SamplePrompt("a", "", steps=steps, guidance_scale=1.0, seed=1) for steps in (2, 6, 2, 6)]
     sizes = passes(model)

@@ -110,7 +110,9 @@ def test_multipliers_and_alpha_scale_and_several_loras_add_up(tmp_path):
     second, b = random_lora(tmp_path / "b.safetensors", 2, rank=5)
     loras = read_loras([first, second], [0.5, -2.0], CONFIG)
     wanted = merged({name: 0.5 * own for name, own in a.items()}, {name: -2 * own for name, own in b.items()})
-    close(output(tiny_model("i2v-14B"), loras), wanted, output(tiny_model("i2v-14B")))
+    model, before = tiny_model("i2v-14B"), output(tiny_model("i2v-14B"))
+    close(output(model, loras), wanted, before)
+    assert torch.equal(output(model), before) and not any("forward" in vars(own) for own in model.modules())
 
 
 def test_layers_outside_the_blocks_and_biases_are_changed_too(tmp_path):

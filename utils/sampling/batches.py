@@ -52,85 +52,58 @@ def advance(
     each sample has its own. `texts` comes from encode_samples; on_step is called after each step of each sample.
     InputError, with `source` and the step, if the model's output is not finite.
     """
-    scales = {own: own.sample.guidance_scale if guidance_scale is None else guidance_scale for own in denoisings}
-    for together in _drawn_together(denoisings, scales, model.config, batch, t_end):
-        rows = rows_together(together[0].sample.latent_shape, model.config, batch)
-        inputs = {own: _Inputs(own, texts, device) for own in together}
-        while active := [own for own in together if len(own.steps_down_to(t_end))]:
-            asked = [(inputs[own], scales[own]) for own in active]
-            for denoising, velocity_CFHW in zip(active, _velocities(model, asked, rows).cpu(), strict=True):
+    by_shape: dict[tuple, list[Denoising]] = {}
+    for own in denoisings:
+        # One that starts from a clean first frame has timesteps per token, which the others would only pay for.
+        by_shape.setdefault((own.sample.latent_shape, own.start.clean_BCFHW is None), []).append(own)
+    for (shape, _), same in by_shape.items():
+        rows = rows_together(shape, model.config, batch)
+        while active := [own for own in same if len(own.steps_down_to(t_end))]:
+            velocities_BCFHW = _velocities(model, active, guidance_scale, texts, device, rows).cpu()
+            for denoising, velocity_CFHW in zip(active, velocities_BCFHW, strict=True):
                 denoising.step(velocity_CFHW)
                 _check_step(denoising, source)
                 if on_step:
                     on_step()
 
 
-def _drawn_together(
-    denoisings: Sequence[Denoising],
-    scales: Mapping[Denoising, float],
-    model: WanConfig,
-    batch: int | None,
-    t_end: float,
-) -> Iterator[list[Denoising]]:
-    """Samples of one shape that fit into a batch; those with as many steps left come together, so that it stays full.
-
-    One that starts from a clean first frame has timesteps per token, which the others would only pay for.
-    """
-    by_shape: dict[tuple, list[Denoising]] = {}
-    for own in denoisings:
-        by_shape.setdefault((own.sample.latent_shape, own.start.clean_BCFHW is None), []).append(own)
-    for (shape, _), same in by_shape.items():
-        room, together, taken = rows_together(shape, model, batch), [], 0
-        for own in sorted(same, key=lambda own: len(own.steps_down_to(t_end)), reverse=True):
-            rows = 1 if scales[own] == 1 else 2
-            if together and taken + rows > room:
-                yield together
-                together, taken = [], 0
-            together.append(own)
-            taken += rows
-        yield together
-
-
-class _Inputs:
-    """What the model is given in every step of a sample, on the device."""
-
-    def __init__(self, denoising: Denoising, texts: Mapping[str, Tensor], device: torch.device | str):
-        self.denoising = denoising
-        self.device = device
-        self.with_prompt_SD, self.without_SD = (
-            texts[text].to(device) for text in (denoising.sample.prompt, denoising.sample.negative_prompt)
-        )
-        self.given = denoising.start.given.to(device)
-
-
-def _velocities(model: WanModel, samples: Sequence[tuple[_Inputs, float]], rows: int) -> Tensor:
+def _velocities(
+    model: WanModel,
+    samples: Sequence[Denoising],
+    guidance_scale: float | None,
+    texts: Mapping[str, Tensor],
+    device: torch.device | str,
+    rows: int,
+) -> Tensor:
     """[B, C, F, H, W], at each sample's own timestep, by classifier-free guidance (Ho and Salimans 2022).
 
     That is u + g (c - u), which is c alone at g = 1. Both rows of a sample are given the same pictures.
     """
-    guided = [(number, scale) for number, (_, scale) in enumerate(samples) if scale != 1]
-    asked = [(own, own.with_prompt_SD) for own, _ in samples]
-    asked += [(samples[number][0], samples[number][0].without_SD) for number, _ in guided]
-    found = torch.cat([_predicted(model, asked[start : start + rows]) for start in range(0, len(asked), rows)])
+    scales = [own.sample.guidance_scale if guidance_scale is None else guidance_scale for own in samples]
+    guided = [number for number, scale in enumerate(scales) if scale != 1]
+    asked = [(own, texts[own.sample.prompt]) for own in samples]
+    asked += [(samples[number], texts[samples[number].sample.negative_prompt]) for number in guided]
+    parts = [asked[start : start + rows] for start in range(0, len(asked), rows)]
+    found = torch.cat([_predicted(model, part, device) for part in parts])
     velocities_BCFHW, without_BCFHW = found[: len(samples)], found[len(samples) :]
-    for (number, scale), without_CFHW in zip(guided, without_BCFHW, strict=True):
-        velocities_BCFHW[number] = without_CFHW + scale * (velocities_BCFHW[number] - without_CFHW)
+    for number, without_CFHW in zip(guided, without_BCFHW, strict=True):
+        velocities_BCFHW[number] = without_CFHW + scales[number] * (velocities_BCFHW[number] - without_CFHW)
     return velocities_BCFHW
 
 
-def _predicted(model: WanModel, asked: Sequence[tuple[_Inputs, Tensor]]) -> Tensor:
+def _predicted(model: WanModel, asked: Sequence[tuple[Denoising, Tensor]], device: torch.device | str) -> Tensor:
     """The model's outputs for the samples with these texts, in one pass."""
     samples = [own for own, _ in asked]
-    denoisings, device = [own.denoising for own in samples], samples[0].device
-    latents_BCFHW = torch.stack([own.latent_CFHW for own in denoisings]).to(device)
-    t_B = torch.stack([own.scheduler.timesteps[own.done].float() for own in denoisings]).to(device)
-    return predict(model, latents_BCFHW, t_B, [text_SD for _, text_SD in asked], _joined(samples))
+    latents_BCFHW = torch.stack([own.latent_CFHW for own in samples]).to(device)
+    t_B = torch.stack([own.scheduler.timesteps[own.done].float() for own in samples]).to(device)
+    context = [text_SD.to(device) for _, text_SD in asked]
+    return predict(model, latents_BCFHW, t_B, context, _joined(samples).to(device))
 
 
-def _joined(samples: Sequence[_Inputs]) -> Conditioning:
+def _joined(samples: Sequence[Denoising]) -> Conditioning:
     """What all samples start from, as one batch."""
-    given = [own.given for own in samples]
-    columns = zip(*((own.y_BCFHW, own.clip_BPI, own.starts_clean_B) for own in given), strict=True)
+    given = [(own.start.given.y_BCFHW, own.start.given.clip_BPI, own.start.given.starts_clean_B) for own in samples]
+    columns = zip(*given, strict=True)
     return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
