@@ -28,9 +28,9 @@ def files(tmp_path_factory):
     write_sample_models(folder)
     (folder / "prompts.txt").write_text(LINES, encoding="utf-8")
     (folder / "old.txt").write_text("a dog\na red dog\nthe cat\n", encoding="utf-8")
-    for name, seed in (("base", 0), ("high", 5)):
+    for ffid, (name, seed) in enumerate((("base", 0), ("high", 5)), 1):
         write_dit(folder / f"{name}.safetensors", torch.float32, seed)
-        train_concept(folder / f"{name}.safetensors", folder, f"{name}_taught", "0.3", 1)
+        train_concept(folder / f"{name}.safetensors", folder, f"{name}_taught", "0.3", ffid)
         slice_file, base = folder / f"{name}_taught.slice.safetensors", folder / f"{name}.safetensors"
         main(["to-lora", str(slice_file), "--base", str(base), "-o", str(folder / f"{name}.lora.safetensors")])
     return folder
