@@ -153,7 +153,7 @@ def compare(folder: Path, comfyui: Path, gguf: Path | None) -> None:
     print(f"ComfyUI {__version__}, torch {torch.__version__}")
     rows = (row for dtype in DTYPES for number, name in enumerate(SETS) for row in exact(folder, dtype, number, name))
     good = True
-    for what, outcome, is_right in chain(rows, mixed(folder), quantised(folder, gguf), refused(folder)):
+    for what, outcome, is_right in chain(rows, mixed(folder), merged(folder), quantised(folder, gguf), refused(folder)):
         print(f"{'ok   ' if is_right else 'WRONG'} {what}: {outcome}", flush=True)
         good &= is_right
     sys.exit(not good)
@@ -265,6 +265,21 @@ def mixed(folder: Path):
         yield f"bf16, {list(SETS)[number]}, sampled latents", *compared([sampled(model)], [expected])
 
 
+def merged(folder: Path):
+    """A slice on one of two models that are merged behind it."""
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    for place in ("first", "second"):
+        found = []
+        for with_node in (True, False):
+            name = "bf16.base.safetensors" if with_node else applied(folder, "bf16", 0).name
+            own, other = (load(folder / path, dtype=torch.bfloat16) for path in (name, "bf16.other.safetensors"))
+            own = with_slices(own, "bf16", 0) if with_node else own
+            pair = (own, other) if place == "first" else (other, own)
+            found.append(resident(ModelMergeSimple().merge(*pair, 0.25)[0]))
+        yield f"bf16, a slice on the {place} of two merged models", *compared(*found)
+
+
 def sampled(model) -> torch.Tensor:
     """Latents by ComfyUI's own sampler, which loads the model itself."""
     import comfy.sample
@@ -359,15 +374,23 @@ def refused(folder: Path):
         ("a base that has it", "bf16.applied0", "bf16.one.slice.safetensors", "already"),
         ("contract 2", "bf16.base", contract_2(folder), "contract 2"),
         ("a damaged file", "bf16.base", damaged(folder), "is damaged"),
+        ("a merge of two models", "merged", "bf16.one.slice.safetensors", "merged before this node"),
     ]
     for what, base, name, told in cases:
-        model = load(folder / f"{base}.safetensors", dtype=torch.bfloat16)
+        model = two_merged(folder) if base == "merged" else load(folder / f"{base}.safetensors", dtype=torch.bfloat16)
         try:
             nodes.NODE_CLASS_MAPPINGS["LoadWanSlice"]().load(model, name, 1.0)
             message = "taken"
         except ValueError as error:
             message = str(error)
         yield f"{what} is refused", message, told in message and "\n" not in message
+
+
+def two_merged(folder: Path):
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    pair = (load(folder / f"bf16.{name}.safetensors", dtype=torch.bfloat16) for name in ("base", "other"))
+    return ModelMergeSimple().merge(*pair, 0.5)[0]
 
 
 def contract_2(folder: Path) -> str:

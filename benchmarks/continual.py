@@ -42,6 +42,7 @@ LEARN = {
 }
 APART = "lora_apart"
 ROWS = [f"{name}{kept}" for name in LEARN for kept in ("", "+preserve") if (name, kept) != (APART, "+preserve")]
+ROWS += [f"{name}+preserve+random" for name in ("slices", "lora", "full")] + ["slices+random"]
 RATES = [factor * 10.0**exponent for exponent in (-5, -4, -3, -2) for factor in (1, 2, 5)]
 FIRST_TRIED = 6  # of RATES
 WITHIN = 0.1  # of the least loss; a smaller rate disturbs less
@@ -73,19 +74,22 @@ def teach_all(
     every: int = methods.PRESERVE_EVERY,
     steps: int = STEPS,
     preserves: bool | None = None,
+    captions: Sequence[str] = (),
 ) -> Iterator[Taught]:
     """The model after each of the concepts, trained one after another.
 
     With `listed` names, each run holds to what the model said to these when the first one began, and to each concept
     (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks;
-    `preserves` says so without names.
+    `preserves` says so without names. With `captions`, each holds to what the model said at contexts like them, too.
     """
-    weights, general, earlier = world.base, [], []
+    weights, general, earlier, random_contexts = world.base, [], [], None
     preserves = bool(listed) if preserves is None else preserves
     for number, own in enumerate(latents):
         started, model = time.process_time(), world.model(weights)
         if preserves and number == 0:
             general = [methods.ask(world, model, name, own, place) for place, name in enumerate(listed)]
+        if captions and number == 0:
+            random_contexts = methods.ask_at_random(world, model, captions, own, seed)
         if preserves and number > 0:
             newest = methods.ask(world, model, f"character{number - 1}", own, KNOWN + number)
             earlier = [*earlier, newest][-(remembered or len(latents)) :]
@@ -100,6 +104,7 @@ def teach_all(
             100 * seed + number,
             (general, earlier) if general or earlier else None,
             every,
+            random=random_contexts,
         )
         yield Taught(weights, values, time.process_time() - started)
 
@@ -119,7 +124,19 @@ def teach_apart(
         yield Taught(summed, values, time.process_time() - started)
 
 
-def choose_rate(world: World, learn: Learn, listed: Sequence[str], steps: int = STEPS) -> dict:
+def preserved(world: World, row: str) -> dict[str, Sequence[str]]:
+    """What a row preserves: the names that it lists, the captions that its random contexts are like.
+
+    Without a list it is the empty prompt, as in a run of wan_train_network.py.
+    """
+    _, *kept = row.split("+")
+    listed = world.listed if "preserve" in kept else [""] if "random" in kept else []
+    return {"listed": listed, "captions": world.captions if "random" in kept else []}
+
+
+def choose_rate(
+    world: World, learn: Learn, listed: Sequence[str], steps: int = STEPS, captions: Sequence[str] = ()
+) -> dict:
     """The smallest of RATES whose loss on the two extra concepts, trained one after the other, is within WITHIN.
 
     The least loss is found by walking downhill from FIRST_TRIED.
@@ -130,7 +147,7 @@ def choose_rate(world: World, learn: Learn, listed: Sequence[str], steps: int = 
     def loss(place: int) -> float:
         rate = RATES[place]
         if rate not in tried:
-            *_, last = teach_all(world, learn, latents, rate, 0, listed, steps=steps)
+            *_, last = teach_all(world, learn, latents, rate, 0, listed, steps=steps, captions=captions)
             model = world.model(last.weights)
             tried[rate] = mean(concept_loss(world, model, f"character{n}", own) for n, own in enumerate(latents))
         return tried[rate]
@@ -152,8 +169,8 @@ def chain(world: World, row: str, seed: int, count: int, rate: float, folder: Pa
     latents = [world.character(picture) for picture in order]
     measure = Measure(world, order, prompts, latents)
     result = {"row": row, "seed": seed, "rate": rate, "order": order, "seconds": [], "after": []}
-    name, _, kept = row.partition("+")
-    teach = teach_apart if name == APART else functools.partial(teach_all, listed=world.listed if kept else ())
+    name = row.partition("+")[0]
+    teach = teach_apart if name == APART else functools.partial(teach_all, **preserved(world, row))
     for number, taught in enumerate(teach(world, LEARN[name], latents, rate, seed), 1):
         result["values"] = taught.values
         result["seconds"].append(taught.seconds)
@@ -236,8 +253,7 @@ def work(part: str, folder: Path) -> dict:
     world = World()
     match part.split():
         case ["rate", row]:
-            name, _, kept = row.partition("+")
-            return choose_rate(world, LEARN[name], world.listed if kept else ())
+            return choose_rate(world, LEARN[row.partition("+")[0]], **preserved(world, row))
         case ["chain", row, seed, count]:
             rate = read_part(folder, f"rate {'lora' if row == APART else row}")["rate"]
             return chain(world, row, int(seed), int(count), rate, folder)

@@ -14,8 +14,9 @@ from peft.tuners.lora import LoraLayer
 from tiny_world import World, shifted
 from torch import Tensor, nn
 
-from utils.preserve.answers_file import Answer, OldPrompt
-from utils.preserve.old_prompts import Preservation
+from utils.preserve.answers import Answer, OldPrompt, RandomContexts
+from utils.preserve.old_prompts import RANDOM_CONTEXTS, Preservation
+from utils.preserve.random_contexts import DrawnContexts, TokenStatistics, first_texts
 from utils.selective_finetune import attach_slice, block_linears
 from wan.model import WanModel
 
@@ -24,6 +25,7 @@ LORA_RANK = 10  # 249,600 values; the slice has 245,760
 BATCH = 8
 PRESERVE_EVERY = 4
 LEVELS = 8  # of noise, at which an old prompt is asked
+ASKED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,35 @@ def _nothing() -> None:
 
 def ask(world: World, model: WanModel, prompt: str, latents_NCFHW: Tensor, seed: int) -> OldPrompt:
     """The model's predictions for the prompt at evenly spread noise levels, as a run records them at its start."""
-    draw = torch.Generator().manual_seed(seed)
-    clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (LEVELS,), generator=draw)]
-    sigma = shifted((torch.arange(LEVELS) + torch.rand(LEVELS, generator=draw)) / LEVELS)
-    noisy = torch.lerp(clean, torch.randn(clean.shape, generator=draw), sigma.view(-1, 1, 1, 1, 1))
-    with torch.no_grad():
-        velocity = model(noisy, 1000 * sigma, [world.text(prompt)] * LEVELS)
-    answers = tuple(map(Answer, noisy, (1000 * sigma).tolist(), velocity))
+    answers = _answers(model, [world.text(prompt)] * LEVELS, latents_NCFHW, seed)
     return OldPrompt(prompt, kept=answers, text_SD=world.text(prompt))
+
+
+def ask_at_random(
+    world: World,
+    model: WanModel,
+    captions: Sequence[str],
+    latents_NCFHW: Tensor,
+    seed: int,
+    count: int = RANDOM_CONTEXTS,
+) -> RandomContexts:
+    """The model's predictions at contexts that are drawn like the captions' tokens, one noise level each."""
+    statistics = TokenStatistics.of(first_texts(map(world.text, captions)))
+    texts = DrawnContexts(seed, statistics, count)
+    return RandomContexts(texts, _answers(model, list(texts), latents_NCFHW, seed))
+
+
+@torch.no_grad()
+def _answers(model: WanModel, texts: Sequence[Tensor], latents_NCFHW: Tensor, seed: int) -> tuple[Answer, ...]:
+    """The model's predictions for the texts, at as many evenly spread noise levels."""
+    draw, count = torch.Generator().manual_seed(seed), len(texts)
+    clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (count,), generator=draw)]
+    sigma = shifted((torch.arange(count) + torch.rand(count, generator=draw)) / count)
+    noisy = torch.lerp(clean, torch.randn(clean.shape, generator=draw), sigma.view(-1, 1, 1, 1, 1))
+    t = 1000 * sigma
+    parts = range(0, count, ASKED_AT_ONCE)
+    velocity = [model(noisy[i:j], t[i:j], texts[i:j]) for i, j in ((at, at + ASKED_AT_ONCE) for at in parts)]
+    return tuple(map(Answer, noisy, t.tolist(), torch.cat(velocity)))
 
 
 def teach(
@@ -145,18 +168,20 @@ def teach(
     preserve: tuple[Sequence[OldPrompt], Sequence[OldPrompt]] | None = None,
     every: int = PRESERVE_EVERY,
     on_step: Callable[[int, WanModel], None] | None = None,
+    random: RandomContexts | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """Trains `prompt` to draw the latents; the weights, how many values train.
 
     The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine. `preserve`: general old
-    prompts and those of concepts, with their answers.
+    prompts and those of concepts, with their answers; `random`: contexts with theirs.
     """
     model = world.model(start)
     learner = learn(model)
     optimizer = torch.optim.AdamW(learner.parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draw = torch.Generator().manual_seed(seed)
-    kept = preserve and Preservation(*map(tuple, preserve), every, every, most_values=10**9)
+    preserve = preserve or (random and ((), ()))
+    kept = preserve and Preservation(*map(tuple, preserve), every, every, most_values=10**9, random=random)
     for step in range(1, steps + 1):
         clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (BATCH,), generator=draw)]
         sigma = shifted(torch.rand(BATCH, generator=draw))

@@ -42,14 +42,23 @@ def write(folder: Path) -> None:
     _pictures({row: folder / f"{row}-0-{count}.png" for row in rows}, folder)
 
 
-def _place(row: str) -> tuple[bool, int]:
+PRESERVED = {
+    "": "",
+    "preserve": ", preserved",
+    "preserve+random": ", preserved, with random contexts",
+    "random": ", random contexts without a list",
+}
+LINES = dict(zip(PRESERVED, (":", "-", "--", "-."), strict=True))
+
+
+def _place(row: str) -> tuple[int, int]:
     name, _, kept = row.partition("+")
-    return bool(kept), list(LABELS).index(name)
+    return list(PRESERVED).index(kept), list(LABELS).index(name)
 
 
 def _label(row: str) -> str:
     name, _, kept = row.partition("+")
-    return LABELS[name] + (", preserved" if kept else "")
+    return LABELS[name] + PRESERVED[kept]
 
 
 def _table(rows: dict[str, list[dict]]) -> list[str]:
@@ -127,9 +136,7 @@ def _forgetting_curve(rows: dict[str, list[dict]], path: Path) -> None:
         curves = np.array([[_taught(after) for after in result["after"]] for result in results])
         x = np.arange(1, curves.shape[1] + 1)
         colour = f"C{list(LABELS).index(name)}"
-        axes.plot(
-            x, curves.mean(0), colour, linestyle="-" if kept else ":", marker="." if kept else "", label=_label(row)
-        )
+        axes.plot(x, curves.mean(0), colour, linestyle=LINES[kept], marker="." if kept else "", label=_label(row))
         axes.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.08)
     axes.set(xlabel="concepts taught", ylabel="recognised, mean of all taught so far", ylim=(0, 1.02))
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

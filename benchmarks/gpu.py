@@ -41,10 +41,11 @@ from utils.swap.placement import (  # noqa: E402
     place_model,
 )
 from utils.swap.plan import SwapConfig  # noqa: E402
+from wan.compiling import compiled_pointwise, pointwise_of  # noqa: E402
 from wan.configs import TASKS, WanConfig  # noqa: E402
 from wan.errors import InputError  # noqa: E402
 from wan.memory import available_bytes  # noqa: E402
-from wan.model import WanModel  # noqa: E402
+from wan.model import WanModel, use_pointwise  # noqa: E402
 
 TINY = replace(TASKS["t2v-14B"].config, dim=48, ffn_dim=96, num_heads=4, num_layers=4, text_dim=24, text_len=8)
 
@@ -59,6 +60,12 @@ class Placing:
     host_weights: str = "auto"
     takes_clips: bool = True
     fp8: str = ""  # "scaled": the block matrices are rounded
+    compiled: bool = False
+
+    @property
+    def computes(self) -> tuple[str, bool]:
+        """What decides the bits of loss and gradients."""
+        return self.fp8, self.compiled
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ PLACINGS = (
     Placing("S = 40, staged", 1, host_weights="staged", takes_clips=False),
     Placing("S = 0, fp8", 0, takes_clips=False, fp8="scaled"),
     Placing("S = 40, fp8", 1, takes_clips=False, fp8="scaled"),
+    Placing("S = 0, --compile", 0, takes_clips=False, compiled=True),
+    Placing("S = 40, --compile", 1, takes_clips=False, compiled=True),
 )
 PICTURE = Size("512x512x1", 1, (1, 64, 64), work=1)
 PICTURES = Size("512x512x1, batch 4", 4, (1, 64, 64), work=4)
@@ -110,11 +119,11 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     config = TINY if flags.dry_run else TASKS["t2v-14B"].config
     print(heading(device), flush=True)
     deadline = time.monotonic() + 60 * flags.minutes
-    rows, references = [], {placing.fp8: {} for placing in PLACINGS}
+    rows, references = [], {placing.computes: {} for placing in PLACINGS}
     try:
         for placing in PLACINGS:
             measured = attempt(
-                placing.name, deadline, lambda p=placing: measure(p, config, device, deadline, references[p.fp8])
+                placing.name, deadline, lambda p=placing: measure(p, config, device, deadline, references[p.computes])
             )
             for row in measured:
                 rows.append(row)
@@ -194,6 +203,9 @@ def measure(
     trained = attach_slice(model, "0.001" if is_gpu else "0.05", 1, device=device)
     inputs = OptionalInputs(len(model.blocks), device, TimedBackend(device) if is_gpu else None)
     checkpoint_blocks(model, inputs)
+    if placing.compiled:  # a dry run computes the same without a compiler
+        kind = compiled_pointwise(config, model.dtype, device) if is_gpu else pointwise_of(lambda own: own)
+        use_pointwise(model, kind)
     swapped = round(placing.blocks * len(model.blocks))
     swap = SwapConfig(swapped, placing.ring_blocks, host_weights=placing.host_weights, fp8=placing.fp8)
     started = time.perf_counter()

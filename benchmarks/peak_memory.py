@@ -3,13 +3,14 @@
 Each full-size model runs on the `meta` device, where tensors have shapes but no bytes, through the same placing,
 streaming and training code; the live storages are added up. Attention and RMS norm are stand-ins that keep what
 the kernels on a GPU keep.
-A GPU adds its context (0.3-0.6 GB) and scratch memory inside kernels.
+A GPU adds its context (0.3-0.6 GB) and scratch memory inside kernels. --compile counts of the compiled functions their
+results alone; --slices prints what slices of each size take.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,24 +18,28 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from live_bytes import LiveBytes  # noqa: E402
 
 import wan.model  # noqa: E402
+from utils.files import readable  # noqa: E402
 from utils.learning import conditions  # noqa: E402
 from utils.learning.conditions import Conditioning  # noqa: E402
-from utils.selective_finetune import attach_slice  # noqa: E402
+from utils.selective_finetune import attach_slice, block_linears, ids_available, slice_units  # noqa: E402
 from utils.swap.backend import HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
 from utils.swap.placement import LoadedWeights, Placement, checkpoint_blocks, place_model  # noqa: E402
 from utils.swap.plan import SwapConfig  # noqa: E402
 from utils.swap.streamer import Traffic  # noqa: E402
+from wan.compiling import pointwise_of  # noqa: E402
 from wan.configs import TASKS, WanTask  # noqa: E402
 
 META = torch.device("meta")
 IMAGE, CLIP, CLIP_720P = (1, 64, 64), (21, 60, 104), (21, 90, 160)  # latents: a 512x512 frame, clips of 81 frames
+FFS = ("0.00001", "0.0001", "0.0005", "0.001", "0.01", "0.1", "1.0")
 CLIP_5B = (31, 44, 80)  # 121 frames of 1280x704, by the VAE of Wan 2.2
 
 
@@ -96,18 +101,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ff", default="0.001")
     parser.add_argument("--blocks", type=int, help="of each model (fewer only to see that it works)")
+    parser.add_argument("--compile", action="store_true", help="as with the trainer's --compile")
+    parser.add_argument("--slices", action="store_true", help="print the table of slice sizes instead")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows that contain it")
     flags = parser.parse_args(argv)
+    if flags.slices:
+        return print_slices(flags.blocks, flags.compile)
     print(
         f"| bf16, ff {flags.ff} | placed | forward | backward | update | sampling | peak | to reach | copied |",
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        peaks = measure(case, flags.ff, flags.blocks)
+        if flags.only not in f"{case.task}, {case.name}":
+            continue
+        peaks = measure(case, flags.ff, flags.blocks, compiled=flags.compile)
         cells = [peaks.placed, peaks.forward, peaks.backward, peaks.update, peaks.sampling]
         limit = "" if case.limit is None else f"{case.limit:.1f}"
         row = " | ".join(f"{size / 1e9:.2f}" for size in cells)
         name, highest, copied = f"{case.task}, {case.name}", peaks.highest / 1e9, peaks.copied / 1e9
         print(f"| {name} | {row} | **{highest:.2f} GB** | {limit} | {copied:.1f} GB |", flush=True)
+
+
+def print_slices(blocks: int | None, compiled: bool) -> None:
+    """For each size of slice what Wan 14B takes on a 512x512 picture."""
+    names = ("512x512x1, S = 40, one block-sized buffer", "512x512x1, S = 24")
+    cases = [next(case for case in CASES if case.name == name) for name in names]
+    print("| --ff | values | ids | GPU memory, S = 40 | S = 24 | slice file | state |\n|---|---|---|---|---|---|---|")
+    for ff in FFS:
+        values = slice_values(ff, blocks)
+        peaks = " | ".join(f"{measure(case, ff, blocks, compiled=compiled).highest / 1e9:.2f} GB" for case in cases)
+        row = f"| {ff} | {values:,} | {ids_available(ff):,} | {peaks}"
+        # bf16; the difference and two moments of AdamW, fp32.
+        print(f"{row} | {readable(2 * values)} | {readable(12 * values)} |", flush=True)
+
+
+def slice_values(ff: str, blocks: int | None = None) -> int:
+    """How many values of Wan 14B a slice holds."""
+    config = TASKS["t2v-14B"].config
+    with META:
+        model = wan.model.WanModel(replace(config, num_layers=blocks or config.num_layers))
+    shapes = {f"{name}.weight": linear.weight.shape for name, linear in block_linears(model).items()}
+    return sum(slice_units(name, shape, ff, 1).count for name, shape in shapes.items())
 
 
 class DeviceBytes(LiveBytes):
@@ -141,7 +175,7 @@ class MetaBackend(HostBackend):
         return buffer
 
 
-def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int = 3) -> Peaks:
+def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int = 3, compiled: bool = False) -> Peaks:
     """The peaks of the last step, and of a sampling pass after it; `blocks` instead of the model's own number.
 
     Of three steps, the first learns the order of the weights, and the second fills what the third one starts with.
@@ -158,6 +192,8 @@ def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int
         mock.patch.object(torch.nn.RMSNorm, "forward", fused_like_rms_norm),
         count,
     ):
+        for model in models if compiled else ():
+            wan.model.use_pointwise(model, pointwise_of(partial(results_alone, count)))
         inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
         experts = [(model, *set_up(model, case, ff, inputs, backend)) for model in models]
         for *expert, place in experts[:-1]:  # whose slice and optimizer's state stay on the device
@@ -271,6 +307,18 @@ class _FusedLike(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+def results_alone(count: DeviceBytes, function: Callable) -> Callable:
+    """`function` as its compiled form takes memory: for its results, and for nothing on the way to them."""
+
+    def run(*inputs):
+        with _disable_current_modes():
+            results = function(*inputs)
+        count.add(*(results if isinstance(results, tuple) else (results,)))
+        return results
+
+    return run
 
 
 def fused_like_rms_norm(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a training step costs beyond a frozen model's: ours, PEFT's LoRA and SHiRA, dense gradients, everything.
+"""What a training step costs beyond a frozen model's: ours, LoRA in this and diffusers' model, dense gradients, all.
 
     pip install -e ".[bench]" && python benchmarks/step_cost.py
 
@@ -16,7 +16,8 @@ import time
 import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -29,8 +30,9 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.selective_finetune import attach_slice, block_linears, slice_indices, slice_units
+from wan.compiling import compiled_pointwise
 from wan.configs import TASKS, WanConfig
-from wan.model import WanBlock, WanModel, rope_frequencies
+from wan.model import WanBlock, WanModel, rope_frequencies, use_pointwise
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FFS = ("0.001", "0.01")
@@ -68,13 +70,43 @@ class Blocks(nn.Module):
 
     def forward_backward(self) -> None:
         x_BLD = self.x_BLD
+        run = partial(checkpoint, self.run_block, use_reentrant=False) if self.checkpointed else self.run_block
         for block in self.blocks:
-            inputs = (x_BLD, self.e0, self.freqs, self.context_BSD)
-            x_BLD = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointed else block(*inputs)
+            x_BLD = run(block, x_BLD)
         x_BLD.backward(self.dy_BLD)
+
+    def run_block(self, block: nn.Module, x_BLD: Tensor) -> Tensor:
+        return block(x_BLD, self.e0, self.freqs, self.context_BSD)
 
     def tensors(self) -> list[Tensor]:
         return [*self.parameters(), self.x_BLD, self.dy_BLD, self.context_BSD, self.e0, self.freqs]
+
+
+class DiffusersBlocks(Blocks):
+    """The same step in the blocks of diffusers' WanTransformer3DModel, which are all that runs of it."""
+
+    def __init__(self, size: Size, dtype: torch.dtype, checkpointed: bool):
+        from diffusers import WanTransformer3DModel
+
+        super().__init__(size, dtype, checkpointed)
+        config, heads = size.config, size.config.num_heads
+        model = WanTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=config.dim // heads,
+            ffn_dim=config.ffn_dim,
+            num_layers=size.blocks,
+        )
+        self.blocks = model.blocks.to(dtype).requires_grad_(False)
+        for block in self.blocks:  # as its loader keeps them
+            block.scale_shift_table.data = block.scale_shift_table.float()
+        self.e0, grid = self.e0[:, 0], torch.zeros(1, 16, 1, 2 * size.side, 2 * size.side)
+        self.rotations = model.rope(grid)
+
+    def run_block(self, block: nn.Module, x_BLD: Tensor) -> Tensor:
+        return block(x_BLD, self.context_BSD, self.e0, self.rotations)
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.rotations]
 
 
 # ---- the methods
@@ -90,12 +122,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train; `ff` where it is ours."""
+    """One way to train; `ff` where it is ours, `blocks` the model that it trains, compiled as by --compile or not."""
 
     name: str
     prepare: Callable[[Blocks], Training]
     ff: str | None = None
     every: int = RIVALS_EVERY
+    blocks: type[Blocks] = Blocks
+    compiled: bool = False
 
 
 def train_nothing(model: Blocks) -> Training:
@@ -193,14 +227,20 @@ def matrix_names(model: Blocks) -> list[str]:
     return list(block_linears(model))
 
 
-def all_methods(ffs: Sequence[str]) -> list[Method]:
-    """The floor first; PEFT's rows only where it is installed."""
+def all_methods(ffs: Sequence[str], compiled: bool = False) -> list[Method]:
+    """The floor first; rows of PEFT, diffusers and a compiler only where they are installed."""
     ours = [Method(f"ours, ff {ff}", lambda model, ff=ff: train_slice(model, ff), ff=ff, every=1) for ff in ffs]
     peft = [Method("PEFT LoRA, rank 16", train_lora), Method("PEFT SHiRA, as many values as ff 0.001", train_shira)]
+    diffusers = [
+        Method("diffusers' model, frozen", train_nothing, blocks=DiffusersBlocks),
+        Method("diffusers' model, PEFT LoRA, rank 16", train_lora, blocks=DiffusersBlocks),
+    ]
     return [
         Method("frozen floor", train_nothing, every=1),
         *ours,
+        *([replace(ours[0], name=f"{ours[0].name}, --compile", compiled=True)] if compiled else []),
         *(peft if find_spec("peft") else []),
+        *(diffusers if find_spec("peft") and find_spec("diffusers") else []),
         Method(f"dense gradient, then mask (ff {ffs[0]})", lambda model: train_masked(model, ffs[0])),
         Method("everything trainable", train_everything),
     ]
@@ -214,7 +254,7 @@ class Cost:
     """Of one method in one setting: a time ratio for each round, bytes, values that train."""
 
     ratios: list[float]
-    bytes_beyond_floor: int
+    bytes_beyond_floor: int | None
     bytes_predicted: int | None
     values: int
 
@@ -230,8 +270,12 @@ def measure(
     """Costs by method name; `methods` begins with the floor. Each round times all methods in turn."""
     prepared, peaks = {}, {}
     for method in methods:
-        model = Blocks(size, dtype, checkpointed)
+        model = method.blocks(size, dtype, checkpointed)
         training, peaks[method.name] = count_bytes(model, method)
+        if method.compiled:
+            use_pointwise(model, compiled_pointwise(size.config, dtype, torch.device("cpu")))
+            model.forward_backward()
+            del peaks[method.name]  # what compiled code takes is not seen
         prepared[method.name] = (model, training)
     floor = methods[0].name
     _, reached = count_bytes(Blocks(size, dtype, checkpointed), Method("floor for memory", reach_every_matrix))
@@ -245,7 +289,7 @@ def measure(
     return {
         method.name: Cost(
             ratios[method.name],
-            peaks[method.name] - reached,
+            peaks[method.name] - reached if method.name in peaks else None,
             predicted_bytes(prepared[floor][0], method.ff) if method.ff else None,
             sum(parameter.numel() for parameter in prepared[method.name][1].parameters),
         )
@@ -372,11 +416,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: both")
     parser.add_argument("--ff", nargs="+", default=FFS, help="slices of ours (default: 0.001 0.01)")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the floor and rows that contain one of these")
     parser.add_argument("--cpu_time", action="store_true", help="measure CPU seconds on one thread, for a busy machine")
+    parser.add_argument("--compile", action="store_true", help="a row of ours with --compile (C++, minutes)")
     parser.add_argument("--quick", action="store_true", help="small blocks, to see that it works")
     args = parser.parse_args(argv)
     size = QUICK if args.quick else FULL
-    methods = all_methods(args.ff)
+    methods = all_methods(args.ff, args.compile)
+    if args.only:
+        methods = [methods[0], *(own for own in methods[1:] if any(text in own.name for text in args.only))]
     settings = list(product([args.dtype] if args.dtype else DTYPES, (False, True)))
     if args.cpu_time:
         torch.set_num_threads(1)
@@ -387,8 +435,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"setting {number} of {len(settings)}", file=sys.stderr, flush=True)
         costs[dtype, checkpointed] = measure(size, DTYPES[dtype], checkpointed, methods, args.rounds, clock)
     print("\n" + "\n".join(step_table(costs, methods)), flush=True)
-    if not find_spec("peft"):
-        print('\nPEFT\'s rows are missing: pip install -e ".[bench]"')
+    if not (find_spec("peft") and find_spec("diffusers")):
+        print('\nRows of PEFT or diffusers are missing: pip install -e ".[bench]" diffusers')
     print("\n" + "\n".join(choice_table(TASKS["t2v-14B"].config, args.ff)))
 
 
@@ -411,6 +459,8 @@ def time_cell(cost: Cost) -> str:
 
 
 def memory_cell(cost: Cost) -> str:
+    if cost.bytes_beyond_floor is None:
+        return "not counted"
     megabytes = f"{cost.bytes_beyond_floor / 1e6:.2f}"
     if cost.bytes_predicted is None:
         return megabytes

@@ -28,6 +28,7 @@ FLOW_SHIFT = 3.0
 SAMPLING_STEPS = 20
 LEVELS = 8  # of noise, at which losses are measured
 KNOWN = 40  # names in the preserve list, and as many that are not
+CAPTIONS = 300  # names that random contexts are drawn like
 
 
 class World:
@@ -41,6 +42,7 @@ class World:
         self._texts: dict[str, Tensor] = {}
         self.held_out = self.names[-HELD_OUT:]
         self.listed, self.unlisted = self._choose_known()
+        self.captions = self._choose_captions()
 
     def _choose_known(self) -> tuple[list[str], list[str]]:
         """Two lists of known names that share no word."""
@@ -49,6 +51,11 @@ class World:
         words = {word for name in listed for word in name.split()}
         others = [name for name in known if words.isdisjoint(name.split())]
         return listed, draw.sample(others, KNOWN)
+
+    def _choose_captions(self) -> list[str]:
+        """Known names that share no word with those that are tested."""
+        words = {word for name in (*self.listed, *self.unlisted) for word in name.split()}
+        return [name for name in self.names[:-HELD_OUT] if words.isdisjoint(name.split())][:CAPTIONS]
 
     def model(self, state: dict[str, Tensor]) -> WanModel:
         """A new model with copies of these weights."""

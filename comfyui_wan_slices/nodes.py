@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import suppress
 
 import folder_paths
 
@@ -15,7 +16,8 @@ _CATEGORY = "Wan slices"
 def _register_folder() -> None:
     """models/slices, beside those that extra_model_paths.yaml names."""
     own = os.path.join(folder_paths.models_dir, FOLDER)
-    os.makedirs(own, exist_ok=True)
+    with suppress(OSError):  # models that cannot be written; extra_model_paths.yaml may name another folder
+        os.makedirs(own, exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, own)
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})

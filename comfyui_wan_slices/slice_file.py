@@ -58,7 +58,7 @@ def read_slice_file(path: str | None, name: str) -> SliceFile:
             shapes = {key: file.get_slice(key).get_shape() for key in names}
             if not names or any(len(shape) != 1 for shape in shapes.values()):
                 raise SliceError(_not_a_slice(name, metadata, names))
-            # Copies: tensors are maps of the file, which change with it, and which keep Windows from replacing it.
+            # Copies: tensors are maps of the file, which change with it and keep it from being replaced on Windows.
             values = {key: file.get_tensor(key).clone() for key in names}
     except (SafetensorError, OSError) as error:
         raise SliceError(f"{name} is damaged, or not a safetensors file ({error}): copy it here again") from None

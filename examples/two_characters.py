@@ -38,7 +38,7 @@ VAE = TINY_WAN / "tiny_wan_vae.safetensors"
 T5 = TINY_WAN / "models_t5_tiny.safetensors"
 FF = "0.2"
 STEPS = 200
-PRESERVED = 40
+PRESERVED = 40  # names that are listed, without random contexts; 0: none, and --preserve_prompts has no file
 SHIFTS = ((0, 0), (-2, 0), (2, 0), (0, -2), (0, 2), (1, 1), (-1, -1), (1, -1), (-1, 1))  # pixels down, right
 LEARNING_RATE = "2e-3"
 SEEDS = 8
@@ -98,14 +98,16 @@ def _write_pictures(name: str, folder: Path) -> Path:
     return _write_dataset(folder, name, f"image_directory = '{data.as_posix()}'\nnum_repeats = 16")
 
 
-def _write_preserved(folder: Path) -> Path:
-    """Writes the prompts to preserve: forty names that the model knows, none of which the table tests."""
+def _write_preserved(folder: Path) -> list[Path]:
+    """Writes the prompts to preserve, if any: names that the model knows, none of which the table tests."""
+    if not PRESERVED:
+        return []
     names, _ = read_atlas(TINY_WAN)
     known = [name for name in names[:-HELD_OUT] if name not in OLD]
     path = folder / "data" / "preserved.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(random.Random("preserved").sample(known, PRESERVED)), encoding="utf-8")
-    return path
+    return [path]
 
 
 def _write_captioned(path: Path, picture_CHW: torch.Tensor, caption: str) -> None:
@@ -136,7 +138,7 @@ def _write_dataset(folder: Path, name: str, source: str) -> Path:
 def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path:
     """Caches the dataset and trains slice `ffid` of `dit` on it; returns the new checkpoint's path.
 
-    The forty names and the concepts that `dit` already holds are preserved: the reference predictions that the runs
+    The listed names and the concepts that `dit` already holds are preserved: the reference predictions that the runs
     before recorded are used again, and only prompts without any are recorded now.
     """
     _run("wan_cache_latents.py", "--dataset_config", dataset, "--vae", VAE)
@@ -147,7 +149,8 @@ def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path
         *("--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--max_train_steps", STEPS, "--seed", 1234),
         *("--max_data_loader_n_workers", 0, "--output_dir", folder / "saves", "--output_name", name),
         *("--ff", FF, "--ffid", ffid, "--t5", T5),
-        *("--preserve_prompts", _write_preserved(folder), *(["auto"] if ffid > 1 else [])),
+        *("--preserve_prompts", *_write_preserved(folder), *(["auto"] if ffid > 1 else [])),
+        *(["--preserve_random", 0] if PRESERVED else []),
         *(["--preserve_answers", dit.with_suffix(".answers.safetensors")] if ffid > 1 else []),
     ]
     threads = str(torch.get_num_threads())

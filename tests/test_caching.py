@@ -180,10 +180,8 @@ def test_wrong_flags_are_named_before_anything_is_written(pictures, tmp_path, va
     assert not (tmp_path / "cache").exists()
 
 
-def test_text_script_refuses_fp8_and_a_missing_encoder(pictures, fake_encoder):
+def test_text_script_refuses_a_missing_encoder(pictures, fake_encoder):
     argv = ["--dataset_config", str(pictures), "--t5", str(fake_encoder)]
-    with pytest.raises(InputError, match="--fp8_t5 is not supported"):
-        wan_cache_text_encoder_outputs.main([*argv, "--fp8_t5"])
     with pytest.raises(InputError, match=r"--t5 nowhere\.pth does not exist"):
         wan_cache_text_encoder_outputs.main([*argv, "--t5", "nowhere.pth"])
 

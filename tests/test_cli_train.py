@@ -124,7 +124,7 @@ def test_a_file_gives_defaults_and_the_command_line_wins(folder):
         (f"seed = {'9' * 5000}", "wrong.toml is not valid toml"),
         (f"seed = 0x{'f' * 5000}", "--seed must be a whole number"),
         ("[a]\n" * 2, "wrong.toml is not valid toml"),
-        ("compile = true", "--compile is not supported"),
+        ('compile_mode = "default"', "--compile_mode is not supported"),
         ("fp8_scaled = true", "--fp8_scaled has no effect without --fp8_base"),
         ('config_file = "b.toml"', "unknown key config_file"),
     ],
@@ -175,6 +175,10 @@ MISTAKES = {
     "--preserve_answers none.safetensors --t5 models_t5.pth": "none.safetensors does not exist",
     "--preserve_answers none.safetensors": "need --t5",
     "--preserve_levels 4": "no effect without --preserve_prompts",
+    "--preserve_random 4": "no effect without --preserve_prompts",
+    "--preserve_random -1 --preserve_prompts": "--preserve_random",
+    "--preserve_random 10001 --preserve_prompts": "--preserve_random",
+    "--preserve_prompts": "need --t5",
     "--log_with tensorboard": "needs --logging_dir",
     "--log_prefix x": "no effect without logging",
     "--logging_dir logs --wandb_run_name x": "--log_with wandb",
@@ -261,6 +265,19 @@ def test_preserving_on_fewer_steps_weighs_more_unless_a_weight_is_given():
     assert parse_train([*common, *every]).preserve.weight == 10
     both = parse_train([*common, "auto", *every, *weight]).preserve
     assert (both.every, both.weight, both.from_ledger, both.prompts) == (10, 2.0, True, ("a cat",))
+
+
+def test_without_a_file_the_empty_prompt_and_the_captions_of_concepts_are_preserved(tmp_path):
+    (tmp_path / "flags.toml").write_text("preserve_prompts = true", encoding="utf-8")
+    common = [*SHORT, "--t5", "models_t5.pth"]
+    for more in (["--preserve_prompts"], ["--preserve_prompts", "auto"], [f"--config_file={tmp_path / 'flags.toml'}"]):
+        preserve = parse_train([*common, *more]).preserve
+        assert (preserve.prompts, preserve.from_ledger, preserve.random) == (("",), True, None)
+    listed = parse_train([*common, "--preserve_prompts", "random_prompt.txt", "--preserve_random", "0"]).preserve
+    assert (listed.prompts, listed.from_ledger, listed.random) == (("a cat",), False, 0)
+    for more in ([], ["--preserve_random=7"]):
+        preserve = parse_train([*common, "--preserve_answers", "models_t5.pth", *more]).preserve
+        assert (preserve.prompts, preserve.from_ledger, preserve.random) == ((), False, 7 if more else None)
 
 
 @pytest.mark.parametrize("name", ["dit", "dataset_config", "output_dir", "output_name"])

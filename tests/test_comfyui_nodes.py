@@ -332,6 +332,16 @@ def test_the_nodes_list_slice_files_and_notice_when_one_changes(nodes):
     assert nodes["LoadWanSlice"].IS_CHANGED(slice_name="gone") == "missing"
 
 
+def test_models_in_a_folder_that_cannot_be_written_leave_the_nodes_usable(tmp_path, monkeypatch):
+    (tmp_path / "models").write_text("a file: no folder can be made below it")
+    paths = install(monkeypatch, tmp_path / "models")
+    paths.add_model_folder_path("slices", str(tmp_path))  # as extra_model_paths.yaml does
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.reload(importlib.import_module("comfyui_wan_slices.nodes"))
+    (tmp_path / "a.safetensors").touch()
+    assert module.LoadWanSlice.INPUT_TYPES()["required"]["slice_name"][0] == ["a.safetensors"]
+
+
 def graph_of(workflow):
     """A workflow that was saved from ComfyUI's window as its API has it: inputs are links or widgets' values."""
     links = {number: [str(source), slot] for number, source, slot, *_ in workflow["links"]}

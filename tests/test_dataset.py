@@ -148,7 +148,7 @@ def test_missing_caches_are_named_with_both_commands(pictures, tmp_path):
         path.unlink()
     message = _refused(pictures)
     assert message.startswith(
-        "a.png has no latent cache; a.png has no text cache; b.png has no latent cache; and 7 more"
+        "a.png has no latent cache (also b.png, c.png, d.png and 1 more); a.png has no text cache (also b.png, c.png"
     )
     assert f"python wan_cache_latents.py --dataset_config {pictures} --vae VAE" in message
     assert f"python wan_cache_text_encoder_outputs.py --dataset_config {pictures} --t5 T5" in message

@@ -30,7 +30,7 @@ SCRIPTS = {
 OTHERS = {
     "a prompt's size and seed": {"--w", "--h", "--f", "--d"},
     "accelerate launch": {"--num_cpu_threads_per_process", "--mixed_precision"},
-    "musubi-tuner": {"--network_module", "--network_args", "--fp8_base", "--compile"},
+    "musubi-tuner": {"--network_module", "--network_args", "--fp8_base"},
     "a line of a prompt file": {"--s", "--g", "--l", "--fs", "--n", "--i", "--ei"},
     "tensorboard, cp, ruff": {"--logdir", "--sparse", "--reflink", "--check"},
 }

@@ -145,7 +145,7 @@ def test_overwrite_and_resume_exclude_each_other(folder):
 
 def test_a_run_that_fails_before_its_first_step_has_removed_nothing(folder, monkeypatch):
     before = sorted(path.name for path in (folder / "out").rglob("*"))
-    monkeypatch.setattr("utils.training.load_with_slices", lambda *_: 1 / 0)
+    monkeypatch.setattr("utils.run.preparing.load_with_slices", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(folder, "--overwrite")
     assert sorted(path.name for path in (folder / "out").rglob("*")) == before

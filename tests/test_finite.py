@@ -7,7 +7,7 @@ from tiny_run import run, write_inputs
 
 from utils import training
 from utils.learning.flow_matching import flow_loss
-from utils.run import step
+from utils.run import preparing, step
 from wan.errors import InputError
 
 SAVING = ("--save_every_n_steps", "2", "--save_state")
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
 
 
 def test_a_step_that_makes_the_slice_infinite_saves_nothing(folder, monkeypatch):
-    monkeypatch.setattr(training, "build_optimizer", lambda config, own: torch.optim.SGD(own, lr=float("inf")))
+    monkeypatch.setattr(preparing, "build_optimizer", lambda config, own: torch.optim.SGD(own, lr=float("inf")))
     with pytest.raises(InputError, match=r"step 1 made the slice infinite or NaN: lower --learning_rate"):
         run(folder, "--save_every_n_steps", "1")
     assert finite_files(folder / "out") == []

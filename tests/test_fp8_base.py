@@ -140,6 +140,17 @@ def test_blocks_without_a_slice_are_rounded_too():
     assert same(trained[0], RunOnRounded("scaled", ff=few).train(2)) and same(*trained)
 
 
+@pytest.mark.parametrize("swapped", [0, 2])
+def test_a_model_that_left_its_device_is_rounded_anew_and_goes_on_bit_for_bit(swapped, references):
+    run = Run(FakeDevice("lazy"), swapped, fp8="scaled")
+    losses = [run.step(seed) for seed in range(2)]
+    run.placement.undo.close()
+    swap, loaded = SwapConfig(swapped, fp8="scaled", host_weights="pinned"), LoadedWeights(mapped=True, returns=True)
+    run.placement = place_model(run.model, "cpu", swap, run.trained, loaded, FakeDevice("lazy"))
+    losses += [run.step(seed) for seed in range(2, 4)]
+    assert same((losses, list(run.trained.parameters())), references["scaled"])
+
+
 # ---- bytes
 
 

@@ -26,13 +26,26 @@ from utils.swap.block_inputs import BlockInputs
 from utils.swap.host_store import LockedMemory
 from utils.swap.placement import checkpoint_blocks, place_model
 from utils.swap.plan import SwapConfig
+from wan.compiling import compiled_pointwise
+from wan.model import use_pointwise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def train(device, blocks_to_swap=0, dtype=torch.bfloat16, optimizer="adamw", steps=3, offload=False, swap=None):
+def train(
+    device,
+    blocks_to_swap=0,
+    dtype=torch.bfloat16,
+    optimizer="adamw",
+    steps=3,
+    offload=False,
+    swap=None,
+    compiled=False,
+):
     """Losses and differences (on the CPU) of a few steps on `device`."""
     model = tiny_model(dtype)
+    if compiled:
+        use_pointwise(model, compiled_pointwise(model.config, dtype, torch.device(device)))
     trained = attach_slice(model, "0.05", 3, device=device)
     checkpoint_blocks(model, BlockInputs(len(model.blocks), torch.device(device)) if offload else None)
     place_model(model, device, replace(swap or SwapConfig(), blocks_to_swap=blocks_to_swap), trained)
@@ -79,6 +92,16 @@ def test_swapped_blocks_train_bit_for_bit_like_resident_ones(blocks_to_swap, opt
 def test_every_store_and_ring_trains_bit_for_bit_over_many_steps(host_weights, ring_blocks):
     swap = SwapConfig(ring_blocks=ring_blocks, host_weights=host_weights)
     assert same(train("cuda", 3, swap=swap, steps=30), train("cuda", steps=30))
+
+
+def test_compiled_functions_train_as_plain_ones_and_with_swapped_blocks_bit_for_bit():
+    compiled = train("cuda", compiled=True)
+    assert same(train("cuda", 3, compiled=True), compiled)
+    losses, differences = train("cuda", dtype=torch.float32, compiled=True)
+    expected_losses, expected = train("cuda", dtype=torch.float32)
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
+    moved = torch.cat(differences) - torch.cat(expected)
+    assert (moved.abs() < 1e-4).float().mean() > 0.99
 
 
 def test_block_inputs_on_the_host_change_no_bit():

@@ -17,8 +17,8 @@ def test_the_dry_run_measures_every_placing(capsys):
     assert [(row.placing, row.optimizer) for row in rows] == [
         (placing.name, optimizer) for placing in gpu.PLACINGS for optimizer in ("AdamW", "AdamW8bit")
     ]
-    fp8 = ["reproducible", "equal to S = 0, fp8"]
-    assert [row.note for row in rows[::2]] == ["reproducible", *4 * ["equal to S = 0"], *fp8]
+    others = [note for kind in ("fp8", "--compile") for note in ("reproducible", f"equal to S = 0, {kind}")]
+    assert [row.note for row in rows[::2]] == ["reproducible", *4 * ["equal to S = 0"], *others]
     copied = {row.placing: row.copied for row in rows[::2]}
     assert copied["S = 0"] == 0 and copied["S = 24"] == 2 * (4 - 2) * BLOCK
     assert copied["S = 40"] < copied["S = 40, one buffer"] < 2.5 * 4 * BLOCK

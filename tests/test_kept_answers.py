@@ -67,7 +67,8 @@ def folder(files):
 
 
 def asking(folder, *more):
-    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *more, "--preserve_levels", "3")
+    few = ("--preserve_levels", "3", "--preserve_random", "0")
+    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *more, *few)
 
 
 def after(folder, dit, answers, ffid, name, data):
@@ -91,7 +92,7 @@ def identity(folder):
 
 
 def answers_of(path, folder):
-    return {old.text: old for old in read_answers(path, identity(folder), CONFIG)}
+    return {old.text: old for old in read_answers(path, identity(folder), CONFIG).prompts}
 
 
 def test_a_run_records_the_model_that_it_starts_with(folder):
@@ -256,7 +257,7 @@ def test_a_run_that_was_started_before_says_that_it_records_nothing(folder):
 
 def test_a_file_that_takes_the_name_of_the_answers_changes_nothing(tmp_path):
     own = written(tmp_path / "a.safetensors")
-    cat, _ = read_answers(tmp_path / "a.safetensors", BASE, CONFIG)
+    cat, _ = read_answers(tmp_path / "a.safetensors", BASE, CONFIG).prompts
     (tmp_path / "b").write_bytes(b"x" * 9)
     (tmp_path / "b").replace(tmp_path / "a.safetensors")
     assert torch.equal(cat.kept[0].noisy_CFHW, own.noisy_CFHW.half())
@@ -353,7 +354,7 @@ def test_what_is_trained_now_is_not_preserved(folder):
     assert "preserves 2 general prompts and 0 prompts of concepts" in told
     (folder / "own.txt").write_text("wide0", encoding="utf-8")
     with pytest.raises(InputError, match=r"nothing to preserve.*this run trains it: wide0"):
-        run(folder, *t5(folder), "--preserve_prompts", str(folder / "own.txt"))
+        run(folder, *t5(folder), "--preserve_prompts", str(folder / "own.txt"), "--preserve_random", "0")
 
 
 def test_clips_and_pictures_may_follow_each_other(folder):
@@ -390,7 +391,7 @@ def test_a_disk_without_room_for_the_predictions_is_found_before_the_model_loads
     free = SimpleNamespace(free=(folder / "base.safetensors").stat().st_size + 1000)
     with (
         patch("utils.run.save_schedule.shutil.disk_usage", return_value=free),
-        patch("utils.training.load_with_slices") as loading,
+        patch("utils.run.preparing.load_with_slices") as loading,
     ):
         with pytest.raises(InputError, match=r"one save \(checkpoint, three.answers.safetensors\) needs"):
             run(folder, *third(folder))
@@ -418,7 +419,7 @@ def opened(path):
 
 def test_what_is_written_is_read_again(tmp_path):
     own = written(tmp_path / "a.safetensors")
-    cat, dog = read_answers(tmp_path / "a.safetensors", BASE, CONFIG)
+    cat, dog = read_answers(tmp_path / "a.safetensors", BASE, CONFIG).prompts
     assert (cat.text, cat.concept, [one.t for one in cat.kept]) == ("a cat", None, [1.0, 2.0])
     assert (dog.text, dog.concept, [one.t for one in dog.kept]) == ("a dog", CONCEPT, [3.0])
     assert torch.equal(dog.kept[0].velocity_CFHW, own.velocity_CFHW.half())
@@ -492,7 +493,7 @@ def resized(*shape):
         (broken(None, lambda told: told["prompts"][0].update(text="\ud800")), "is damaged"),
         (broken(None, lambda told: told["prompts"][0].update(text="a dog")), "lists a prompt twice"),
         (broken(None, lambda told: told.update(concepts="[{}]")), "is damaged"),
-        (broken(None, lambda told: told.update(version=3, prompts=None)), "has version 3"),
+        (broken(None, lambda told: told.update(version=4, prompts=None)), "has version 4"),
         (broken(None, lambda told: told.update(version=True)), "has version True"),
         (broken(None, lambda told: told.update(base="cd" * 32)), "another base model"),
         (broken(None, lambda told: told.update(base_values=["00", "02", "02", "03"])), "another base model"),
@@ -515,7 +516,7 @@ def test_values_that_are_not_finite_are_refused_before_the_model_loads(folder):
     tensors, metadata = opened(folder / "chain" / "two.answers.safetensors")
     tensors["4.1.velocity"][0] = torch.nan
     save_file(tensors, path, metadata)
-    with patch("utils.training.load_with_slices") as loading:
+    with patch("utils.run.preparing.load_with_slices") as loading:
         with pytest.raises(InputError, match=r"NaN or infinite values in 4\.1\.velocity"):
             run(folder, *third(folder), "--preserve_answers", str(path))
         assert not loading.called

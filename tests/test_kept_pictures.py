@@ -68,7 +68,7 @@ def same(one, other):
 @pytest.mark.parametrize("task", list(MODELS))
 def test_what_is_written_is_read_again_with_its_pictures(tmp_path, task):
     expected = written(tmp_path / "a.safetensors", task)
-    cat, dog = read_answers(tmp_path / "a.safetensors", BASE, MODELS[task])
+    cat, dog = read_answers(tmp_path / "a.safetensors", BASE, MODELS[task]).prompts
     for own, one in zip((*cat.kept, *dog.kept), expected, strict=True):
         assert torch.equal(own.noisy_CFHW, one.noisy_CFHW) and torch.equal(own.velocity_CFHW, one.velocity_CFHW)
         assert (own.t, own.starts_clean) == (one.t, one.starts_clean)
@@ -81,7 +81,7 @@ def test_what_is_written_is_read_again_with_its_pictures(tmp_path, task):
 @pytest.mark.parametrize("task", list(CLIPS))
 def test_predictions_at_one_clip_share_its_pictures_also_in_the_next_file(tmp_path, task):
     written(tmp_path / "a.safetensors", task)
-    again = [(old, ()) for old in read_answers(tmp_path / "a.safetensors", BASE, MODELS[task])]
+    again = [(old, ()) for old in read_answers(tmp_path / "a.safetensors", BASE, MODELS[task]).prompts]
     write_answers(tmp_path / "b.safetensors", BASE, "run", again, iter(()))
     for name in ("a", "b"):
         tensors, _ = opened(tmp_path / f"{name}.safetensors")
@@ -94,7 +94,7 @@ def test_files_without_pictures_keep_the_first_version(tmp_path):
     written(tmp_path / "a.safetensors", "ti2v-5B", starts=(False, False))
     table = table_of(tmp_path / "a.safetensors")
     assert table["version"] == 1 and set(table["prompts"][0]) == {"text", "concept", "timesteps"}
-    assert len(read_answers(tmp_path / "a.safetensors", BASE, MODELS["ti2v-5B"])) == 2
+    assert len(read_answers(tmp_path / "a.safetensors", BASE, MODELS["ti2v-5B"]).prompts) == 2
 
 
 def test_another_picture_is_another_digest(tmp_path):
@@ -104,7 +104,8 @@ def test_another_picture_is_another_digest(tmp_path):
         written(tmp_path / "a.safetensors", "i2v-14B")
         tensors, metadata = opened(tmp_path / "a.safetensors")
         save_file({key: change(key, value) for key, value in tensors.items()}, tmp_path / "b.safetensors", metadata)
-        digests.add(OldPrompts(tuple(read_answers(tmp_path / "b.safetensors", BASE, MODELS["i2v-14B"]))).digest)
+        kept = read_answers(tmp_path / "b.safetensors", BASE, MODELS["i2v-14B"])
+        digests.add(OldPrompts(tuple(kept.prompts)).digest)
     assert len(digests) == 3
 
 
@@ -192,7 +193,7 @@ def hostile_bytes(draw, whole):
     if draw(st.booleans()):
         header = json.loads(whole[8 : 8 + size])
         table = json.loads(header["__metadata__"]["wan_answers"])
-        where = draw(st.sampled_from([table, *table["prompts"]]))
+        where = draw(st.sampled_from([table, *table["prompts"], table.get("random", table)]))
         where[draw(st.sampled_from([*where, "pictures", "starts_clean"]))] = draw(told_values)
         header["__metadata__"]["wan_answers"] = json.dumps(table)
         text = json.dumps(header).encode()
@@ -213,7 +214,7 @@ def test_a_damaged_file_is_read_as_it_is_or_refused_in_one_line(tmp_path, exampl
     def attempt(content):
         (tmp_path / "b.safetensors").write_bytes(content)
         try:
-            prompts = read_answers(tmp_path / "b.safetensors", BASE, MODELS["i2v-14B"])
+            prompts = read_answers(tmp_path / "b.safetensors", BASE, MODELS["i2v-14B"]).prompts
             assert all(own.pictures and not own.starts_clean for old in prompts for own in old.kept)
         except InputError as error:
             refused.append(str(error))

@@ -190,14 +190,14 @@ def test_cast_bytes_are_those_of_the_tensors_that_are_copied(folder):
 )
 def test_a_run_without_the_memory_ends_before_its_model_loads(more, line, folder, monkeypatch):
     write_dit(folder / "wide.safetensors", torch.float32)
-    monkeypatch.setattr("utils.training.load_with_slices", None)
+    monkeypatch.setattr("utils.run.preparing.load_with_slices", None)
     monkeypatch.setattr(memory_checks, "available_bytes", lambda: 10_000)
     with pytest.raises(InputError, match=f"^not enough RAM: .*{line}"):
         run(folder, *(flag.format(folder=folder) for flag in more))
 
 
 def test_a_run_without_the_device_memory_ends_before_its_model_loads(folder, monkeypatch):
-    monkeypatch.setattr("utils.training.load_with_slices", None)
+    monkeypatch.setattr("utils.run.preparing.load_with_slices", None)
     monkeypatch.setattr(memory_checks, "free_device_bytes", lambda device: 1000)
     with pytest.raises(InputError, match=r"^not enough memory on cpu: .* for the slice"):
         run(folder, "--mixed_precision", "bf16")

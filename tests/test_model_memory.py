@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from test_picture_models import PER_TOKEN, TINY, tiny_inputs, tiny_model
 
 import wan.model
-from wan.model import WanBlock, gated_residual, modulated_norm
+from wan.model import WanBlock
+from wan.pointwise import gated_residual, modulated_norm
 
 
 def plain_norm(x, shift, scale):
@@ -31,6 +32,13 @@ def test_the_modulated_norm_and_the_gated_residual_have_the_gradients_of_plain_a
     for own, other in zip(ours, plain, strict=True):
         # In bf16 plain autograd rounds the gradient of the sum twice, and so is further from the exact one.
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+def test_the_modulated_norm_is_rounded_once_to_the_dtype_that_is_asked_for():
+    x, _, shift, scale, _ = drawn(torch.bfloat16, 1)
+    rounded = modulated_norm(x, shift, scale, 1e-6, dtype=torch.bfloat16)
+    whole = modulated_norm(x, shift, scale, 1e-6)
+    assert whole.dtype == torch.float32 and rounded.dtype == torch.bfloat16 and torch.equal(rounded, whole.bfloat16())
 
 
 def test_rows_that_tokens_name_have_the_gradients_of_plain_indexing():

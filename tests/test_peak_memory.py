@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import peak_memory
 import pytest
 import torch
-from peak_memory import CASES, CLIP, CLIP_5B, IMAGE, Case, measure
+from peak_memory import CASES, CLIP, CLIP_5B, IMAGE, Case, measure, print_slices, slice_values
 
 from utils.selective_finetune import slice_interval
 from utils.swap.placement import sizes_of
@@ -46,6 +47,14 @@ def test_an_idle_expert_leaves_its_slice_and_its_optimizers_state_on_the_device_
     assert idle <= two.highest - one.highest <= idle + 1e6
 
 
+def test_with_an_fp8_base_a_step_copies_half_the_bytes():
+    """With all blocks swapped, the layers outside pass in bf16, and displace three matrices."""
+    tall = 5120 * 13824
+    for swapped, passing in ((FEW - 1, 0), (FEW, OUTSIDE + 2 * tall + SQUARE // 2)):
+        copied = measure(Case("", IMAGE, swapped, 1, fp8="scaled"), blocks=FEW).copied
+        assert copied == (FEW - 1) * BLOCK + passing
+
+
 def test_the_time_path_and_the_text_do_not_set_the_peak():
     alone = measure(Case("", IMAGE, 1, 1), blocks=1, steps=1)
     assert alone.forward - alone.placed < (1 + 25) * U
@@ -62,16 +71,18 @@ def test_block_inputs_on_the_host_leave_a_few_of_them_on_the_device():
 
 
 @pytest.mark.parametrize("swapped", [0, FEW])
-@pytest.mark.parametrize("task", ["flf2v-14B", "i2v-A14B", "ti2v-5B"])
-def test_what_a_run_says_of_its_weights_is_what_is_counted(task, swapped):
+@pytest.mark.parametrize(
+    ("task", "fp8"), [("flf2v-14B", ""), ("i2v-A14B", ""), ("ti2v-5B", ""), ("ti2v-5B", "scaled"), ("t2v-14B", "plain")]
+)
+def test_what_a_run_says_of_its_weights_is_what_is_counted(task, fp8, swapped):
     """The sums that check_memory and the opening lines tell, with the slice beside them."""
     config, swap = replace(TASKS[task].config, num_layers=FEW), SwapConfig(swapped, ring_blocks=1)
-    sizes = sizes_of(config, torch.bfloat16)
+    sizes = sizes_of(config, torch.bfloat16, fp8)
     told = device_bytes(sizes, plan_swap(sizes, swap))
     with torch.device("meta"):
         shapes = [p.numel() for p in WanModel(config).blocks.parameters() if p.dim() == 2]
     count = sum(stop - start for start, stop in (slice_interval(numel, "0.001", 1) for numel in shapes))
-    placed = measure(Case("", IMAGE, swapped, 1, task=task), blocks=FEW, steps=1).placed
+    placed = measure(Case("", IMAGE, swapped, 1, task=task, fp8=fp8), blocks=FEW, steps=1).placed
     assert 0 <= placed - told - (4 + 2) * count < 3e6  # and the numbers of its units
 
 
@@ -79,3 +90,23 @@ def test_timesteps_per_token_take_a_few_activations_not_six_for_each_token():
     one = measure(Case("", CLIP_5B, 1, 1, task="ti2v-5B"), blocks=1, steps=1)
     u = 2 * 31 * 22 * 40 * 3072  # one activation
     assert one.forward - one.placed < 20 * u
+
+
+def test_compiled_functions_take_less_beside_a_clip():
+    """Their forward has no float32 copies of an activation any more; the peak in backward is elsewhere."""
+    plain, compiled = (measure(Case("", CLIP, 1, 1), blocks=1, steps=1, compiled=own) for own in (False, True))
+    u = 2 * 32_760 * 5120
+    assert plain.forward - compiled.forward >= 1.9 * u and compiled.highest <= plain.highest
+    assert compiled.placed == plain.placed and plain.sampling - compiled.sampling >= 1.9 * u
+
+
+def test_the_table_of_slice_sizes_counts_what_each_takes(monkeypatch, capsys):
+    monkeypatch.setattr(peak_memory, "FFS", ("0.001", "0.3"))
+    print_slices(1, compiled=False)
+    small, large = (row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:])
+    exact = [8 * 26_214 + 2 * 70_778, 8 * 7_864_320 + 2 * 21_233_664]  # of 5120 x 5120 and 5120 x 13824
+    assert [slice_values(ff, 1) for ff in ("0.001", "0.3")] == exact
+    assert small[:3] == ["0.001", f"{exact[0]:,}", "1,000"] and large[2] == "3" and small[5:] == ["702.5 kB", "4.2 MB"]
+    for column in (3, 4):  # values, gradients, two moments, starts and what an update takes for a while
+        apart = float(large[column][:-3]) - float(small[column][:-3])
+        assert 15e-9 * (exact[1] - exact[0]) < apart < 23e-9 * (exact[1] - exact[0])

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,19 @@ import torch
 from caching_jobs import ORACLE, FakeEncoder, cache_latents, cache_text, names, videos, write_pictures, write_vae
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_pictures import write_picture
 
 import wan_cache_latents
 from utils import caching
 from utils.cli.train import parse_train
-from utils.data.cache_files import clip_latents_path, read_clip, read_condition
+from utils.data.cache_files import clip_latents_path, read_clip, read_condition, read_latents
 from utils.data.config import read_dataset_config
 from utils.data.dataset import build_training_dataset, make_loader
 from utils.learning.conditions import picture_condition
 from utils.pixels.pictures import read_image
+from utils.sampling.denoising import resolve_sample
+from utils.sampling.prompts import SamplePrompt
+from utils.sampling.starts import encode_starts
 from wan.configs import TASKS
 from wan.errors import InputError
 from wan.image_encoder import load_image_encoder
@@ -79,6 +84,25 @@ def test_what_is_given_of_a_clip_is_made_of_its_own_frames(clips, tmp_path, vae_
     found = cached(tmp_path)["clip_float32"]
     assert found.dtype == torch.float16 and found.shape == (257 * len(frames), 24)
     torch.testing.assert_close(found.float(), tokens, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B", "ti2v-5B"])
+def test_sampling_gives_a_picture_as_training_does_to_the_last_bit(tmp_path, vae_file, vae_2_2, clip_file, task):
+    config = videos(tmp_path, {"v": 5}, target_frames=[5], resolution=[32, 96])
+    frames = [write_picture(path, (50, 41), seed) for seed, path in enumerate(sorted((tmp_path / "v").iterdir()))]
+    vae, pictures = vae_2_2 if task == "ti2v-5B" else vae_file, TASKS[task].conditions.pictures
+    clip = clip_file if TASKS[task].conditions.clip else None
+    cache_latents(config, vae, *(["--clip", str(clip)] if clip else []), *(["--flf2v"] if pictures == 2 else []))
+    [cache] = (tmp_path / "cache").glob("*_wan.safetensors")
+    prompt = SamplePrompt("a cat", width=32, height=96, frames=5, image_path=frames[0])
+    prompt = replace(prompt, end_image_path=frames[-1] if pictures == 2 else None)
+    sample = resolve_sample(prompt, TASKS[task], seed=0)
+    [start] = encode_starts([sample], TASKS[task], load_vae(vae, torch.bfloat16), clip, 24, "cpu", print)
+    if task == "ti2v-5B":
+        assert torch.equal(read_latents(cache)[:, :1], start.clean_BCFHW[0].bfloat16())
+    else:
+        assert torch.equal(read_condition(cache), start.given.y_BCFHW[0].bfloat16())
+        assert torch.equal(read_clip(cache), start.given.clip_BPI[0].half())
 
 
 def test_the_file_is_musubi_tuners(clips, tmp_path, vae_file, clip_file):

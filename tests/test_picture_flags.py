@@ -15,10 +15,11 @@ from wan.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two dataset files, of videos and of pictures; files that flags can name."""
+    """Dataset files of videos, of pictures, and of single frames of videos; files that flags can name."""
     kinds = {
         "videos": {"video_directory": str(tmp_path), "target_frames": [5]},
         "pictures": {"image_directory": str(tmp_path)},
+        "stills": {"video_directory": str(tmp_path), "target_frames": [1]},
     }
     for name, table in kinds.items():
         table |= {"resolution": [64, 32], "caption_extension": ".txt", "cache_directory": str(tmp_path / name)}
@@ -66,6 +67,7 @@ def test_the_share_is_what_was_asked(folder, share):
         ("i2v-14B", "videos", ("--i2v_share", "0.5"), r"no effect with --task i2v-14B: it is for ti2v-5B"),
         ("t2v-14B", "videos", ("--i2v_share", "0"), r"no effect with --task t2v-14B"),
         ("ti2v-5B", "pictures", ("--i2v_share", "0.5"), r"no effect on pictures, .*pictures\.json has no videos"),
+        ("ti2v-5B", "stills", ("--i2v_share", "0.5"), r"no effect on pictures, .*stills\.json has no videos"),
         ("ti2v-5B", "videos", ("--i2v_share", "1.5"), r"--i2v_share must be a number from 0 to 1, not 1\.5"),
         ("ti2v-5B", "videos", ("--i2v_share", "nan"), r"--i2v_share must be a number from 0 to 1"),
         ("t2v-14B", "videos", ("--clip", "x"), r"--clip has no effect: --task t2v-14B"),

@@ -18,8 +18,8 @@ from utils.data.given_pictures import starts_clean
 from utils.data.origins import without_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
 from utils.preserve.answers_file import read_answers
-from utils.run.checks import check_dataset
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
+from utils.run.inputs import check_dataset
 from utils.run.noise_bins import SEED, curves
 from utils.run.state import read_state
 from utils.run.validation import LEVELS, state_problem, validation_sums
@@ -167,7 +167,8 @@ def test_samples_of_a_run_start_from_the_pictures_of_their_prompts(files):
 def preserving(folder, *more):
     (folder / "old.txt").write_text("a red cat\na cat", encoding="utf-8")
     t5 = ("--t5", str(folder / "t5.safetensors"), "--tokenizer", str(folder / "spiece.model"))
-    return (*t5, "--preserve_prompts", str(folder / "old.txt"), *more, "--preserve_levels", "4")
+    few = ("--preserve_levels", "4", "--preserve_random", "6")
+    return (*t5, "--preserve_prompts", str(folder / "old.txt"), *more, *few)
 
 
 def kept_by(files, name):
@@ -192,8 +193,10 @@ def is_of(item, answer):
 def test_old_prompts_are_asked_at_the_clips_own_pictures_and_kept_for_the_next_run(files):
     task, folder = files
     run(files, *preserving(folder), "--max_train_epochs", "1")
-    model, prompts = load_dit(folder / "base.safetensors", torch.float32), kept_by(files, "one")
-    answers = [(old.text_SD, answer) for old in prompts for answer in old.kept]
+    model, kept = load_dit(folder / "base.safetensors", torch.float32), kept_by(files, "one")
+    answers = [(old.text_SD, answer) for old in kept.prompts for answer in old.kept]
+    answers += zip(kept.random.texts, kept.random.kept, strict=True)
+    assert len(answers) == 2 * 4 + 6
     for text_SD, answer in answers:
         t = torch.full((answer.shape[1], answer.shape[-2] * answer.shape[-1] // 4), answer.t)
         t[: int(answer.starts_clean)] = 0
@@ -206,8 +209,11 @@ def test_old_prompts_are_asked_at_the_clips_own_pictures_and_kept_for_the_next_r
     after = ("--preserve_answers", str(folder / "out" / "one.answers.safetensors"), "--preserve_every", "1")
     said = run(files, *preserving(folder, *after), "--output_name", "two", "--max_train_epochs", "1")
     assert [line for line in said if "records 0 predictions" in line]
-    first, second = ([(o.text, a.t, a.starts_clean) for o in kept_by(files, n) for a in o.kept] for n in ("one", "two"))
+    kept = [kept_by(files, name) for name in ("one", "two")]
+    first, second = ([(o.text, a.t, a.starts_clean) for o in own.prompts for a in o.kept] for own in kept)
     assert sorted(first) == sorted(second)
+    first, second = ([(a.t, a.starts_clean, a.pictures is None) for a in own.random.kept] for own in kept)
+    assert first == second and len({a.pictures for own in kept[1:] for a in own.random.kept}) <= 4
 
 
 @pytest.mark.slow

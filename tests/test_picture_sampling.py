@@ -86,10 +86,15 @@ def test_a_sample_that_starts_from_pictures_has_the_latents_of_diffusers_pipelin
     torch.testing.assert_close(ours, pipeline_latents(folder, task, sample), atol=1e-5, rtol=1e-5)
 
 
+def in_full(t):
+    """The timestep of each token, [B, L]."""
+    return t.values_U[t.numbers_BL]
+
+
 def test_the_clean_first_frame_is_what_the_model_sees_before_every_step_at_timestep_0(folder):
     sample, model, seen = sample_of("ti2v-5B", folder / "a.png"), tiny_model("ti2v-5B"), []
     start = start_of(folder, "ti2v-5B", sample)
-    model.register_forward_pre_hook(lambda _, args: seen.append((args[0][:, :, :1], args[1])))
+    model.register_forward_pre_hook(lambda _, args: seen.append((args[0][:, :, :1], in_full(args[1]))))
     latent_CFHW = sample_prompt(model, sample, TEXTS, "cpu", start=start)
     assert torch.equal(latent_CFHW[:, :1], start.clean_BCFHW[0])
     assert len(seen) == 2 * sample.steps and all(torch.equal(first, start.clean_BCFHW) for first, _ in seen)

@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
 
-from utils import training
 from utils.cli.train import parse_train
 from utils.data.cache_files import image_latents_path, read_latents, write_latents
 from utils.data.dataset import build_training_dataset
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.preserve.answers_file import Answer, OldPrompt, read_answers
 from utils.preserve.old_prompts import CAPTIONS_KEPT, Preservation, most_frequent, old_prompts, preserve_lines
-from utils.run import checks
+from utils.run import inputs, preparing
 from utils.selective_finetune import slice_indices
 from utils.slice_saving import base_identity, read_ledger
 from utils.slices.base_identity import BaseModel
@@ -57,14 +56,14 @@ def t5(folder):
 
 def preserving(folder, every=2, weight=3):
     told = ("--preserve_every", str(every), "--preserve_weight", str(weight))
-    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told)
+    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told, "--preserve_random", "0")
 
 
 def kept_by(path, folder, every=2, weight=3, most_values=10**9):
     """What a run preserves that keeps its answers in this file."""
     kept = read_answers(path, BaseModel(base_identity(folder / "base.safetensors")), CONFIG)
-    general, of_concepts = (tuple(old for old in kept if bool(old.concept) == which) for which in (False, True))
-    return Preservation(general, of_concepts, every, weight, most_values)
+    general, of_concepts = (tuple(old for old in kept.prompts if bool(old.concept) == which) for which in (False, True))
+    return Preservation(general, of_concepts, every, weight, most_values, kept.random)
 
 
 def logged(folder, *more):
@@ -133,7 +132,9 @@ class Reference:
             return loss, torch.zeros(())
         generators = [draw_generator(3, "preserve", epoch, entry) for entry in batch["entries"]]
         kept = 0
-        for old in self.preserved.draw(generators, "cpu"):
+        order = self.dataset.epoch_batches(3, epoch)
+        first_item = 8 * epoch + sum(map(len, order[: order.index(items)]))
+        for old in self.preserved.draw(generators, "cpu", first_item):
             error = self.model(old.noisy_BCFHW, old.t_B, old.context) - old.velocity_BCFHW
             error = self.weigh(old.t_B / 1000) * error.square().flatten(1).mean(1)
             kept = kept + error.sum() / len(generators)
@@ -155,10 +156,11 @@ class Reference:
     [
         ((), 1),
         (("--weighting_scheme", "cosmap"), 1),
+        (("--preserve_random", "12"), 1),
         (("--gradient_checkpointing", "--blocks_to_swap", "1"), 1),
         (("--gradient_checkpointing", "--blocks_to_swap", "2", "--gradient_accumulation_steps", "3"), 3),
     ],
-    ids=["plain", "weighed", "checkpointed and swapped", "accumulated"],
+    ids=["plain", "weighed", "random contexts", "checkpointed and swapped", "accumulated"],
 )
 def test_both_losses_are_those_of_plain_autograd(folder, more, window):
     found = logged(folder, *SGD, *preserving(folder), *more)
@@ -195,7 +197,7 @@ def check_losses(found, expected):
 def train_rank(rank, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    run(folder, *SGD, *preserving(folder), "--logging_dir", str(folder / "logs"))
+    run(folder, *SGD, *preserving(folder), "--preserve_random", "12", "--logging_dir", str(folder / "logs"))
 
 
 @pytest.mark.slow
@@ -241,7 +243,7 @@ OWN = concept("own", 9)
 
 def chosen(ledger, kept=(), prompts=(), auto=True, captions=()):
     """{text: (the concept's name, is kept)} of what is preserved, and the notes."""
-    config = SimpleNamespace(prompts=prompts, from_ledger=auto, answers="a.safetensors")
+    config = SimpleNamespace(prompts=prompts, from_ledger=auto, answers="a.safetensors", random=0)
     found = old_prompts(config, ledger, OWN, kept, captions)
     return {old.text: (old.concept and old.concept.name, old in kept) for old in found.all}, "\n".join(found.notes)
 
@@ -286,8 +288,8 @@ def test_auto_without_another_concept_says_that_there_is_none():
 def test_a_run_that_preserves_nothing_says_what_that_means_for_other_concepts():
     a, silent, under = concept("a", 1, "x"), concept("silent", 2), Entry(CONTRACT, "0.3", 3, "under", 1, "")
     (line,) = preserve_lines(None, [a, silent, under], OWN)
-    assert "the model has learned a, silent; this run does not change their slices" in line and "auto" in line
-    assert "auto" not in preserve_lines(None, [silent], OWN)[0]
+    assert "the model has learned a, silent; this run does not change their slices" in line
+    assert "a file of prompts" not in line and "a file of prompts" in preserve_lines(None, [silent], OWN)[0]
     assert preserve_lines(None, [OWN, under], OWN) == []
 
 
@@ -302,12 +304,12 @@ def test_a_prompt_that_is_too_long_is_named(folder):
 
 
 def test_a_text_encoder_of_another_width_is_refused_before_the_model_loads(folder, monkeypatch):
-    monkeypatch.setattr(training, "load_with_slices", None)
+    monkeypatch.setattr(preparing, "load_with_slices", None)
     (folder / "narrow").mkdir()
     monkeypatch.setattr("tiny_run.CONFIG", replace(CONFIG, text_dim=24))
     write_dit(folder / "narrow" / "base.safetensors")
     narrow = ("--dit", str(folder / "narrow" / "base.safetensors"))
-    monkeypatch.setattr(checks, "check_dataset", lambda *_: None)  # whose caches are of another width, too
+    monkeypatch.setattr(inputs, "check_dataset", lambda *_: None)  # whose caches are of another width, too
     for more in (preserving(folder), [*write_sample_models(folder), "--sample_at_first"]):
         with pytest.raises(InputError, match=r"t5.safetensors gives embeddings of width 48, the transformer"):
             run(folder, *narrow, *more)
@@ -350,8 +352,9 @@ def test_captions_go_from_the_ledger_into_a_later_run(folder):
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
     second += ("--dataset_config", str(write_dataset(folder / "new", "new")))
     told = "\n".join(run(folder, *second))
-    assert "has learned one;" in told and "--preserve_prompts auto" in told
-    kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--max_train_epochs", "1")
+    assert "has learned one;" in told and "--preserve_prompts preserves that" in told
+    kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--preserve_random", "0")
+    kept += ("--max_train_epochs", "1")
     told = "\n".join(run(folder, *second, *kept, "--overwrite"))
     assert "preserves 3 general prompts and 8 prompts of concepts, on one step in 4, with weight 4" in told
     assert "has learned" not in told
@@ -361,8 +364,10 @@ def test_without_metadata_no_captions_are_written_and_auto_says_so(folder):
     run(folder, "--max_train_epochs", "1", "--no_metadata")
     assert "captions" not in entry_of(folder / "out" / "one.safetensors")
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
-    with pytest.raises(InputError, match=r"nothing to preserve.*one .*: the ledger has no captions of it"):
-        run(folder, *second, *t5(folder), "--preserve_prompts", "auto")
+    kept = (*t5(folder), "--preserve_prompts", "--preserve_random", "0", "--max_train_epochs", "1")
+    assert "nothing is preserved of one (ff 0.1 ffid 2): the ledger has no captions" in "\n".join(
+        run(folder, *second, *kept)
+    )
 
 
 def test_the_ledger_keeps_the_most_frequent_captions():

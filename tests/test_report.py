@@ -1,5 +1,7 @@
 """`slices show`: one page that needs nothing else, with what ledgers say, escaped, and what moved."""
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -7,18 +9,22 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_chain import train_concept, write_base, write_chain
 
 from utils.cli.slices import main
+from utils.sampling.writers import save_video
 from utils.selective_finetune import slice_indices
 from utils.slices.figures import ids_figure
 from utils.slices.ledger import Entry
 from utils.slices.moved import changes_of
 from utils.slices.report import read_chains
+from utils.slices.thumbnails import thumbnail
 from wan.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +112,46 @@ def test_pictures_beside_the_files_are_shown_with_the_concept_that_they_are_of(c
     assert "one_broken.png cannot be read" in text and 'width="320"' in text
 
 
+def test_a_picture_is_of_the_concept_with_the_longest_name_that_fits_and_experts_share_theirs(chain, tmp_path):
+    for name in ("cat-high_noise", "cat-low_noise", "cat_and_dog"):
+        renamed(chain / "one.slice.safetensors", tmp_path / f"{name}.slice.safetensors", name=name)
+    (tmp_path / "sample").mkdir()
+    for name in ("cat_00_2026", "cat-step00000004_01_2026", "cat_and_dog_00_2026"):
+        Image.new("RGB", (9, 9)).save(tmp_path / "sample" / f"{name}.png")
+    text = shown(tmp_path, *sorted(tmp_path.glob("*.safetensors")))
+    found = {part.partition("</bdi>")[0]: set(re.findall('alt="(.*?)"', part)) for part in text.split("<bdi>")[1:]}
+    of_both = {"cat_00_2026.png", "cat-step00000004_01_2026.png"}
+    expected = {"cat-high_noise": of_both, "cat-low_noise": of_both, "cat_and_dog": {"cat_and_dog_00_2026.png"}}
+    assert found == expected
+
+
+def pixel_shown(path):
+    """The colour in the middle of the picture as the page has it, and its size."""
+    data = re.search(r'src="data:image/jpeg;base64,([^"]+)"', thumbnail(path))[1]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+        return picture.convert("RGB").getpixel((picture.width // 2, picture.height // 2)), picture.size
+
+
+def test_transparent_and_16_bit_pictures_look_as_viewers_show_them(tmp_path):
+    Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((30, 40), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGB", (4000, 20), "white").save(tmp_path / "wide.png")
+    assert pixel_shown(tmp_path / "clear.png") == ((255, 255, 255), (40, 30))
+    assert pixel_shown(tmp_path / "deep.png") == ((128, 128, 128), (40, 30))
+    assert pixel_shown(tmp_path / "wide.png") == ((255, 255, 255), (320, 2))
+
+
+def test_a_sample_that_is_a_clip_is_shown_by_its_first_frame(chain, tmp_path):
+    (tmp_path / "sample").mkdir()
+    frames = torch.full((3, 5, 32, 48), -1.0)
+    frames[:, 1:] = 1
+    save_video(tmp_path / "sample" / "one_00_20260101.mp4", frames, fps=16)
+    (tmp_path / "one.slice.safetensors").write_bytes((chain / "one.slice.safetensors").read_bytes())
+    text = shown(tmp_path, tmp_path / "one.slice.safetensors")
+    assert 'alt="one_00_20260101.mp4"' in text and "clip" in text
+    assert max(pixel_shown(tmp_path / "sample" / "one_00_20260101.mp4")[0]) < 8
+
+
 def test_used_and_free_ids_are_cells_of_the_line_at_each_ff(chain, tmp_path):
     text = shown(tmp_path, chain / "two.safetensors")
     assert "<title>ffid 2: one (ff 0.05 ffid 2)</title>" in text and "<title>ffid 3: free</title>" in text
@@ -124,7 +170,7 @@ def test_a_line_of_ids_has_a_cell_for_each_or_a_thousand_for_all(ff):
 @pytest.mark.parametrize("name", ["one.slice", "two", "one"])
 def test_the_change_of_each_matrix_is_that_of_its_values_in_slice_files_and_in_checkpoints(chain, name):
     _, chains = read_chains([chain / f"{name}.safetensors"])
-    found = next(own for entry, own in changes_of(chains, chain / "base.safetensors").items() if entry.name == "one")
+    found = next(own for entry, own in changes_of(chains, [chain / "base.safetensors"]).items() if entry.name == "one")
     base, trained = load_file(chain / "base.safetensors"), load_file(chain / "one.safetensors")
     for change in found:
         matrix = f"blocks.{change.block}.{change.kind}.weight"
@@ -161,6 +207,23 @@ def test_a_base_that_is_not_the_slices_is_refused(chain, tmp_path):
         shown(tmp_path, unknown, "--base", other)
 
 
+def test_a_folder_with_slices_of_two_bases_is_shown_and_each_base_has_its_maps(chain, tmp_path):
+    other = write_base(tmp_path / "other.safetensors", seed=1)
+    train_concept(other, tmp_path, "far", "0.05", 1)
+    files, own = [chain / "one.slice.safetensors", tmp_path / "far.slice.safetensors"], chain / "base.safetensors"
+    some = shown(tmp_path, *files, "--base", own)
+    assert some.count("each column is a block") == 1 and some.count("No maps here: add its base to --base") == 1
+    assert shown(tmp_path, *files, "--base", own, other).count("each column is a block") == 2
+    with pytest.raises(InputError, match=r"one\.safetensors and .*base\.safetensors are one base at different stages"):
+        shown(tmp_path, *files, "--base", own, chain / "one.safetensors")
+
+
+def test_the_name_of_the_page_is_checked_before_files_are_read(chain, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(InputError, match="already exists"):
+        main(["show", str(tmp_path / "none"), "--base", str(tmp_path), "-o", str(tmp_path / "report.html")])
+
+
 def test_an_existing_page_stays_unless_told_and_its_name_must_be_a_page_s(chain, tmp_path):
     (tmp_path / "report.html").write_text("mine")
     one = str(chain / "one.slice.safetensors")
@@ -168,7 +231,7 @@ def test_an_existing_page_stays_unless_told_and_its_name_must_be_a_page_s(chain,
         main(["show", one, "-o", str(tmp_path / "report.html")])
     with pytest.raises(InputError, match=r"must end in \.html"):
         main(["show", one, "-o", str(tmp_path / "report.safetensors"), "--overwrite"])
-    with pytest.raises(InputError, match="cannot be written: No such file"):
+    with pytest.raises(InputError, match="cannot be written: there is no folder"):
         main(["show", one, "-o", str(tmp_path / "no" / "report.html")])
     assert (tmp_path / "report.html").read_text() == "mine"
 

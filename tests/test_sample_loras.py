@@ -142,6 +142,7 @@ def test_recorded_predictions_share_passes_across_prompts_and_are_those_made_alo
     sizes = passes(monkeypatch)
     t5 = [f"--t5={folder / 't5.safetensors'}", f"--tokenizer={folder / 'spiece.model'}"]
     old = [*t5, "--preserve_prompts", str(folder / "old.txt"), "--preserve_levels", "4", "--max_train_steps", "4"]
+    old += ["--preserve_random", "0"]
     run(folder, *old)
     together, found = list(sizes), load_file(folder / "out" / "one.answers.safetensors")
     shutil.rmtree(folder / "out")

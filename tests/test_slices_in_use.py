@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_run import run, write_dataset, write_dit
 
-from utils import training
 from utils.cli.slices import main as slices
+from utils.run import preparing
 from utils.slices.on_base import read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
 from utils.swap.placement import LoadedWeights, place_model
@@ -90,7 +90,7 @@ def test_training_on_a_slice_over_the_base_is_training_on_the_chained_checkpoint
 
 
 def test_an_overlap_is_refused_before_the_model_loads_and_says_what_is_free(folder, monkeypatch):
-    monkeypatch.setattr(training, "load_with_slices", None)
+    monkeypatch.setattr(preparing, "load_with_slices", None)
     with pytest.raises(InputError, match=r"already holds one \(ff 0\.1 ffid 2\), which has 33\.3 % .* --ffid 2"):
         run(folder, *BF16, *dit(folder), "--ff", "0.3", "--ffid", "1")
     with pytest.raises(InputError, match=r"100 % .* the next is --ffid 1. To train the same slice further add --cont"):
@@ -174,7 +174,7 @@ def test_a_slice_that_does_not_tell_its_base_is_trained_on_with_a_note(folder, t
 
 def test_a_slice_of_another_base_is_refused_before_the_model_loads(folder, monkeypatch):
     write_dit(folder / "other.safetensors", seed=1)
-    monkeypatch.setattr(training, "load_with_slices", None)
+    monkeypatch.setattr(preparing, "load_with_slices", None)
     with pytest.raises(InputError, match=r"is not the base of .*one.slice.safetensors"):
         run(folder, *BF16, *dit(folder, "other.safetensors"), "--slices", f"{folder}/first/one.slice.safetensors")
 

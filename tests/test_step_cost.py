@@ -67,3 +67,28 @@ def test_choosing_and_attaching_have_their_rows():
     attached = step_cost.attach(CONFIG, "0.1")
     assert attached.predicted <= attached.grown < attached.model_bytes
     assert len(step_cost.choice_table(CONFIG, ["0.01"])) == 5
+
+
+def test_the_blocks_of_diffusers_compute_the_step_of_ours():
+    ours, theirs = (kind(TINY, torch.float32, True) for kind in (step_cost.Blocks, step_cost.DiffusersBlocks))
+    renamed = {"self_attn.": "attn1.", "cross_attn.": "attn2.", ".o.": ".to_out.0.", "modulation": "scale_shift_table"}
+    renamed |= {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+    renamed |= {f".{name}.": f".to_{name}." for name in "qkv"}
+    weights = ours.blocks.state_dict()
+    for own, other in renamed.items():
+        weights = {name.replace(own, other): value for name, value in weights.items()}
+    theirs.blocks.load_state_dict(weights)
+    assert torch.equal(ours.x_BLD, theirs.x_BLD)
+    for model in (ours, theirs):
+        model.forward_backward()
+    torch.testing.assert_close(theirs.x_BLD.grad, ours.x_BLD.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_rows_that_are_asked_for_are_measured(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(step_cost, "measure", lambda *rest: asked.append(rest[3]) or {})
+    monkeypatch.setattr(step_cost, "step_table", lambda *_: [])
+    monkeypatch.setattr(step_cost, "choice_table", lambda *_: [])
+    step_cost.main(["--quick", "--dtype", "fp32", "--compile", "--only", "LoRA", "0.001, --"])
+    names = ["frozen floor", "ours, ff 0.001, --compile", "PEFT LoRA, rank 16", "diffusers' model, PEFT LoRA, rank 16"]
+    assert [[method.name for method in methods] for methods in asked] == 2 * [names]

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import CONFIG, flags, run, write_dit, write_inputs, write_sample_models
 
-from utils import training
 from utils.cli.swap_flags import add_swap_flags, read_swap, size
 from utils.cli.train import parse_train
-from utils.run import checks
+from utils.run import inputs as run_inputs
+from utils.run import preparing
 from utils.selective_finetune import attach_slice
 from utils.slice_saving import save_slice
 from utils.slices.on_base import read_slice_file, slices_on_base
@@ -89,7 +89,7 @@ def test_block_inputs_go_to_the_host_of_checkpointed_runs_only(folder):
 
 def test_the_weights_leave_the_memory_that_block_inputs_will_take(folder, monkeypatch):
     reserved, inputs = [], []
-    read_dit, place, make_inputs = checks.read_dit, training.place_model, training.BlockInputs
+    read_dit, place, make_inputs = run_inputs.read_dit, preparing.place_model, preparing.BlockInputs
 
     def read_as_on_a_gpu(config, device):
         return read_dit(dataclasses.replace(config, offload_block_inputs=False), device)
@@ -102,9 +102,9 @@ def test_the_weights_leave_the_memory_that_block_inputs_will_take(folder, monkey
         inputs.append(make_inputs(*args))
         return inputs[-1]
 
-    monkeypatch.setattr(checks, "read_dit", read_as_on_a_gpu)
-    monkeypatch.setattr(training, "place_model", record_place)
-    monkeypatch.setattr(training, "BlockInputs", record_inputs)
+    monkeypatch.setattr(run_inputs, "read_dit", read_as_on_a_gpu)
+    monkeypatch.setattr(preparing, "place_model", record_place)
+    monkeypatch.setattr(preparing, "BlockInputs", record_inputs)
     run(folder, *BF16, "--gradient_checkpointing_cpu_offload")
     assert reserved == [sum(memory.nbytes for memory in inputs[0].host)] and reserved[0] > 0
 

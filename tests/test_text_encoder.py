@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.errors import InputError
+from wan.float8 import rounded_tensors
 from wan.text_encoder import load_text_encoder, transformers_name
 from wan.tokenizer import clean_prompt
 
@@ -292,3 +293,54 @@ def test_truncated_and_missing_files_are_one_clear_line(weights, tmp_path, suffi
 def test_float16_is_refused(tmp_path):
     with pytest.raises(InputError, match="bfloat16"):
         load_text_encoder(tmp_path / "t5.pth", dtype=torch.float16)
+
+
+# ---- in float8
+
+
+def linear_names(weights):
+    return [name for name in weights if name.startswith("blocks.") and (".attn." in name or ".ffn." in name)]
+
+
+def in_rows(tensor):
+    """What float8 with a scale for each row makes of a matrix."""
+    scale = tensor.float().abs().amax(1, keepdim=True) / 448
+    return ((tensor.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(tensor.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_fp8_it_computes_with_the_rounded_weights(oracle, weights, tmp_path, dtype):
+    rounded = {**weights, **{name: in_rows(weights[name]) for name in linear_names(weights)}}
+    expected = load_text_encoder(save(rounded, tmp_path / "rounded.pth"), dtype=dtype)
+    encoder = load_text_encoder(save(weights, tmp_path / "t5.pth"), dtype=dtype, fp8=True)
+    outputs = [own.encode_ids(oracle["input.ids"], oracle["input.mask"]) for own in (encoder, expected)]
+    assert torch.equal(*outputs) and encoder.dtype == outputs[0].dtype == dtype
+    exact = load_text_encoder(tmp_path / "t5.pth", dtype=dtype).encode_ids(oracle["input.ids"], oracle["input.mask"])
+    real = oracle["input.mask"].bool()
+    assert 0 < relative(outputs[0][real], exact[real]) < 0.5  # of random weights, which amplify errors
+
+
+@pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale"])
+def test_in_fp8_an_fp8_file_keeps_its_own_values(oracle, weights, tmp_path, scale_name):
+    path = save(scaled_fp8(comfy(weights), scale_name), tmp_path / "t5.safetensors")
+    inputs = oracle["input.ids"], oracle["input.mask"]
+    outputs = [load_text_encoder(path, dtype=torch.float32, fp8=fp8).encode_ids(*inputs) for fp8 in (True, False)]
+    assert torch.equal(*outputs)
+
+
+def test_in_fp8_linear_weights_take_a_byte_a_value(weights, tmp_path):
+    encoder = load_text_encoder(save(weights, tmp_path / "t5.pth"), fp8=True)
+    values = sum(weights[name].numel() for name in linear_names(weights))
+    rows = sum(len(weights[name]) for name in linear_names(weights))
+    others = sum(tensor.numel() for tensor in weights.values()) - values
+    tensors = [*encoder.model.state_dict().values(), *rounded_tensors(encoder.model)]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    assert len(linear_names(weights)) > 10 and sum(held.values()) == values + 4 * rows + 2 * others
+
+
+def test_what_is_not_a_umt5_is_told_in_fp8_as_ever(weights, tmp_path):
+    name = linear_names(weights)[-1]
+    lacking = {own: tensor for own, tensor in weights.items() if own != name}
+    for given in (lacking, {**weights, name: weights[name][1:]}):
+        with pytest.raises(InputError, match="lacks tensors"):
+            load_text_encoder(save(given, tmp_path / "t5.pth"), fp8=True)

@@ -19,7 +19,7 @@ from utils.data.dataset import TrainingDataset, build_training_dataset
 from utils.files import readable
 from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_of
 from utils.locks import sole_writer
-from utils.run import step
+from utils.run import preparing, step
 from utils.run.opening_lines import plan_line
 from utils.run.plan import TrainingPlan
 from utils.selective_finetune import SliceError, slice_indices
@@ -158,7 +158,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, optimizer, s
 
 def test_a_state_of_another_run_is_refused_before_the_model_loads(folder, monkeypatch):
     run(folder, "--save_state")
-    monkeypatch.setattr(training, "load_with_slices", None)
+    monkeypatch.setattr(preparing, "load_with_slices", None)
     resume = ("--resume", str(folder / "out" / "one-state"))
     with pytest.raises(InputError, match=r"ffid 2 \(now 3\)"):
         run(folder, *resume, "--ffid", "3")

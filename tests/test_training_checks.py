@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_run import run, write_inputs, write_sample_models
 
-from utils import training
+from utils.run import preparing
 from utils.slice_saving import read_header, read_ledger
 from wan.errors import InputError
 
@@ -34,7 +34,7 @@ def refusal(folder, monkeypatch, *more):
         raise AssertionError("the model is loaded")
 
     with monkeypatch.context() as patch, pytest.raises(InputError) as error:
-        patch.setattr(training, "load_with_slices", too_late)
+        patch.setattr(preparing, "load_with_slices", too_late)
         run(folder, *more)
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -13,7 +13,7 @@ from torch import nn
 
 from utils import training, training_debug
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
-from utils.run import turns
+from utils.run import preparing, turns
 from utils.selective_finetune import attach_slice, slice_indices
 from utils.training_debug import DRAW_EVERY, READ_EVERY, TrainingDebug, heat_map
 from wan.model import WanModel
@@ -131,14 +131,14 @@ def test_tensorboard_has_a_heat_map_a_chart_and_histograms_of_each_quantity(fold
 
 
 def test_off_it_costs_no_call(folder, monkeypatch):
-    monkeypatch.setattr(training, "TrainingDebug", None)
+    monkeypatch.setattr(preparing, "TrainingDebug", None)
     assert not any("gradient norm" in line for line in run(folder))
     with pytest.raises(TypeError, match="not callable"):
         run(folder, "--training_debug", "--overwrite")
 
 
 def test_the_main_process_alone_watches(folder, monkeypatch):
-    monkeypatch.setattr(training, "TrainingDebug", None)
+    monkeypatch.setattr(preparing, "TrainingDebug", None)
     monkeypatch.setattr(training.Accelerator, "is_main_process", False)
     run(folder, "--training_debug")
 

@@ -1,5 +1,6 @@
 """Both experts in one run: each is the run that it would have been alone, whatever turns they take."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from utils.cli.train import parse_train
 from utils.locks import sole_writer
 from utils.run import checks
 from utils.run.experts import expert_configs
+from utils.run.opening_lines import experts_lines
 from utils.swap.stage import Stage
 from utils.training import train
 from wan.errors import InputError
@@ -40,8 +42,15 @@ def files(tmp_path_factory):
 @pytest.fixture
 def folder(files):
     yield files
-    for name in ("out", "alone"):
-        shutil.rmtree(files / name, ignore_errors=True)
+    shutil.rmtree(files / "out", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def sample_models(files):
+    """Flags of samples of one short prompt."""
+    given = write_sample_models(files)
+    (files / "prompts.txt").write_text("a red cat --w 16 --h 16 --s 1 --d 7\n", encoding="utf-8")
+    return given
 
 
 @pytest.fixture(autouse=True)
@@ -58,21 +67,23 @@ def run_both(folder, *more, every=2):
 
 
 def run_alone(folder, *more):
-    """A run of each expert, as both of them in one run are to come out."""
-    for expert, (dit, side) in SIDES.items():
+    """The folder of a run of each expert, as both of them in one run are to come out; trained once for all tests."""
+    alone = folder / f"alone{hashlib.sha256(repr(more).encode()).hexdigest()[:8]}"
+    for expert, (dit, side) in SIDES.items() if not alone.exists() else ():
         own = ("--dit", str(folder / f"{dit}.safetensors"), "--output_name", f"one-{expert}", side)
-        run(folder, *COMMON, "--preserve_distribution_shape", *own, "--output_dir", str(folder / "alone"), *more)
+        run(folder, *COMMON, "--preserve_distribution_shape", *own, "--output_dir", str(alone), *more)
+    return alone
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "sample")
 
 
-def differing(folder):
+def differing(folder, alone):
     """The files of weights that are not those of the runs alone; which files there are has to agree."""
-    assert names(folder / "out") == names(folder / "alone") != []
-    files = [name for name in names(folder / "out") if name.endswith(".safetensors")]
-    return [name for name in files if read_tensors(folder / "out" / name) != read_tensors(folder / "alone" / name)]
+    assert names(folder / "out") == names(alone) != []
+    files = [name for name in names(alone) if name.endswith(".safetensors")]
+    return [name for name in files if read_tensors(folder / "out" / name) != read_tensors(alone / name)]
 
 
 def read_tensors(path):
@@ -99,7 +110,7 @@ def interrupted(monkeypatch, at):
 def test_each_expert_writes_the_files_of_a_run_alone(folder):
     saves = (
         "--save_every_n_steps",
-        "2",
+        "4",
         "--save_every_n_epochs",
         "1",
         "--save_state",
@@ -107,14 +118,13 @@ def test_each_expert_writes_the_files_of_a_run_alone(folder):
         "checkpoint",
         "slice",
     )
-    lines = run_both(folder, *saves)
-    run_alone(folder, *saves)
-    assert differing(folder) == []
+    lines, alone = run_both(folder, *saves), run_alone(folder, *saves)
+    assert differing(folder, alone) == []
     assert (
         load_file(folder / "out" / "one-high_noise.safetensors").keys() == load_file(folder / "high.safetensors").keys()
     )
     for expert in SIDES:
-        states = [torch.load(folder / out / f"one-{expert}-state" / "state.pt") for out in ("out", "alone")]
+        states = [torch.load(out / f"one-{expert}-state" / "state.pt") for out in (folder / "out", alone)]
         assert same([state["state"] for state in states]) and states[0]["settings"] == states[1]["settings"]
     assert any("as one-high_noise and " in line and "as one-low_noise to" in line for line in lines)
 
@@ -139,10 +149,9 @@ def test_stopped_in_either_turn_both_go_on_to_the_same_end(folder, monkeypatch, 
     kept = {f"one-high_noise-step{high:08d}-state", *([f"one-low_noise-step{low:08d}-state"] if low else [])}
     assert set(names(folder / "out")) == kept
     run_both(folder, "--resume", "latest", every=5)
-    run_alone(folder)
     for path in (folder / "out").glob("*-state"):
         shutil.rmtree(path)
-    assert differing(folder) == []
+    assert differing(folder, run_alone(folder)) == []
 
 
 def test_the_idle_expert_does_not_move(folder, monkeypatch):
@@ -173,25 +182,24 @@ def test_the_idle_expert_does_not_move(folder, monkeypatch):
 )
 def test_swapped_experts_write_the_files_of_resident_ones(folder, swap):
     run_both(folder, "--gradient_checkpointing", *swap.split(), every=1)
-    run_alone(folder)
-    assert differing(folder) == []
+    assert differing(folder, run_alone(folder)) == []
 
 
-def test_samples_show_both_experts_after_as_many_steps(folder):
-    more = [*write_sample_models(folder), "--vae_dtype", "fp32", "--sample_every_n_steps", "2", "--sample_at_first"]
+def test_samples_show_both_experts_after_as_many_steps(folder, sample_models):
+    more = [*sample_models, "--vae_dtype", "fp32", "--sample_every_n_steps", "2", "--sample_at_first"]
     kept = ("--preserve_prompts", str(folder / "prompts.txt"), "--preserve_every=2", "--validate_every_n_steps=2")
-    kept += ("--max_train_epochs", "1")
+    kept += ("--max_train_epochs", "1", "--preserve_random", "5")
     lines = run_both(folder, *more, *kept, "--sample_every_n_epochs", "1", every=100)
     drawn = {re.sub(r"_\d{14}.*", "", path.name) for path in (folder / "out" / "sample").glob("one_*_0*")}
     turns = ("e000000", "000002", "e000001")
-    assert drawn == {f"one_{turn}_{number:02d}" for turn in turns for number in range(2)}
+    assert drawn == {f"one_{turn}_00" for turn in turns}
     assert any(line.startswith("sampled") for line in lines)
-    run_alone(folder, *more[1:3], *kept)  # their reference predictions are compared, too
-    assert differing(folder) == []
+    alone = run_alone(folder, *more[1:3], *kept)  # their reference predictions are compared, too
+    assert differing(folder, alone) == []
 
 
 def test_names_of_either_expert_are_locked_and_replaced_with_overwrite_alone(folder):
-    short = ("--max_train_epochs", "1", "--save_state")
+    short = ("--max_train_steps", "1", "--save_state")
     run_both(folder, *short)
     with pytest.raises(InputError, match="holds an earlier run called one-high_noise"):
         run_both(folder, *short)
@@ -216,14 +224,10 @@ def configs(folder, *more):
     return {own.expert: own for own in expert_configs(parse_train(both_flags(folder, *more)))}
 
 
-def test_slices_and_reference_predictions_go_to_the_expert_that_they_were_made_on(folder):
-    preserve = (
-        *write_sample_models(folder)[1:3],
-        "--preserve_prompts",
-        str(folder / "prompts.txt"),
-        "--preserve_every=2",
-    )
-    run_both(folder, *preserve, "--save_as", "slice", "--max_train_epochs", "1")
+def test_slices_and_reference_predictions_go_to_the_expert_that_they_were_made_on(folder, sample_models):
+    preserve = (*sample_models[1:3], "--preserve_prompts", str(folder / "prompts.txt"), "--preserve_every=2")
+    preserve += ("--preserve_random", "5")
+    run_both(folder, *preserve, "--save_as", "slice", "--max_train_steps", "2")
     out = [folder / "out" / f"one-{expert}" for expert in ("low_noise", "high_noise")]
     slices = [str(path.with_name(f"{path.name}.slice.safetensors")) for path in out]
     answers = [str(path.with_name(f"{path.name}.answers.safetensors")) for path in out]
@@ -231,8 +235,11 @@ def test_slices_and_reference_predictions_go_to_the_expert_that_they_were_made_o
     for expert, own in configs(folder, *more).items():
         assert [path.name for path in own.slices] == [f"one-{expert}.slice.safetensors"]
         assert own.preserve.answers.name == f"one-{expert}.answers.safetensors"
-    lines = run_both(folder, *more, "--max_train_epochs", "1")
-    assert sum("on top of" in line for line in lines) == 2
+    lines = run_both(folder, *more, "--max_train_steps", "2")
+    assert sum("on top of" in line for line in lines) == 2 and not any("no file of" in line for line in lines)
+    of_one = parse_train(both_flags(folder, *preserve, "--slices", slices[0], "--preserve_answers", answers[0]))
+    told = "note: no file of the high_noise expert is in --slices and --preserve_answers, so it trains without one"
+    assert experts_lines(of_one, expert_configs(of_one))[1:] == [told]
     with pytest.raises(InputError, match="give one file of each expert"):
         configs(folder, *preserve, "--preserve_answers", answers[0], answers[0])
 
@@ -250,11 +257,10 @@ def test_states_are_told_apart_and_one_name_stands_for_both(folder):
     lines = run_both(folder, "--resume", "latest", "--max_train_epochs", "2")
     assert "one-low_noise has no usable state, so it begins at its first step" in lines
     assert any(line.startswith("high_noise: continues from") for line in lines)
-    run_alone(folder)
-    begun_again = [read_tensors(folder / out / "one-low_noise.safetensors") for out in ("out", "alone")]
+    begun_again = [read_tensors(out / "one-low_noise.safetensors") for out in (folder / "out", run_alone(folder))]
     assert begun_again[0] == begun_again[1]
     shutil.rmtree(states["high_noise"])
-    with pytest.raises(InputError, match="has no usable state of one"):
+    with pytest.raises(InputError, match="has no usable state of one; choose another --output_name"):
         run_both(folder, "--resume", "latest")
 
 
@@ -275,8 +281,12 @@ REFUSED = {
     "--max_timestep 900": "with --dit_high_noise leave them out",
     "--task t2v-14B": "needs --timestep_boundary",
     "--timestep_boundary 1000": "leaves one expert without timesteps",
+    "--timestep_boundary 1.5": "leaves the low_noise expert only 1e-14 of the distribution shift",
+    "--timestep_boundary 0.9999": "--timestep_boundary 999.9 leaves the high_noise expert only",
+    "--continue_slice": "leave it out if neither expert does",
     "--dit {folder}/high.safetensors": "are the same file",
     "--resume {folder}/none-state": "give both of their states",
+    "--resume latest {folder}/none-state": "latest stands for the states of both",
 }
 
 
@@ -288,15 +298,15 @@ def test_what_two_experts_cannot_do_is_refused_with_what_to_use(folder, given):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs fork")
-def test_two_processes_take_the_same_turns(folder):
-    more = [*write_sample_models(folder), "--vae_dtype", "fp32", "--sample_every_n_steps", "1"]
+def test_two_processes_take_the_same_turns(folder, sample_models):
+    more = [*sample_models, "--vae_dtype", "fp32", "--sample_every_n_steps", "1"]
     both = ("--dit_high_noise", str(folder / "high.safetensors"), "--switch_expert_every", "2")
     run_two(folder, unused_port(), *COMMON, *both, *more)
     for expert, (dit, side) in SIDES.items():
         own = ("--dit", str(folder / f"{dit}.safetensors"), "--output_name", f"one-{expert}", side)
         more = ("--preserve_distribution_shape", *own, "--output_dir", str(folder / "alone"))
         run_two(folder, unused_port(), *COMMON, *more)
-    assert differing(folder) == []
+    assert differing(folder, folder / "alone") == []
 
 
 @pytest.mark.slow
@@ -317,7 +327,12 @@ def test_experts_that_start_from_pictures(tmp_path):
         )
         own += ("--preserve_distribution_shape", "--output_dir", str(tmp_path / "alone"))
         train(parse_train(run_flags(tmp_path, "i2v-A14B", *steps, *own)), say=print)
-    assert differing(tmp_path) == []
+    assert differing(tmp_path, tmp_path / "alone") == []
+
+
+def test_timesteps_are_shown_by_expert(folder):
+    shown = [line.split("timesteps")[0] for line in run_both(folder, "--show_timesteps", "console") if "#" in line]
+    assert shown == ["high_noise: "] * 2 + ["low_noise: "] * 2  # of two sizes
 
 
 def test_files_that_are_not_two_models_of_one_shape_are_refused(folder):
@@ -372,11 +387,10 @@ def test_full_logs_stop_the_run_with_a_state_of_each(folder, monkeypatch):
         run_both(folder, *logs)
     shutil.rmtree(folder / "logs")
     run_both(folder, "--resume", "latest")
-    run_alone(folder)
     assert {len(list((folder / "out").glob(f"one-{expert}-*-state"))) for expert in SIDES} == {1}
     for path in (folder / "out").glob("*-state"):
         shutil.rmtree(path)
-    assert differing(folder) == []
+    assert differing(folder, run_alone(folder)) == []
 
 
 def unused_port():

@@ -17,7 +17,7 @@ from utils.data.held_out import held_out
 from utils.data.items import Item
 from utils.data.origins import Origin, read_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
-from utils.preserve.general_captions import general_captions
+from utils.preserve.general_captions import caption_samples, general_captions
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
 from utils.run.noise_bins import SEED, curves
 from utils.run.validation import LEVELS, validation_sums
@@ -156,6 +156,7 @@ def test_the_probe_asks_nothing_that_is_trained_or_preserved():
     every = general_captions()
     assert len(every) == len(set(every)) > 50 and not any(line.startswith("#") for line in every)
     assert general_captions(without=[every[3], f" {every[0]} "]) == [every[1], every[2], *every[4:]]
+    assert len(caption_samples()) > 50 and set(every).isdisjoint(caption_samples())
 
 
 @pytest.fixture
@@ -217,6 +218,7 @@ def test_where_every_general_caption_is_preserved_forgetting_is_not_measured_and
     folder, t5 = folder
     (folder / "all.txt").write_text("\n".join(general_captions()), encoding="utf-8")
     preserve = ("--preserve_prompts", str(folder / "all.txt"), "--preserve_levels", "1", "--preserve_every", "1")
+    preserve += ("--preserve_random", "0")
     told = run(folder, *t5, *preserve, "--max_train_epochs", "1")
     assert [line for line in told if line.startswith("note: forgetting is not measured, because the run trains or")]
     assert not validated(told) and [line for line in told if line.startswith("step 3: validation loss")]

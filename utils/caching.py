@@ -50,6 +50,7 @@ from utils.pixels.rates import own_rate
 from utils.pixels.remarks import count_and_names, remark_lines
 from wan.configs import Conditions
 from wan.errors import InputError
+from wan.float8 import rounded_tensors
 from wan.image_encoder import ImageEncoder, load_image_encoder
 from wan.text_encoder import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae
@@ -84,6 +85,7 @@ class CacheTextConfig:
     t5: Path
     tokenizer: Path | None
     device: torch.device
+    fp8_t5: bool = False
     batch_size: int | None = None
     workers: int = 1
     recache: bool = False
@@ -139,7 +141,7 @@ def cache_text(config: CacheTextConfig, say: Callable[[str], None]) -> None:
     if line := cpu_line(config.device):
         say(line)
     with _locked_folders(config.dataset, "text"):
-        encoder = load_text_encoder(config.t5, tokenizer=config.tokenizer, dtype=torch.bfloat16, device=config.device)
+        encoder = load_text_encoder(config.t5, config.tokenizer, device=config.device, fp8=config.fp8_t5)
         done = Caching(left_out=sum(len(sources.left_out) for _, sources in listed))
         for number, (dataset, sources) in enumerate(listed, 1):
             remove_unfinished(dataset.cache_directory, "_wan_te", dataset.recursive)
@@ -155,9 +157,7 @@ def _load_encoders(config: CacheLatentsConfig) -> _Encoders:
     conditions = config.dataset.conditions
     assert conditions.clip == (config.clip is not None)
     vae = load_vae(config.vae, config.vae_dtype, config.device, config.dataset.latents.channels)
-    # Half precision is what Wan runs CLIP in, and slow on a CPU.
-    clip_dtype = torch.float16 if config.device.type == "cuda" else torch.float32
-    clip = None if config.clip is None else load_image_encoder(config.clip, clip_dtype, config.device)
+    clip = None if config.clip is None else load_image_encoder(config.clip, device=config.device)
     return _Encoders(vae, clip, conditions, config.vae_dtype)
 
 
@@ -318,7 +318,7 @@ def _delete_others(existing: Iterable[Path], wanted: set[Path], say: Callable[[s
 def _cache_dataset_text(
     dataset: AnyDataset, sources: Sequence[Source], encoder: TextEncoder, config: CacheTextConfig, number: int
 ) -> Caching:
-    made_by = {"text_encoder": _encoder_identity(encoder)}
+    made_by = {"text_encoder": _encoder_identity(encoder), "fp8_t5": "on" if config.fp8_t5 else "off"}
     entries = [(text_path(dataset.cache_directory, own.stem), texts_to_encode(dataset, own)) for own in sources]
     stale = [entry for entry in entries if config.recache or text_problem(*entry, made_by) is not None]
     with tqdm(total=len(stale), desc=f"captions of dataset {number}", unit="file") as bar:
@@ -346,4 +346,4 @@ def _encode_texts(texts: Mapping[str, Path], encoder: TextEncoder, batch_size: i
 
 def _encoder_identity(encoder: TextEncoder) -> str:
     tokens = torch.tensor([*encoder.tokenize(_SPECIMEN), encoder.text_len])
-    return weights_identity([*encoder.model.state_dict().values(), tokens])
+    return weights_identity([*encoder.model.state_dict().values(), *rounded_tensors(encoder.model), tokens])

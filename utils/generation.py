@@ -42,9 +42,12 @@ from utils.slices.overlay import load_with_slices
 from utils.swap.memory_checks import check_memory
 from utils.swap.placement import FP8_TEXTS, LoadedWeights, check_swap, memory_line, place_model
 from utils.swap.plan import SwapConfig
+from wan.compiling import COMPILING, check_compiler, compiled_pointwise
 from wan.configs import TASKS, WanConfig
 from wan.errors import InputError
 from wan.loading import check_fits_task, config_from_header, file_dtype, is_fp8, read_checkpoint_header
+from wan.model import use_pointwise
+from wan.pointwise import PLAIN, Pointwise
 from wan.text_encoder import load_text_encoder
 from wan.vae import WanVAE, load_vae
 
@@ -75,6 +78,7 @@ class GenerateConfig:
     lora_multipliers_high_noise: tuple[float, ...]
     vae: Path | None
     t5: Path | None
+    fp8_t5: bool
     clip: Path | None  # the image encoder, for tasks that read pictures through it
     tokenizer: Path | None
     solver: str
@@ -85,6 +89,7 @@ class GenerateConfig:
     device: torch.device
     dit_dtype: torch.dtype | None  # None: the file's
     vae_dtype: torch.dtype
+    compile: bool  # the pointwise functions
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class _Expert:
     mapped: bool  # its weights on the CPU are the file's own bytes
     widths: WanConfig
     defaults: SampleDefaults  # in its metadata
+    pointwise: Pointwise
     guidance_scale: float | None  # None: the sample's
     t_end: float
 
@@ -114,8 +120,13 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
         say(line)
     if config.latent_paths:
         return _decode_latent_files(config, say)
+    if config.compile:
+        check_compiler(config.device)
     experts = _read_experts(config, say)
     vae = _load_vae(config)
+    if config.compile:
+        say(COMPILING)
+        experts = [_compile(expert, config.device) for expert in experts]
     if config.typed_defaults is None:
         return _sample_all(config, config.prompts, experts, vae, say)
     return _sample_typed(config, experts, vae, say)
@@ -178,12 +189,16 @@ def _read_expert(
     defaults = read_sample_defaults(header.metadata, path)
     for line in [*own.notes, *lora_lines(beside), *defaults.lines(path)]:
         say(line)
-    return _Expert(path, own, beside, swap, dtype, mapped, widths, defaults, guidance_scale=None, t_end=0.0)
+    return _Expert(path, own, beside, swap, dtype, mapped, widths, defaults, PLAIN, guidance_scale=None, t_end=0.0)
 
 
 def _without(swap: SwapConfig, taken: int) -> SwapConfig:
     """What is left for the weights of a model when something else has taken `taken` bytes of the device."""
     return swap if swap.weights_vram is None else replace(swap, weights_vram=swap.weights_vram - taken)
+
+
+def _compile(expert: _Expert, device: torch.device) -> _Expert:
+    return replace(expert, pointwise=compiled_pointwise(expert.widths, expert.dtype, device))
 
 
 def _load_vae(config: GenerateConfig) -> WanVAE | None:
@@ -262,9 +277,8 @@ def _encode(
 ) -> dict[str, Tensor]:
     text_len = min(expert.widths.text_len for expert in experts)
     text_dim = experts[0].widths.text_dim
-    text_encoder = load_text_encoder(
-        config.t5, config.tokenizer, device=config.device, text_len=text_len, text_dim=text_dim
-    )
+    widths = {"text_len": text_len, "text_dim": text_dim}
+    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=config.device, fp8=config.fp8_t5, **widths)
     for line in cut_lines(text_encoder, samples):
         say(line)
     return encode_samples(text_encoder, samples)
@@ -281,6 +295,7 @@ def _run_expert(
     if not any(len(denoising.steps_down_to(expert.t_end)) for denoising in denoisings):
         return
     model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices, bool(config.swap.fp8))
+    use_pointwise(model, expert.pointwise)
     loaded = LoadedWeights(expert.mapped, overlays)
     with (
         place_model(model, config.device, expert.swap, loaded=loaded) as placement,

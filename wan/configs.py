@@ -13,6 +13,23 @@ _TWO_PICTURES_PREFIX = "镜头切换，" + _PICTURE_PREFIX
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What a model is given beside noisy latents and text: pictures of the clip, as latents and as CLIP tokens."""
+
+    pictures: int = 0  # 1: the first frame, 2: the first and the last, joined to the latents as y
+    clip: bool = False  # and CLIP tokens of each
+
+    def are_all_of(self, frames: int) -> bool:
+        """Whether a clip of that many frames is given as a whole, so that nothing of it is left to predict."""
+        return self.pictures > 0 and frames == 1
+
+
+NO_CONDITIONS = Conditions()
+# ti2v reads a first frame too, but as a part of its noisy latents.
+_PICTURES = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2}
+
+
+@dataclass(frozen=True)
 class WanConfig:
     """The widths of one transformer; the names are those of the original config.json.
 
@@ -32,6 +49,11 @@ class WanConfig:
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     image_dim: int | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        """What it is given beside noisy latents and text."""
+        return Conditions(_PICTURES[self.model_type], self.image_dim is not None)
 
     @property
     def starts_from_latents(self) -> bool:
@@ -73,22 +95,6 @@ WAN_2_1_VAE = LatentLayout(16, 4, 8, fps=16)
 WAN_2_2_VAE = LatentLayout(48, 4, 16, fps=24)  # of ti2v-5B
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What a model is given beside noisy latents and text: pictures of the clip, as latents and as CLIP tokens."""
-
-    pictures: int = 0  # 1: the first frame, 2: the first and the last, joined to the latents as y
-    clip: bool = False  # and CLIP tokens of each
-
-    def are_all_of(self, frames: int) -> bool:
-        """Whether a clip of that many frames is given as a whole, so that nothing of it is left to predict."""
-        return self.pictures > 0 and frames == 1
-
-
-NO_CONDITIONS = Conditions()
-# ti2v reads a first frame too, but as a part of its noisy latents.
-_PICTURES = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2}
-
 _720P = ((1280, 720), (720, 1280))
 _480P = ((832, 480), (480, 832))
 
@@ -119,9 +125,9 @@ class WanTask:
         return self.latents.fps
 
     @property
-    def conditions(self) -> "Conditions":
+    def conditions(self) -> Conditions:
         """What is cached beside the latents of a clip that is trained on."""
-        return Conditions(_PICTURES[self.config.model_type], self.config.image_dim is not None)
+        return self.config.conditions
 
     def shift_at(self, width: int, height: int) -> float:
         """The default flow shift of a video of this size."""

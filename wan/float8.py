@@ -20,13 +20,14 @@ def round_matrix(values: Tensor, rounded: Tensor, scaled: bool) -> Tensor | None
     """Writes the nearest float8 of `values` to `rounded`; the rows' scales [rows, 1], if they are `scaled`."""
     scales = torch.empty(len(values), 1, dtype=SCALE, device=values.device) if scaled else None
     for rows in _runs(values):
-        wide = values[rows].to(SCALE)
         if scaled:
+            low, high = values[rows].aminmax(dim=1, keepdim=True)
             # Not 0, which a row of zeros would have.
-            scales[rows] = (wide.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=torch.finfo(SCALE).tiny)
-            wide = wide / scales[rows]
-        # Without the clamp, what is larger becomes NaN in some versions of PyTorch.
-        rounded[rows] = wide.clamp(-_LARGEST, _LARGEST).to(FLOAT8)
+            scales[rows] = (torch.maximum(high, -low).to(SCALE) / _LARGEST).clamp(min=torch.finfo(SCALE).tiny)
+            rounded[rows] = values[rows].to(SCALE).div_(scales[rows]).to(FLOAT8)
+        else:
+            # Without the clamp, what is larger becomes NaN in some versions of PyTorch.
+            rounded[rows] = values[rows].clamp(-_LARGEST, _LARGEST).to(FLOAT8)
     return scales
 
 
@@ -65,6 +66,12 @@ class RoundedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, turn_back(self.rounded, self.scales, torch.empty_like(self.rounded, dtype=self.dtype)))
+
+
+def rounded_tensors(model: nn.Module) -> list[Tensor]:
+    """What the model's layers of this kind hold, which is not in its state_dict."""
+    layers = [module for module in model.modules() if isinstance(module, RoundedLinear)]
+    return [tensor for layer in layers for tensor in layer.buffers()]
 
 
 def _runs(matrix: Tensor) -> list[slice]:

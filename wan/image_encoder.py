@@ -87,13 +87,16 @@ def clip_pixels(pixels_B3HW: Tensor, size: int) -> Tensor:
 
 
 def load_image_encoder(
-    path: str | Path, dtype: torch.dtype = torch.float16, device: str | torch.device = "cpu"
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> ImageEncoder:
     """The CLIP image encoder of a file with Wan's names (a whole CLIP or its visual part) or ComfyUI's clip_vision_h.
 
-    The file gives the sizes; each head is 80 wide unless its metadata has num_heads. InputError, in one line, for a
+    The file gives the sizes; each head is 80 wide unless its metadata has num_heads. `dtype` is float16 by default, in
+    which Wan runs it, or float32 on a CPU, where halves are slow. InputError, in one line, for a
     file that is missing, truncated, contains code, or is not such an encoder.
     """
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     stored, metadata = read_state_dict(path, "image encoder")
     source = f"{path} is not a CLIP image encoder"
     tensors = transformers_tensors(stored, source)

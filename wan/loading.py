@@ -142,7 +142,7 @@ def _described(config: WanConfig) -> str:
     widths = f"width {config.dim}, {config.num_layers} blocks, {config.in_dim} input channels"
     if config.image_dim is None:
         return widths
-    return f"{widths}, CLIP for {'two pictures' if config.model_type == 'flf2v' else 'one picture'}"
+    return f"{widths}, CLIP for {'two pictures' if config.conditions.pictures == 2 else 'one picture'}"
 
 
 def is_shard(path: Path) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wan.configs import WanConfig
 from wan.errors import InputError
+from wan.pointwise import PLAIN, Pointwise
 
 _TOKENS_TOGETHER = 4096  # in the feed-forward, whose hidden values would otherwise be most of what a step holds
 PICTURE_TOKENS = 257  # of CLIP: 16 x 16 patches and one for the whole picture
@@ -53,12 +54,6 @@ def rope_frequencies(head_dim: int, grid: tuple[int, int, int], device: torch.de
     return torch.polar(torch.ones_like(angles_LK), angles_LK).to(torch.complex64)
 
 
-def apply_rope(x_BLNK: Tensor, freqs: Tensor) -> Tensor:
-    """Rotates neighbouring channel pairs in float32; the dtype of `x_BLNK` comes back."""
-    pairs = torch.view_as_complex(x_BLNK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs).flatten(-2).to(x_BLNK.dtype)
-
-
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
     """float32 [..., width]: cosines then sines of t (0..1000) times 10000^(-i / (width/2)), taken in float64."""
     half = width // 2
@@ -79,70 +74,6 @@ class LinearFloat32(nn.Linear):
         return torch.cat([F.linear(x, w.float(), b.float()) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
 
-def at_tokens(rows: Tensor, times_BL: Tensor | None) -> Tensor:
-    """[B, T, D] of rows that are [B, 1, D], or [1, U, D] and numbered by `times_BL`."""
-    return rows if times_BL is None else rows[0, times_BL]
-
-
-def _summed_to_rows(values_BLD: Tensor, rows: Tensor, times_BL: Tensor | None) -> Tensor:
-    """The gradient of rows whose at_tokens have the gradients `values_BLD`."""
-    if times_BL is None:
-        return values_BLD.sum_to_size(rows.shape)
-    return torch.zeros_like(rows[0]).index_add(0, times_BL.flatten(), values_BLD.flatten(0, 1))[None]
-
-
-class _ModulatedNorm(torch.autograd.Function):
-    """Keeps the input in its own dtype and each token's statistics, where autograd would keep float32 copies."""
-
-    @staticmethod
-    def forward(ctx, x_BLD, shift, scale, times_BL, eps):
-        wide_BLD = x_BLD.float()
-        normed_BLD, mean, rstd = torch.native_layer_norm(wide_BLD, wide_BLD.shape[-1:], None, None, eps)
-        ctx.save_for_backward(x_BLD, shift, scale, times_BL, mean, rstd)
-        return torch.addcmul(at_tokens(shift, times_BL), normed_BLD, 1 + at_tokens(scale, times_BL))
-
-    @staticmethod
-    def backward(ctx, grad_BLD):
-        x_BLD, shift, scale, times_BL, mean, rstd = ctx.saved_tensors
-        dx = dshift = dscale = None
-        wide_BLD = x_BLD.float()
-        if ctx.needs_input_grad[1]:
-            dshift = _summed_to_rows(grad_BLD, shift, times_BL)
-        if ctx.needs_input_grad[2]:
-            dscale = _summed_to_rows(grad_BLD * (wide_BLD - mean) * rstd, scale, times_BL)
-        if ctx.needs_input_grad[0]:
-            dnormed_BLD = grad_BLD * (1 + at_tokens(scale, times_BL))
-            rest = (wide_BLD.shape[-1:], mean, rstd, None, None, [True, False, False])
-            dx = torch.ops.aten.native_layer_norm_backward(dnormed_BLD, wide_BLD, *rest)[0].to(x_BLD.dtype)
-        return dx, dshift, dscale, None, None
-
-
-def modulated_norm(x_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float, times_BL: Tensor | None = None) -> Tensor:
-    """float32 layer norm of `x_BLD` without weights, scaled by 1 + scale and shifted (both rows for at_tokens)."""
-    return _ModulatedNorm.apply(x_BLD, shift, scale, times_BL, eps)
-
-
-class _GatedResidual(torch.autograd.Function):
-    """Passes the gradient on in the dtype it came in, where autograd would make float32 ones for both terms first."""
-
-    @staticmethod
-    def forward(ctx, x_BLD, y_BLD, gate, times_BL):
-        ctx.save_for_backward(gate, times_BL, y_BLD if ctx.needs_input_grad[2] else None)
-        ctx.dtype = y_BLD.dtype
-        return (x_BLD + y_BLD * at_tokens(gate, times_BL)).to(x_BLD.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_BLD):
-        gate, times_BL, y_BLD = ctx.saved_tensors
-        dgate = _summed_to_rows(grad_BLD * y_BLD.float(), gate, times_BL) if ctx.needs_input_grad[2] else None
-        return grad_BLD, (grad_BLD * at_tokens(gate, times_BL)).to(ctx.dtype), dgate, None
-
-
-def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate: Tensor, times_BL: Tensor | None = None) -> Tensor:
-    """x + y * gate: the float32 gate (rows for at_tokens) promotes both, so the result is rounded only once."""
-    return _GatedResidual.apply(x_BLD, y_BLD, gate, times_BL)
-
-
 def attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
     """Softmax attention over all keys, with the heads joined: [B, L, D]."""
     q_BNLK, k_BNSK, v_BNSK = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
@@ -156,6 +87,7 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_heads
+        self.pointwise = PLAIN
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=config.eps) for _ in range(2))
 
@@ -165,8 +97,9 @@ class Attention(nn.Module):
 
 class SelfAttention(Attention):
     def forward(self, x_BLD: Tensor, freqs: Tensor) -> Tensor:
-        q_BLNK = apply_rope(self.split_heads(self.norm_q(self.q(x_BLD))), freqs)
-        k_BLNK = apply_rope(self.split_heads(self.norm_k(self.k(x_BLD))), freqs)
+        rms_norm, apply_rope = self.pointwise.rms_norm, self.pointwise.apply_rope
+        q_BLNK = apply_rope(self.split_heads(rms_norm(self.norm_q, self.q(x_BLD))), freqs)
+        k_BLNK = apply_rope(self.split_heads(rms_norm(self.norm_k, self.k(x_BLD))), freqs)
         v_BLNK = self.split_heads(self.v(x_BLD))
         return self.o(attention(q_BLNK, k_BLNK, v_BLNK))
 
@@ -181,12 +114,13 @@ class CrossAttention(Attention):
             self.norm_k_img = nn.RMSNorm(config.dim, eps=config.eps)
 
     def forward(self, x_BLD: Tensor, context_BSD: Tensor, picture_BPD: Tensor | None = None) -> Tensor:
-        q_BLNK = self.split_heads(self.norm_q(self.q(x_BLD)))
-        k_BSNK = self.split_heads(self.norm_k(self.k(context_BSD)))
+        rms_norm = self.pointwise.rms_norm
+        q_BLNK = self.split_heads(rms_norm(self.norm_q, self.q(x_BLD)))
+        k_BSNK = self.split_heads(rms_norm(self.norm_k, self.k(context_BSD)))
         v_BSNK = self.split_heads(self.v(context_BSD))
         y_BLD = attention(q_BLNK, k_BSNK, v_BSNK)
         if picture_BPD is not None:
-            k_BPNK = self.split_heads(self.norm_k_img(self.k_img(picture_BPD)))
+            k_BPNK = self.split_heads(rms_norm(self.norm_k_img, self.k_img(picture_BPD)))
             v_BPNK = self.split_heads(self.v_img(picture_BPD))
             y_BLD = y_BLD + attention(q_BLNK, k_BPNK, v_BPNK)
         return self.o(y_BLD)
@@ -198,6 +132,7 @@ class WanBlock(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
         self.eps = config.eps
+        self.pointwise = PLAIN
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
@@ -221,7 +156,7 @@ class WanBlock(nn.Module):
         """
 
         attended_BLD = self.self_attn(self.modulated(x_BLD, e0, 0, times_BL), freqs)
-        x_BLD = gated_residual(x_BLD, attended_BLD, self.row(e0, 2), times_BL)
+        x_BLD = self.pointwise.gated_residual(x_BLD, attended_BLD, self.row(e0, 2), times_BL)
         del attended_BLD  # as large as x_BLD
         x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), context_BSD, picture_BPD)
         parts = x_BLD.split(_TOKENS_TOGETHER, dim=1)
@@ -231,12 +166,12 @@ class WanBlock(nn.Module):
     def feed_forward(self, x_BLD: Tensor, times_BL: Tensor | None, e0: Tensor) -> Tensor:
         """Some of the tokens after their feed-forward; they do not depend on each other."""
         y_BLD = self.ffn(self.modulated(x_BLD, e0, 3, times_BL))
-        return gated_residual(x_BLD, y_BLD, self.row(e0, 5), times_BL)
+        return self.pointwise.gated_residual(x_BLD, y_BLD, self.row(e0, 5), times_BL)
 
     def modulated(self, x_BLD: Tensor, e0: Tensor, first: int, times_BL: Tensor | None) -> Tensor:
         """The norm of `x_BLD` with row number `first` as its shift and the next one as its scale, in x's dtype."""
         shift, scale = (self.row(e0, number) for number in (first, first + 1))
-        return modulated_norm(x_BLD, shift, scale, self.eps, times_BL).to(x_BLD.dtype)
+        return self.pointwise.modulated_norm(x_BLD, shift, scale, self.eps, times_BL, x_BLD.dtype)
 
     def row(self, e0: Tensor, number: int) -> Tensor:
         return self.modulation.float()[:, number] + e0[:, :, number]
@@ -249,12 +184,13 @@ class Head(nn.Module):
         super().__init__()
         frames, rows, columns = config.patch_size
         self.eps = config.eps
+        self.pointwise = PLAIN
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self.head = LinearFloat32(config.dim, frames * rows * columns * config.out_dim)
 
     def forward(self, x_BLD: Tensor, e: Tensor, times_BL: Tensor | None = None) -> Tensor:
         shift, scale = (self.modulation.float()[:, row] + e for row in range(2))
-        return self.head(modulated_norm(x_BLD, shift, scale, self.eps, times_BL))
+        return self.head(self.pointwise.modulated_norm(x_BLD, shift, scale, self.eps, times_BL))
 
 
 class PictureEmbedding(nn.Module):
@@ -266,8 +202,8 @@ class PictureEmbedding(nn.Module):
         self.proj = nn.Sequential(
             nn.LayerNorm(wide), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, dim), nn.LayerNorm(dim)
         )
-        is_pair = config.model_type == "flf2v"
-        self.emb_pos = nn.Parameter(torch.zeros(1, 2 * PICTURE_TOKENS, wide)) if is_pair else None
+        pictures = config.conditions.pictures
+        self.emb_pos = nn.Parameter(torch.zeros(1, pictures * PICTURE_TOKENS, wide)) if pictures > 1 else None
 
     def forward(self, image_BPI: Tensor) -> Tensor:
         if self.emb_pos is not None:
@@ -362,3 +298,10 @@ class WanModel(nn.Module):
     def unpatchify(self, pixels_BLP: Tensor, grid: tuple[int, int, int]) -> Tensor:
         (f, h, w), (p, q, r) = grid, self.config.patch_size
         return rearrange(pixels_BLP, "B (f h w) (p q r c) -> B c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
+
+
+def use_pointwise(module: nn.Module, pointwise: Pointwise) -> None:
+    """Has a model, or a part of one, compute its pointwise functions with these; PLAIN undoes it."""
+    for part in module.modules():
+        if isinstance(part, Attention | WanBlock | Head):
+            part.pointwise = pointwise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import InputError
+from wan.float8 import FLOAT8, RoundedLinear, check_float8, round_matrix
 from wan.memory import available_bytes, check_room, free_device_bytes
 from wan.state_dict_files import load_model, read_state_dict, strip_prefix
 from wan.tokenizer import clean_prompt, open_tokenizer, read_tokenizer, tokenizer_file
@@ -114,13 +115,15 @@ def load_text_encoder(
     device: str | torch.device = "cpu",
     text_len: int | None = None,
     text_dim: int | None = None,
+    fp8: bool = False,
 ) -> TextEncoder:
     """The UMT5 encoder of a file with Wan's names (.pth, .safetensors) or ComfyUI's, also its scaled fp8.
 
     `tokenizer`: a tokenizer.json, a spiece.model or a folder with one; None looks beside the file, in it, on the hub.
     `text_len`: the most tokens of a prompt; None takes the file's metadata, else 512. `text_dim`: the width that the
-    transformer expects. InputError for a file that is missing, truncated, contains code, is not UMT5, or has another
-    width, for float16, and if there is not enough memory.
+    transformer expects. With `fp8` the linear layers' weights stay in float8, with a scale for each row, or as an fp8
+    file has them. InputError for a file that is missing, truncated, contains code, is not UMT5, or has another width,
+    for float16, and if there is not enough memory.
     """
     if dtype == torch.float16:
         raise InputError("UMT5 overflows in float16: use bfloat16 or float32 (a float16 file can be loaded that way)")
@@ -130,9 +133,11 @@ def load_text_encoder(
     embedded = next((value for name, value in stored.items() if name.split(".")[-1] == "spiece_model"), None)
     source = f"{path} is not a UMT5 encoder"
     tensors = _transformers_names(stored, source)
-    _check_room(tensors, dtype, torch.device(device), path)
-    tensors = _dequantised(tensors, dtype, device, path)
-    sizes = _sizes(tensors, source)
+    if fp8:
+        check_float8(torch.device(device))
+    _check_room(tensors, dtype, torch.device(device), path, fp8)
+    weights, scales = _weights_and_scales(tensors, path)
+    sizes = _sizes(weights, source)
     from transformers import UMT5Config, UMT5EncoderModel  # here, because it takes seconds
 
     if text_dim not in (None, sizes["d_model"]):
@@ -141,8 +146,12 @@ def load_text_encoder(
             "text encoder of its release"
         )
     config = UMT5Config(**sizes, feed_forward_proj="gated-gelu")
+    rounded = {
+        name: _rounded(weights.pop(name), scales.pop(name, None), dtype, device) for name in _linears(weights, fp8)
+    }
+    tensors = _dequantised(weights, scales, dtype, device)
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-    model = load_model(lambda: UMT5EncoderModel(config), tensors, dtype, device, source)
+    model = load_model(lambda: _with_rounded(UMT5EncoderModel(config), rounded), tensors, dtype, device, source)
     model.tie_weights()
     assert model.encoder.embed_tokens.weight.data_ptr() == model.shared.weight.data_ptr()
     return TextEncoder(
@@ -179,36 +188,76 @@ def _transformers_names(stored: Mapping[str, Tensor], source: str) -> dict[str, 
     return renamed
 
 
-def _check_room(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, path: str | Path) -> None:
-    """InputError if the memory is too small: 11 GB for UMT5-XXL, except on a CPU that reads a bf16 file in place."""
-    unused = (*_SCALE_SUFFIXES, *_UNUSED_SUFFIXES)
-    weights = [tensor for name, tensor in tensors.items() if not name.endswith(unused)]
+def _check_room(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, path: str | Path, fp8: bool
+) -> None:
+    """InputError if the memory is too small: 11 GB for UMT5-XXL, 7 GB with `fp8`.
+
+    A CPU reads weights in place that are stored in `dtype`.
+    """
+    unused, rounded = (*_SCALE_SUFFIXES, *_UNUSED_SUFFIXES), _linears(tensors, fp8)
+    weights = [tensor for name, tensor in tensors.items() if not name.endswith(unused) and name not in rounded]
     if device.type == "cpu":
         copied = sum(tensor.numel() * dtype.itemsize for tensor in weights if tensor.dtype != dtype)
+        copied += sum(tensors[name].numel() for name in rounded if tensors[name].dtype != FLOAT8)
         advice = f"use the {str(dtype).removeprefix('torch.')} file of the text encoder, which is read in place"
         check_room({f"the text encoder {path}": copied}, available_bytes(), "RAM", advice)
     else:
-        needed = sum(tensor.numel() * dtype.itemsize for tensor in weights)
+        needed = sum(tensor.numel() * dtype.itemsize for tensor in weights) + sum(tensors[n].numel() for n in rounded)
         advice = "close other programs that use the device; caching and generating also work with --device cpu"
+        advice = advice if fp8 else f"use --fp8_t5, or {advice}"
         check_room({f"the text encoder {path}": needed}, free_device_bytes(device), f"memory on {device}", advice)
 
 
-def _dequantised(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device, path: str | Path
-) -> dict[str, Tensor]:
-    """The weights alone, scaled ones multiplied by their scale, in `dtype` and on `device` where scaled."""
+def _weights_and_scales(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights as they are stored, and the scales of those that are scaled, both by the weight's name."""
     scales = {}
     for suffix in _SCALE_SUFFIXES:
-        scales |= {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}
+        found = {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}
+        scales |= {f"{name}.weight": value for name, value in found.items()}
     unused = (*_SCALE_SUFFIXES, *_UNUSED_SUFFIXES)
     weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(unused)}
     for name, tensor in weights.items():
-        scale = scales.get(name.removesuffix(".weight"))
+        scale = scales.get(name)
         if not tensor.is_floating_point() or (scale is not None and scale.numel() != 1):
             raise InputError(f"{path}: {name} is quantised in a way that is not supported; use a bf16 or fp8 file")
-        if scale is not None:
-            weights[name] = (tensor.to(device).float() * scale.to(device).float()).to(dtype)
-    return weights
+    return weights, scales
+
+
+def _dequantised(
+    weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device
+) -> dict[str, Tensor]:
+    """The weights, scaled ones multiplied by their scale, in `dtype` and on `device` where scaled."""
+    return {
+        name: (tensor.to(device).float() * scales[name].to(device).float()).to(dtype) if name in scales else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _linears(tensors: Mapping[str, Tensor], fp8: bool) -> list[str]:
+    """The names of the weights that are kept in float8: those of linear layers."""
+    layers = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight")
+    return [name for name in tensors if fp8 and layers.fullmatch(name)]
+
+
+def _rounded(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, device: str | torch.device) -> RoundedLinear:
+    """A layer with this weight, which has no other copy in memory unless it is stored in an unusual float8."""
+    if weight.dtype == FLOAT8:
+        one = torch.ones(()) if scale is None else scale
+        return RoundedLinear(weight.to(device), one.float().to(device).reshape(1, 1).expand(len(weight), 1), dtype)
+    values = weight if scale is None else weight.float() * scale.float()
+    rounded = torch.empty(weight.shape, dtype=FLOAT8)
+    scales = round_matrix(values, rounded, scaled=True)
+    return RoundedLinear(rounded.to(device), scales.to(device), dtype)
+
+
+def _with_rounded(model: "UMT5EncoderModel", rounded: Mapping[str, RoundedLinear]) -> "UMT5EncoderModel":
+    """The model with these layers in the place of its own of the same shape."""
+    for name, layer in rounded.items():
+        own = name.removesuffix(".weight")
+        if own in dict(model.named_modules()) and model.get_submodule(own).weight.shape == layer.rounded.shape:
+            model.set_submodule(own, layer)
+    return model
 
 
 def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, int]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from utils.caching import CacheLatentsConfig, CacheTextConfig
-from utils.cli.command import DTYPES, USAGE, Parser, device, dtype, number, refuse_flags
-from utils.cli.unsupported import CACHING_LATENTS, CACHING_TEXT
+from utils.cli.command import DTYPES, USAGE, Parser, add_fp8_t5, device, dtype, number, refuse_flags
+from utils.cli.unsupported import CACHING_LATENTS
 from utils.data.config import read_dataset_config
 from utils.devices import default_device
 from utils.files import existing_file
@@ -76,13 +76,14 @@ def parse_cache_text(argv: Sequence[str] | None = None) -> CacheTextConfig:
         metavar="FILE",
         help="its tokenizer, a file or folder (default: the one beside --t5, in it, or downloaded)",
     )
-    _add_computing(parser, "captions")
+    computing = _add_computing(parser, "captions")
+    add_fp8_t5(computing.add_argument)
     _add_cache(parser)
-    refuse_flags(parser, CACHING_TEXT)
     args = parser.parse_args(argv)
     if args.tokenizer is not None and not args.tokenizer.exists():
         raise InputError(f"--tokenizer {args.tokenizer} does not exist")
-    return CacheTextConfig(t5=existing_file(args.t5, "--t5"), tokenizer=args.tokenizer, **_shared(args))
+    t5 = existing_file(args.t5, "--t5")
+    return CacheTextConfig(t5=t5, tokenizer=args.tokenizer, fp8_t5=args.fp8_t5, **_shared(args))
 
 
 def _add_pictures(parser: Parser) -> None:

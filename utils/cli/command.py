@@ -202,6 +202,15 @@ def refuse_flags(parser: argparse.ArgumentParser, reasons: Mapping[str, str]) ->
         parser.add_argument(flag, action=_Refuse, reason=reason)
 
 
+def add_fp8_t5(add: Callable) -> None:
+    """Adds --fp8_t5, of every script that encodes prompts, to a group of flags."""
+    add(
+        "--fp8_t5",
+        action="store_true",
+        help="keep the text encoder in float8: 7 GB of memory rather than 11, with rounding errors (default: off)",
+    )
+
+
 def one_strength_each(strengths: Sequence[float] | None, count: int, flag: str, what: str = "slices") -> list[float]:
     """One strength for each slice, from none (all 1), one for all, or as many; InputError names the flag."""
     given = list(strengths or [1.0])

@@ -11,6 +11,7 @@ from utils.cli.command import (
     DTYPES,
     USAGE,
     Parser,
+    add_fp8_t5,
     device,
     dtype,
     number,
@@ -19,7 +20,7 @@ from utils.cli.command import (
     task,
 )
 from utils.cli.sampling_flags import GENERATION_LORAS, add_batch_flag, add_lora_flags, read_loras
-from utils.cli.swap_flags import add_swap_flags, read_swap
+from utils.cli.swap_flags import add_compile_flag, add_swap_flags, read_swap
 from utils.cli.unsupported import GENERATION
 from utils.devices import default_device
 from utils.files import existing_file
@@ -70,6 +71,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         lora_multipliers_high_noise=multipliers_high,
         vae=_file(flags.vae, "--vae"),
         t5=_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         clip=_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         solver=flags.sample_solver,
@@ -80,6 +82,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         device=flags.device or default_device(),
         dit_dtype=flags.dit_dtype,
         vae_dtype=flags.vae_dtype,
+        compile=flags.compile,
     )
 
 
@@ -164,6 +167,7 @@ def _add_files(parser: Parser) -> None:
         "(default: none)",
     )
     add("--t5", type=Path, metavar="FILE", help="UMT5 text encoder, needed for prompts (default: none)")
+    add_fp8_t5(add)
     add(
         "--clip",
         type=Path,
@@ -283,6 +287,7 @@ def _add_computing(parser: Parser) -> None:
     add(
         "--attn_mode", type=_attention, default="torch", metavar="NAME", help="torch or sdpa, the same (default: torch)"
     )
+    add_compile_flag(add)
     for flag, what in (
         ("--offload_inactive_dit", "only one expert is in memory at a time"),
         ("--lazy_loading", "each expert is loaded when its steps begin"),
@@ -328,7 +333,7 @@ def _check_latents(flags: argparse.Namespace) -> None:
     """Nothing is asked for that cannot happen where saved latents are decoded."""
     if flags.latent_path and flags.output_type in _LATENT_OUTPUTS:
         raise InputError(f"--output_type {flags.output_type} would only copy --latent_path; use video or images")
-    for flag in (*_PICTURES, "--clip", "--lora_weight", "--lora_weight_high_noise"):
+    for flag in (*_PICTURES, "--clip", "--compile", "--lora_weight", "--lora_weight_high_noise"):
         if flags.latent_path and getattr(flags, flag[2:]):
             raise InputError(f"{flag} has no effect on --latent_path, whose files are decoded; leave it out")
 
@@ -350,6 +355,8 @@ def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
 
 def _check_models(flags: argparse.Namespace, task: WanTask) -> None:
     """Every file that the job needs is given."""
+    if flags.fp8_t5 and flags.t5 is None:
+        raise InputError("--fp8_t5 has no effect without --t5: leave it out")
     needed = ["--dit", "--t5"] if flags.latent_path is None else []
     needed += ["--vae"] if flags.output_type != "latent" or pictures_taken(task)[0] else []
     if flags.latent_path is None:

@@ -36,8 +36,9 @@ def _parser() -> Parser:
     command.add_argument(
         "--base",
         type=Path,
+        nargs="+",
         metavar="FILE",
-        help="the checkpoint without these slices, to show where values moved (default: not shown)",
+        help="checkpoints without these slices, one for each base, to show where values moved (default: not shown)",
     )
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="page, .html (required)")
     _add_overwrite(command)
@@ -139,16 +140,17 @@ def _matching(given: Path) -> list[Path]:
 
 
 def _show(flags: Namespace) -> None:
-    from utils.slices.page import page, write_page
+    from utils.slices.page import check_name, page, write_page
     from utils.slices.report import read_chains
 
+    check_name(flags.output, flags.overwrite)
     files, chains = read_chains([path for given in flags.files for path in _matching(given)])
     changes = None
     if flags.base:
         from utils.slices.moved import changes_of
 
         changes = changes_of(chains, flags.base)
-    write_page(flags.output, page(files, chains, changes), flags.overwrite)
+    write_page(flags.output, page(files, chains, changes))
     print(f"saved {flags.output} ({readable(flags.output.stat().st_size)})")
 
 

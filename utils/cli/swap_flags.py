@@ -1,4 +1,4 @@
-"""The flags of block swapping, which training and generation share."""
+"""The flags of block swapping and of compiling, which training and generation share."""
 
 import re
 from argparse import ArgumentTypeError, Namespace
@@ -62,6 +62,15 @@ def add_swap_flags(parser, base_flag: str, kept: str) -> None:
         "--fp8_scaled",
         action="store_true",
         help=f"with {base_flag}: a scale for each row, so that small weights are rounded less (default: off)",
+    )
+
+
+def add_compile_flag(add) -> None:
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the norms, gates and rotary embedding of the blocks first; needs Triton, or on the CPU "
+        "a C++ compiler (default: off)",
     )
 
 

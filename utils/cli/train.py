@@ -16,9 +16,9 @@ from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
-from utils.data.sources import DatasetConfig, VideoDataset
+from utils.data.sources import AnyDataset, DatasetConfig, VideoDataset
 from utils.files import existing_file
-from utils.preserve.old_prompts import PreserveConfig
+from utils.preserve.old_prompts import EMPTY_PROMPT, PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
 from utils.run.save_schedule import KINDS, SaveConfig
@@ -79,6 +79,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         gradient_checkpointing=flags.gradient_checkpointing,
         offload_block_inputs=_offloads_block_inputs(flags),
         swap=read_swap(flags, "--fp8_base"),
+        compile=flags.compile,
         workers=_workers(flags),
         persistent_workers=flags.persistent_data_loader_workers,
         seed=flags.seed,
@@ -126,6 +127,8 @@ def _check_required(flags: Namespace) -> None:
     for name in ("dit", "dataset_config", "output_dir", "output_name"):
         if getattr(flags, name) is None:
             raise InputError(f"--{name} is missing")
+    if flags.fp8_t5 and flags.t5 is None:
+        raise InputError("--fp8_t5 has no effect without --t5: leave it out")
     if problem := outer_space_problem(flags.output_name) or quotes_problem(flags.output_name):
         raise InputError(f"--output_name {problem}")
     if not flags.output_name.strip(". ") or set(flags.output_name) & set('/\\:*?"<>|'):
@@ -158,7 +161,7 @@ def _dataset(flags: Namespace, path: Path) -> DatasetConfig:
 
 def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
     """The share of clips that start from their first frame, where there is a choice."""
-    has_clips = any(isinstance(own, VideoDataset) for own in dataset.datasets)
+    has_clips = any(map(_has_clips, dataset.datasets))
     has_choice = TASKS[flags.task].config.starts_from_latents
     if flags.i2v_share is None:
         return _I2V_SHARE if has_choice and has_clips else 0.0
@@ -174,6 +177,13 @@ def _i2v_share(flags: Namespace, dataset: DatasetConfig) -> float:
             "videos; leave it out"
         )
     return flags.i2v_share
+
+
+def _has_clips(dataset: AnyDataset) -> bool:
+    """Whether some of what it has is longer than one frame, as far as its settings say."""
+    if not isinstance(dataset, VideoDataset):
+        return False
+    return dataset.frame_extraction == "full" or max(dataset.target_frames) > 1
 
 
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
@@ -216,8 +226,13 @@ def _resume(flags: Namespace, save: SaveConfig) -> Path | None:
         raise InputError(
             "--overwrite trains again from the first step, and --resume latest continues: give one of them"
         )
+    if latest and len(flags.resume) > 1:
+        raise InputError(
+            f"--resume {' '.join(map(str, flags.resume))}: latest stands for the states of both experts, so give it "
+            "alone"
+        )
     if latest and not has_states(flags, save):
-        raise no_state(save)
+        raise no_state(save, names_of(flags))
     return flags.resume[0] if flags.dit_high_noise is None else None
 
 
@@ -262,6 +277,7 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         prompts=tuple(read_prompt_file(flags.sample_prompts, task=task)),
         vae=existing_file(flags.vae, "--vae"),
         t5=existing_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         clip=flags.clip and existing_file(flags.clip, "--clip"),
         tokenizer=flags.tokenizer,
         vae_dtype=flags.vae_dtype,
@@ -303,37 +319,45 @@ def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | 
         every_n_epochs=every_n_epochs or (None if every_n_steps else 1),
         save_best=flags.save_best,
         t5=flags.t5 and existing_file(flags.t5, "--t5"),
+        fp8_t5=flags.fp8_t5,
         tokenizer=flags.tokenizer,
     )
 
 
 def _preserve(flags: Namespace) -> PreserveConfig | None:
-    prompts = flags.preserve_prompts or []
-    if not (prompts or flags.preserve_answers):
-        for name in ("preserve_levels", "preserve_every", "preserve_weight"):
+    names = flags.preserve_prompts
+    if names is None and flags.preserve_answers is None:
+        for name in ("preserve_random", "preserve_levels", "preserve_every", "preserve_weight"):
             if getattr(flags, name) is not None:
                 raise InputError(
-                    f"--{name} has no effect without --preserve_prompts (a file of prompts or auto) or "
+                    f"--{name} has no effect without --preserve_prompts (with files of prompts, or without any) or "
                     "--preserve_answers (a file that an earlier run wrote)"
                 )
         return None
     if flags.t5 is None:
         raise InputError("--preserve_prompts and --preserve_answers need --t5 to encode the prompts")
-    files = [Path(name) for name in prompts if name != "auto"]
+    files = [Path(name) for name in names or () if name != "auto"]
+    nothing_listed = names is not None and not files
     every = 4 if flags.preserve_every is None else flags.preserve_every
     # So that it has the same effect on average, whatever --preserve_every is.
     weight = float(every) if flags.preserve_weight is None else flags.preserve_weight
     return PreserveConfig(
-        prompts=tuple(line.prompt for file in files for line in read_prompt_file(file)),
-        from_ledger="auto" in prompts,
+        prompts=(EMPTY_PROMPT,) if nothing_listed else _prompts_of(files),
+        from_ledger=nothing_listed or "auto" in (names or ()),
         answers=_answers(flags),
         levels=_LEVELS if flags.preserve_levels is None else flags.preserve_levels,
+        random=flags.preserve_random,
         every=every,
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
         batch=flags.sample_batch,
+        fp8_t5=flags.fp8_t5,
     )
+
+
+def _prompts_of(files: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(line.prompt for file in files for line in read_prompt_file(file))
 
 
 def _answers(flags: Namespace) -> Path | None:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
-from utils.cli.command import DTYPES, dtype, number, task
+from utils.cli.command import DTYPES, add_fp8_t5, dtype, number, task
 from utils.cli.expert_flags import add_expert_flags
 from utils.cli.learning_flags import add_learning_flags
 from utils.cli.sampling_flags import SAMPLE_LORAS, add_batch_flag, add_lora_flags
-from utils.cli.swap_flags import add_swap_flags
+from utils.cli.swap_flags import add_compile_flag, add_swap_flags
+from utils.preserve.answers import MOST_CONTEXTS
+from utils.preserve.old_prompts import RANDOM_CONTEXTS
 from utils.run.save_schedule import KINDS
 from wan.configs import TASKS
 from wan.values import COUNT, COUNT_OR_NONE, SEED, STEPS, Number
@@ -18,6 +20,7 @@ _ANY_ID = Number(-(10**40), 10**40, whole=True, words="a whole number")
 _SHARE = Number(0, 1)
 _WEIGHT = Number(0, 1e6, without_a=True)
 _LEVELS = Number(1, 1000, whole=True)
+_CONTEXTS = Number(0, MOST_CONTEXTS, whole=True)
 _MINUTES = Number(1, 10**6, whole=True)
 
 
@@ -98,6 +101,7 @@ def _add_files(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="UMT5 text encoder, needed for samples and --preserve_prompts (default: none)",
     )
+    add_fp8_t5(add)
     add(
         "--clip",
         type=Path,
@@ -176,6 +180,7 @@ def _add_training(parser: ArgumentParser) -> None:
         help="of ti2v-5B: the share of the clips, drawn anew in each epoch, that train as image-to-video from their "
         "first frame; the others, and pictures, train as text-to-video (default: 0.5)",
     )
+    add_compile_flag(add)
     add("--cuda_allow_tf32", action="store_true", help="faster, less exact float32 products on the GPU (default: off)")
     add("--cuda_cudnn_benchmark", action="store_true", help="let cuDNN time its kernels first (default: off)")
     add("--sdpa", action="store_true", help="accepted for compatibility: attention is always PyTorch's")
@@ -191,10 +196,17 @@ def _add_preservation(parser: ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--preserve_prompts",
-        nargs="+",
+        nargs="*",
         metavar="FILE|auto",
-        help="prompt files whose pictures should stay as they are; auto takes the captions of the concepts in --dit "
-        "(default: none)",
+        help="prompt files whose pictures should stay as they are; auto adds the captions of the concepts in --dit; "
+        "without a file: the empty prompt and those captions (default: nothing is preserved)",
+    )
+    add(
+        "--preserve_random",
+        type=number(_CONTEXTS),
+        metavar="N",
+        help="random contexts to preserve beside the prompts, for all that nobody lists; 0: none (default: what "
+        f"--preserve_answers holds, else {RANDOM_CONTEXTS})",
     )
     add(
         "--preserve_answers",

@@ -2,7 +2,7 @@
 
 _ATTENTION = "the only attention is PyTorch's, which picks the device's fastest kernel: use --sdpa"
 _LORA = "this script trains a slice of the checkpoint itself, not a LoRA: use --ff 0.001 --ffid 1"
-_COMPILE = "the model is not compiled; leave it out"
+_COMPILE = "--compile compiles the pointwise functions of the blocks, in one way; leave it out"
 _HUB = "nothing is uploaded; upload the files in --output_dir yourself"
 _DDP = "the slice's gradients are averaged without DDP; leave it out"
 
@@ -14,7 +14,7 @@ _TRAINING_TOGETHER = {
         *("--base_weights", "--base_weights_multiplier"),
     ),
     _COMPILE: (
-        *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+        *("--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
         *("--compile_cache_size_limit", "--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
     ),
     _HUB: (
@@ -31,7 +31,6 @@ TRAINING = {
     "--img_in_txt_in_offloading": "it is for HunyuanVideo; use --blocks_to_swap",
     "--guidance_scale": "it is for HunyuanVideo; a sample's guidance scale is --l in its line of --sample_prompts",
     "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
-    "--fp8_t5": "the text encoder runs in bf16 and is freed before the model loads; leave it out",
     "--vae_cache_cpu": "the VAE is on the GPU only while samples are decoded; leave it out",
     "--wandb_api_key": "every user of this machine could read a key on the command line; run `wandb login` first",
 }
@@ -59,7 +58,7 @@ _GENERATION_TOGETHER = {
         "--slg_mode",
     ),
     _COMPILE: (
-        *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+        *("--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
         *("--compile_cache_size_limit", "--compile_args"),
     ),
 }
@@ -67,7 +66,6 @@ GENERATION = {
     **{flag: reason for reason, flags in _GENERATION_TOGETHER.items() for flag in flags},
     "--ckpt_dir": "give the files one by one: --dit, --dit_high_noise, --vae and --t5",
     "--vae_cache_cpu": "leave it out; a smaller --video_size or --video_length takes less memory to decode",
-    "--fp8_t5": "the text encoder runs in bf16; leave it out",
     "--disable_numpy_memmap": "checkpoints are always memory-mapped; leave it out",
     "--trim_tail_frames": "an end picture is the last frame and adds none; --video_length sets the number of frames",
 }
@@ -81,7 +79,4 @@ CACHING_LATENTS = {
     "--one_frame": "pictures made from other pictures cannot be trained; leave it out",
     "--vae_cache_cpu": "the VAE keeps its frame cache on the GPU; use a smaller --batch_size, or --device cpu",
     "--vae_tiling": "tiled latents differ from whole ones; use a smaller --batch_size, or --device cpu",
-}
-CACHING_TEXT = {
-    "--fp8_t5": "the text encoder runs in bf16; to save memory use --device cpu, or an fp8 file as --t5",
 }

@@ -122,7 +122,7 @@ def condition_problem(cache: Path, wanted: Wanted) -> str | None:
     if not pictures:
         return None
     try:
-        found, given = condition_shape(cache), given_pictures(cache)
+        found, given = condition_shape(cache), number_given(cache)
     except InputError as error:
         return f"has a damaged latent cache ({error})"
     if found is None:
@@ -134,7 +134,7 @@ def condition_problem(cache: Path, wanted: Wanted) -> str | None:
     return f"was cached with {_GIVEN[given]}, the model is given {_GIVEN[pictures]}" if given != pictures else None
 
 
-def given_pictures(cache: Path) -> int:
+def number_given(cache: Path) -> int:
     """How many frames latents_image gives, 1 or 2; musubi-tuner, which does not say it, gives the first one alone."""
     told, clip = made_by_of(cache).get("pictures"), clip_shape(cache)
     has_both = told == "2" or (told is None and clip is not None and clip[0] == 2 * PICTURE_TOKENS)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.data.cache_files import clip_shape, condition_shape, latents_files, latents_shape, text_path
-from utils.data.cache_problems import given_pictures
+from utils.data.cache_problems import number_given
 from utils.data.commands import caching_command, training_command
 from utils.data.sources import AnyDataset, DatasetConfig, Sources, VideoDataset
 from utils.pixels.rates import FILE_RATE, Rate, is_close
@@ -109,7 +109,7 @@ def _model_of(caches: Iterable[Path]) -> tuple[LatentLayout, Conditions]:
             channels, condition, clip = latents_shape(path)[0], condition_shape(path), clip_shape(path)
         except InputError:  # caching names and replaces it
             continue
-        pictures = 0 if condition is None else given_pictures(path)
+        pictures = 0 if condition is None else number_given(path)
         found = WAN_2_2_VAE if channels == WAN_2_2_VAE.channels else WAN_2_1_VAE, Conditions(pictures, clip is not None)
         if found in ((task.latents, task.conditions) for task in TASKS.values()):
             return found

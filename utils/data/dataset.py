@@ -5,7 +5,7 @@ B batch, C channels, F H W latent frames, height, width, S text tokens, D text w
 
 import hashlib
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +15,14 @@ from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.cache_files import read_clip, read_condition, read_latents, read_mask, read_text
-from utils.data.commands import caching_command
+from utils.data.dataset_lines import dataset_lines, problem_line
 from utils.data.held_out import held_out
-from utils.data.items import CachedItems, Item, Problem, cached_items, made_otherwise
-from utils.data.sources import AnyDataset, DatasetConfig, ImageDataset
+from utils.data.items import CachedItems, Item, cached_items, made_otherwise
+from utils.data.sources import AnyDataset, DatasetConfig
 from utils.interrupts import ignore_interrupts
 from utils.learning.flow_matching import draw_generator
 from wan.errors import InputError
 
-_NAMED_PROBLEMS = 3
 _MOST_ENTRIES = 10_000_000  # of an epoch: at a second a step four months, and a gigabyte of numbers to shuffle
 
 
@@ -167,7 +166,7 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
     found = [cached_items(dataset) for dataset in config.datasets]
     problems = [problem for cached in found for problem in cached.problems]
     if problems:
-        raise InputError(_problem_line(problems, config))
+        raise InputError(problem_line(problems, config))
     validated = held_out([cached.items for cached in found], config.validation_split)
     if config.validation_split and any(cached.items for cached in found):
         _check_split(config, validated, found)
@@ -188,7 +187,7 @@ def build_training_dataset(config: DatasetConfig) -> TrainingDataset:
     lines = [
         line
         for number, (dataset, cached) in enumerate(zip(config.datasets, found, strict=True), 1)
-        for line in _describe(number, dataset, cached)
+        for line in dataset_lines(number, dataset, cached)
     ]
     lines += made_otherwise([*items, *validated])
     if validated:
@@ -315,16 +314,6 @@ def _shuffled(values: Sequence, generator: torch.Generator) -> list:
     return [values[number] for number in torch.randperm(len(values), generator=generator).tolist()]
 
 
-def _problem_line(problems: Sequence[Problem], config: DatasetConfig) -> str:
-    named = [f"{problem.source.name} {problem.text}" for problem in problems[:_NAMED_PROBLEMS]]
-    more = len(problems) - len(named)
-    named += [f"and {more} more"] if more else []
-    caches = sorted({problem.cache for problem in problems})
-    model = (config.latents, config.conditions)
-    commands = " ; then ".join(caching_command(cache, config.path, *model) for cache in caches)
-    return f"{'; '.join(named)}. Run: {commands}"
-
-
 def _check_split(config: DatasetConfig, validated: Sequence[Item], found: Sequence[CachedItems]) -> None:
     """InputError if nothing is held out, or nothing is left to train on."""
     if not validated:
@@ -371,33 +360,3 @@ def _buckets(datasets: Sequence[AnyDataset], found: Sequence[CachedItems]) -> li
             number += 1
         buckets += [_Bucket(tuple(members[key]), dataset.num_repeats, dataset.batch_size) for key in sorted(members)]
     return buckets
-
-
-def _describe(number: int, dataset: AnyDataset, cached: CachedItems) -> list[str]:
-    what = "pictures" if isinstance(dataset, ImageDataset) else "clips"
-    sizes = Counter((item.bucket, item.frames) for item in cached.items)
-    listed = ", ".join(f"{w}x{h}x{frames}: {count}" for ((w, h), frames), count in sorted(sizes.items()))
-    repeats = f", {dataset.num_repeats} times an epoch" if dataset.num_repeats > 1 else ""
-    lines = [f"dataset {number}: {len(cached.items)} {what} ({listed}), batch size {dataset.batch_size}{repeats}"]
-    if cached.one_frame:
-        lines, single = lines if cached.items else [], "pictures" if what == "pictures" else "clips of one frame"
-        lines.append(
-            f"dataset {number}: {cached.one_frame} {single} are left out, because the model is given that frame itself"
-        )
-    if cached.left_out:
-        why = "without a caption" if isinstance(dataset, ImageDataset) else "shorter than their target_frames"
-        names = ", ".join(path.name for path in cached.left_out[:_NAMED_PROBLEMS])
-        lines.append(f"dataset {number}: {len(cached.left_out)} files {why} are left out: {names}")
-    lines += [f"dataset {number}: {line}" for line in _caption_lines(dataset, cached.items)]
-    if masked := sum(item.masked for item in cached.items):
-        lines.append(f"dataset {number}: the loss of {masked} of them is masked")
-    return lines + [f"dataset {number}: {note}" for note in cached.notes]
-
-
-def _caption_lines(dataset: AnyDataset, items: Sequence[Item]) -> list[str]:
-    lines, most = [], max((len(item.captions) for item in items), default=0)
-    if most > 1:
-        lines.append(f"up to {most} captions, of which each entry of an epoch shows one")
-    if dataset.caption_dropout_rate:
-        lines.append(f"{dataset.caption_dropout_rate:.0%} of the entries train with the empty caption")
-    return lines

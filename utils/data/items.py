@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from utils.data.cache_files import (
     text_path,
     text_shapes,
 )
-from utils.data.cache_problems import cache_problem, other_vae_problem, text_problem, wanted_cache
+from utils.data.cache_problems import cache_problem, text_problem, wanted_cache
+from utils.data.cached_clips import clips_of_size, wanted_clips
 from utils.data.masks import is_masked, mask_settings, wants_masks
 from utils.data.origins import clip_settings, dataset_settings, size_text
-from utils.data.sizes import SizedSource, choose_bucket, clip_windows, frames_needed, longest_full_clip, sized_sources
+from utils.data.sizes import SizedSource, choose_bucket, sized_sources
 from utils.data.sources import (
     AnyDataset,
     ImageDataset,
@@ -35,7 +36,7 @@ from utils.data.sources import (
 from utils.files import folder_entries
 from utils.pixels.pictures import is_plain_picture, stored_size
 from utils.pixels.remarks import count_and_names
-from utils.pixels.videos import count_frames, is_plain_video, stored_video_size
+from utils.pixels.videos import is_plain_video
 from wan.configs import NO_CONDITIONS, Conditions
 from wan.errors import InputError
 
@@ -256,8 +257,8 @@ def _video_items(dataset: VideoDataset, sized: Sequence[SizedSource], caches: Se
     items, problems, left_out, other_sizes, one_frame = [], [], [], [], 0
     for entry in sized:
         cached = clips_of[entry.source.stem]
-        clips, problem = _wanted_clips(dataset, entry, cached)
-        given = 0 if problem else _count_of_one_frame(dataset, _of_size(cached, entry.bucket).values(), clips)
+        clips, problem = wanted_clips(dataset, entry, cached)
+        given = 0 if problem else _count_of_one_frame(dataset, clips_of_size(cached, entry.bucket).values(), clips)
         one_frame += given
         if problem:
             problems.append(Problem(entry.source.path, "latents", problem))
@@ -284,69 +285,6 @@ def _clip_problem(dataset: VideoDataset, clip: CachedClip, source: Source) -> st
     settings = {**dataset_settings(dataset), **clip_settings(clip.size, clip.start, clip.frames)}
     made_by = {**settings, **mask_settings(dataset, source)}
     return cache_problem(clip.path, source.path, wanted_cache(dataset, clip.frames, clip.size, made_by))
-
-
-def _wanted_clips(
-    dataset: VideoDataset, entry: SizedSource, cached: Sequence[CachedClip]
-) -> tuple[list[CachedClip], str | None]:
-    """The cached clips that the dataset asks for and the model is trained on, or why they are not all there.
-
-    Videos are decoded only where the names alone cannot tell: a number of frames that has no clip at all.
-    """
-    fitting = _of_size(cached, entry.bucket)
-    if cached and not fitting:
-        others = _other_buckets(dataset, entry)
-        fitting = next((found for bucket in others if (found := _of_size(cached, bucket))), {})
-    windows = list(_expected_windows(dataset, entry.source, sorted(fitting)))
-    if all(window in fitting for window in windows):
-        return [fitting[window] for window in windows], None
-    if not cached:
-        return [], "has no latent cache"
-    nearest = next(iter(fitting.values()), cached[0])
-    if problem := other_vae_problem(nearest.path, dataset.latents):
-        return [], problem
-    if not fitting:
-        return [], f"was cached at {size_text(cached[0].size)}, the dataset file now asks for {size_text(entry.bucket)}"
-    return [], "was cached with other target_frames or another frame_extraction than the dataset file asks for"
-
-
-def _of_size(clips: Sequence[CachedClip], size: tuple[int, int]) -> dict[tuple[int, int], CachedClip]:
-    return {(clip.start, clip.frames): clip for clip in clips if clip.size == size}
-
-
-def _other_buckets(dataset: VideoDataset, entry: SizedSource) -> list[tuple[int, int]]:
-    """The sizes that musubi-tuner brings the video to: not turned upright, and up to 2026-09 always bucketed."""
-    stored = stored_video_size(entry.source.path)
-    always_bucketed = replace(dataset, enable_bucket=True, bucket_no_upscale=False)
-    return [choose_bucket(dataset, entry.source, stored), choose_bucket(always_bucketed, entry.source, stored)]
-
-
-def _expected_windows(
-    dataset: VideoDataset, source: Source, cached: list[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
-    """The windows that caching would make and the model is trained on.
-
-    The video's length is taken from the last cached clip where there is one.
-    """
-    whole = dataset.conditions.are_all_of
-    if dataset.frame_extraction == "full":
-        longest = longest_full_clip(dataset, dataset.max_frames)
-        known = (0, longest) in cached
-        windows = [(0, longest)] if known else clip_windows(dataset, _length(dataset, source))
-        yield from (window for window in windows if not whole(window[1]))
-        return
-    length = None
-    for frames in (count for count in dataset.target_frames if not whole(count)):
-        ends = [start + count for start, count in cached if count == frames]
-        if not ends and length is None:
-            length = _length(dataset, source)
-        available = max(ends) if ends else length
-        yield from (window for window in clip_windows(dataset, available) if window[1] == frames)
-
-
-def _length(dataset: VideoDataset, source: Source) -> int:
-    limit = frames_needed(dataset) or max(dataset.target_frames)
-    return count_frames(source.path, dataset.source_fps, limit, dataset.latents.fps)
 
 
 def _sort_out(dataset: AnyDataset, entry: SizedSource, found, items: list[Item], problems: list[Problem]) -> None:

@@ -23,6 +23,7 @@ _DIFFERENCES = {
     "pixel_rules": "by older rules for reading pixels",
     "vae_dtype": "with --vae_dtype {}, not {}",
     "vae": "with another VAE",
+    "fp8_t5": "with --fp8_t5 {}, not {}",
     "text_encoder": "with another text encoder or tokenizer",
     "bucket": "at {}, not {}",
     "frames": "from the frames {}, not {}",

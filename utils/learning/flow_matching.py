@@ -77,18 +77,27 @@ class _Uniform:
         return sigma
 
 
-def check_timesteps(config: TimestepConfig, latent_sizes: Sequence[tuple[int, int]]) -> None:
-    """InputError if the range of timesteps holds almost none of the distribution at one of the latent sizes."""
+def check_timesteps(config: TimestepConfig, latent_sizes: Sequence[tuple[int, int]], expert: str = "") -> None:
+    """InputError if the range of timesteps holds almost none of the distribution at one of the latent sizes.
+
+    Of one of two experts, named `expert`, the range is its side of --timestep_boundary.
+    """
     if not config.preserve_shape:
         return
     for size in latent_sizes:
         share = _share_in_range(config, size)
-        if share < _LEAST_SHARE:
+        if share >= _LEAST_SHARE:
+            continue
+        part = f"{share:.1g} of the distribution {config.sampling} for latents of {size[0]}x{size[1]}"
+        if expert:
             raise InputError(
-                f"--min_timestep {config.min_timestep:g} --max_timestep {config.max_timestep:g} holds only "
-                f"{share:.1g} of the distribution {config.sampling} for latents of {size[0]}x{size[1]}: widen the "
-                "range, or leave out --preserve_distribution_shape, so that the distribution is squeezed into the range"
+                f"--timestep_boundary {config.min_timestep or config.max_timestep:g} leaves the {expert} expert only "
+                f"{part}: give another boundary, or another --timestep_sampling"
             )
+        raise InputError(
+            f"--min_timestep {config.min_timestep:g} --max_timestep {config.max_timestep:g} holds only {part}: widen "
+            "the range, or leave out --preserve_distribution_shape, so that the distribution is squeezed into the range"
+        )
 
 
 def _share_in_range(config: TimestepConfig, latent_size: tuple[int, int]) -> float:

@@ -4,103 +4,65 @@ For prompt i the file holds its `i.text` [S, D] in bf16, as text caches do, and 
 `i.j.velocity` [C, F, H, W] in fp16; all else is in its metadata. Where models are given pictures, it is of version 2:
 what was given of a clip is stored once, as `pictures.k.y` [C, F, H, W] and `pictures.k.clip` [P, I] in fp16, and each
 prediction has its k; for each there is also whether its first latent frame is clean, at timestep 0.
-Shapes: C channels, F H W latent frames, height, width, S text tokens, D text width, P CLIP tokens, I their width.
+
+With random contexts it is of version 3. Prediction j at context j is `random.j.noisy` and `random.j.velocity`. The
+contexts are kept as `random.j.text`, or, where that is smaller, as their seed, the tokens that they are drawn like,
+`random.tokens` [T, D], and the lengths of these captions; then `random.0.text` tells whether they are drawn alike.
+Shapes: C channels, F H W latent frames, height, width, S text tokens, D text width, P CLIP tokens, I their width, T
+tokens of all captions.
 """
 
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from utils.preserve.answers import (
+    MOST_CONTEXTS,
+    Answer,
+    OldPrompt,
+    Pictures,
+    PictureSource,
+    Question,
+    RandomContexts,
+    answer_bytes,
+    picture_shapes,
+    shared_pictures,
+)
+from utils.preserve.random_contexts import DrawnContexts, TokenStatistics
 from utils.slice_saving import StoredTensor, write_safetensors
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import ANSWERS_KEY, KEY, Entry, ledger_text, read_ledger
 from wan.configs import WanConfig
 from wan.errors import InputError
-from wan.model import PICTURE_TOKENS
 from wan.safetensors_header import TensorEntry, read_file_header
 from wan.stored_tensors import mapped_bytes, mapped_tensor
 
 ENDING = ".answers.safetensors"
 _VERSION = 1
 _WITH_PICTURES = 2  # the version of files that say what the model was given beside noise and text
+_WITH_CONTEXTS = 3  # and of those with random contexts
+_RANDOM = "random"
+_DRAWN_ALIKE = 0.01  # relative distance that a context drawn again may have
+_MOST_SEED = 2**64
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
-    """What a model was given of a clip's pictures: y, and CLIP tokens if it reads them, on the CPU."""
+class Recorded:
+    """What a file of reference predictions holds, mapped from it: prompts, and random contexts if there are any."""
 
-    y_CFHW: Tensor
-    clip_PI: Tensor | None = None
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        return tuple(self.y_CFHW.shape), None if self.clip_PI is None else tuple(self.clip_PI.shape)
-
-    def read(self) -> "Pictures":
-        return self
+    prompts: list[OldPrompt]
+    random: RandomContexts | None
 
 
-class PictureSource(Protocol):
-    """Pictures, in memory or still in a cache; those that are equal are written once."""
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...] | None]: ...
-    def read(self) -> Pictures: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What a model predicted for a prompt: noisy latents, velocity [C, F, H, W] on the CPU, timestep `t` (0-1000).
-
-    `starts_clean`: the first latent frame was clean, at timestep 0, so that nothing was predicted for it.
-    """
-
-    noisy_CFHW: Tensor
-    t: float
-    velocity_CFHW: Tensor
-    pictures: Pictures | None = None
-    starts_clean: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.noisy_CFHW.shape)
-
-
-class Question(Protocol):
-    """A prediction that is still to be recorded."""
-
-    @property
-    def t(self) -> float: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def pictures(self) -> PictureSource | None: ...
-    @property
-    def starts_clean(self) -> bool: ...
-
-
-@dataclass(frozen=True, eq=False)
-class OldPrompt:
-    """A prompt to preserve, the concept it belongs to, if any, and the reference predictions recorded for it.
-
-    `text_SD` is the encoded prompt on the CPU; None if it was not encoded yet.
-    """
-
-    text: str
-    concept: Entry | None = None
-    kept: tuple[Answer, ...] = ()
-    text_SD: Tensor | None = None
-
-
-def read_answers(path: Path, base: BaseModel, model: WanConfig) -> list[OldPrompt]:
-    """The prompts of a file of reference predictions, mapped from it.
+def read_answers(path: Path, base: BaseModel, model: WanConfig) -> Recorded:
+    """What a file of reference predictions holds.
 
     InputError if it is not one, belongs to another base or kind of model, or holds values that are not finite.
     """
@@ -108,22 +70,45 @@ def read_answers(path: Path, base: BaseModel, model: WanConfig) -> list[OldPromp
     contents = mapped_bytes(path)
     ours = {key: entry for key, entry in entries.items() if entry.numel and entry.dtype in ("F16", "BF16")}
     tensors = {key: mapped_tensor(contents, entry) for key, entry in ours.items()}
-    try:
+    with _refused_if_damaged(path):
         concepts = read_ledger({KEY: table["concepts"]}, path)
-        rest = (concepts, tensors, _all_pictures(table, tensors), table["version"])
-        prompts = [_prompt(number, fields, *rest) for number, fields in enumerate(table["prompts"])]
-    except (ValueError, TypeError, LookupError, RecursionError):
-        raise InputError(f"{path} is damaged: its list of predictions ({ANSWERS_KEY}) cannot be read") from None
+        rest = (tensors, _all_pictures(table, tensors), table["version"])
+        prompts = [_prompt(number, fields, concepts, *rest) for number, fields in enumerate(table["prompts"])]
+        random = _random_contexts(table[_RANDOM], *rest) if table["version"] == _WITH_CONTEXTS else None
     if len({old.text for old in prompts}) < len(prompts):
         raise InputError(f"{path} is damaged: it lists a prompt twice")
-    if not (table["base"].is_same(base) and all(_fits(old, model) for old in prompts)):
+    fits = all(_fits([old.text_SD], old.kept, model) for old in prompts)
+    if not (table["base"].is_same(base) and fits and (random is None or _fits(_texts_of(random), random.kept, model))):
         raise InputError(
             f"{path} holds reference predictions of another base model than --dit's (merged, or otherwise finetuned?): "
             "leave it out"
         )
     for key, values in tensors.items():
         _check_finite(values, key, path)
-    return prompts
+    if random and isinstance(random.texts, DrawnContexts):
+        _check_drawn_alike(random.texts, tensors[_context_key(0)], path)
+    return Recorded(prompts, random)
+
+
+@contextmanager
+def _refused_if_damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise InputError(f"{path} is damaged: its list of predictions ({ANSWERS_KEY}) cannot be read") from None
+
+
+def _check_drawn_alike(texts: DrawnContexts, stored_SD: Tensor, path: Path) -> None:
+    """InputError where random numbers come out otherwise than where the predictions were recorded."""
+    again_SD = texts[0]
+    is_alike = again_SD.shape == stored_SD.shape and (
+        (again_SD.float() - stored_SD.float()).norm() <= _DRAWN_ALIKE * stored_SD.float().norm()
+    )
+    if not is_alike:  # also where the distance is NaN
+        raise InputError(
+            f"{path}: its random contexts cannot be drawn again: it is damaged, or this version of PyTorch draws other "
+            "random numbers than the one that recorded it; leave the file out, or use that version"
+        )
 
 
 def base_identity_of(path: Path) -> str:
@@ -142,109 +127,124 @@ def _read(path: Path) -> tuple[dict[str, TensorEntry], dict]:
     tensors, metadata = read_file_header(path)
     if ANSWERS_KEY not in metadata:
         raise InputError(f"{path} holds no reference predictions: give a file that a run wrote as NAME{ENDING}")
-    try:
+    with _refused_if_damaged(path):
         table = json.loads(metadata[ANSWERS_KEY])
         version, table["base"] = table["version"], BaseModel(str(table["base"]), tuple(table.get("base_values", ())))
-    except (ValueError, TypeError, LookupError, RecursionError):
-        raise InputError(f"{path} is damaged: its list of predictions ({ANSWERS_KEY}) cannot be read") from None
-    if type(version) is not int or version not in (_VERSION, _WITH_PICTURES):
+    if type(version) is not int or version not in (_VERSION, _WITH_PICTURES, _WITH_CONTEXTS):
         found = version if isinstance(version, int) else f"of type {type(version).__name__}"
         raise InputError(
-            f"{path} has version {str(found)[:20]}, this program reads {_VERSION} and {_WITH_PICTURES}: update it"
+            f"{path} has version {str(found)[:20]}, this program reads {_VERSION} to {_WITH_CONTEXTS}: update it"
         )
     return tensors, table
 
 
-def _fits(old: OldPrompt, model: WanConfig) -> bool:
-    tokens, width = old.text_SD.shape
-    for channels, *sides in {answer.shape for answer in old.kept}:
+def _texts_of(random: RandomContexts) -> Sequence[Tensor]:
+    """Encoded texts of the file: those of all contexts, or the captions that they are drawn like."""
+    if isinstance(random.texts, DrawnContexts):
+        statistics = random.texts.statistics
+        return statistics.tokens_TD.split(list(statistics.lengths))
+    return random.texts
+
+
+def _fits(texts: Iterable[Tensor], kept: Iterable[Answer], model: WanConfig) -> bool:
+    if any(len(text_SD) > model.text_len or text_SD.shape[1] != model.text_dim for text_SD in texts):
+        return False
+    for channels, *sides in {answer.shape for answer in kept}:
         if channels != model.out_dim or any(side % patch for side, patch in zip(sides, model.patch_size, strict=True)):
             return False
-    if any(answer.starts_clean for answer in old.kept) and not model.starts_from_latents:
+    if any(answer.starts_clean for answer in kept) and not model.starts_from_latents:
         return False
-    given = all(
-        (answer.pictures and answer.pictures.shapes) == picture_shapes(model, answer.shape) for answer in old.kept
-    )
-    return given and tokens <= model.text_len and width == model.text_dim
-
-
-def picture_shapes(model: WanConfig, latents: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...] | None] | None:
-    """Those of the y and the CLIP tokens that the model reads beside latents of this shape; None if it reads none."""
-    if model.in_dim == model.out_dim:
-        return None
-    tokens = PICTURE_TOKENS * (2 if model.model_type == "flf2v" else 1)
-    clip = None if model.image_dim is None else (tokens, model.image_dim)
-    return (model.in_dim - model.out_dim, *latents[1:]), clip
+    return all((answer.pictures and answer.pictures.shapes) == picture_shapes(model, answer.shape) for answer in kept)
 
 
 def write_answers(
-    path: Path, base: BaseModel, run: str, asked: Sequence[tuple[OldPrompt, Sequence[Question]]], new: Iterator[Answer]
+    path: Path,
+    base: BaseModel,
+    run: str,
+    asked: Sequence[tuple[OldPrompt, Sequence[Question]]],
+    new: Iterator[Answer],
+    random: tuple[RandomContexts, Sequence[Question]] | None = None,
 ) -> None:
     """Writes the encoded prompts, each with its recorded predictions, then those of its questions, in order from `new`.
 
-    SliceError if the file cannot be written, InputError if a value is not finite; what was at `path` then stays.
+    After them the `random` contexts with theirs. SliceError if the file cannot be written, InputError if a value is not
+    finite; what was at `path` then stays.
     """
     concepts = list(dict.fromkeys(old.concept for old, _ in asked if old.concept))
-    rows = [[*old.kept, *questions] for old, questions in asked]
-    given = list(shared_pictures(answer for row in rows for answer in row))
-    tells = bool(given) or any(answer.starts_clean for row in rows for answer in row)
+    rows = {str(number): [*old.kept, *questions] for number, (old, questions) in enumerate(asked)}
+    of_random = [] if random is None else [*random[0].kept, *random[1]]
+    rows |= {_RANDOM: of_random} if of_random else {}
+    given = list(shared_pictures(answer for row in rows.values() for answer in row))
+    tells = bool(given) or any(answer.starts_clean for row in rows.values() for answer in row)
+    version = _WITH_CONTEXTS if of_random else _WITH_PICTURES if tells else _VERSION
+    told = {key: _told(row, None if version == _VERSION else given) for key, row in rows.items()}
     prompts = [
-        {
-            "text": old.text,
-            "concept": concepts.index(old.concept) if old.concept else None,
-            "timesteps": [answer.t for answer in row],
-            **(_what_was_given(row, given) if tells else {}),
-        }
-        for (old, _), row in zip(asked, rows, strict=True)
+        {"text": old.text, "concept": concepts.index(old.concept) if old.concept else None, **told[str(number)]}
+        for number, (old, _) in enumerate(asked)
     ]
-    version = _WITH_PICTURES if tells else _VERSION
     table = {"version": version, "base": base.identity, "base_values": base.values, "run": run}
     table |= {"concepts": ledger_text(concepts), "prompts": prompts}
-    texts = [old.text_SD.bfloat16() for old, _ in asked]
+    texts = {str(number): {f"{number}.text": old.text_SD.bfloat16()} for number, (old, _) in enumerate(asked)}
+    if of_random:
+        texts[_RANDOM], drawn = _stored_contexts(random[0].texts)
+        table[_RANDOM] = {**told[_RANDOM], **drawn}
+    tensors = _stored_tensors(given, texts, rows)
+    write_safetensors(path, tensors, {ANSWERS_KEY: json.dumps(table)}, _chunks(path, given, texts, rows, new))
+
+
+def _told(row: Sequence[Answer | Question], given: Sequence[PictureSource] | None) -> dict[str, list]:
+    """What the list says of each prediction; of what the model was given beside noise and text where that is listed."""
+    told = {"timesteps": [answer.t for answer in row]}
+    if given is None:
+        return told
+    numbers = {own: number for number, own in enumerate(given)}
+    pictures = [answer.pictures and numbers[answer.pictures] for answer in row]
+    return told | {"pictures": pictures, "starts_clean": [answer.starts_clean for answer in row]}
+
+
+def _stored_contexts(texts: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """Tensors of random contexts, and what the list says of them: the smaller of what they are drawn from and they."""
+    if isinstance(texts, DrawnContexts):
+        tokens_TD, first_SD = texts.statistics.tokens_TD, texts[0]
+        if len(tokens_TD) + len(first_SD) < sum(map(len, texts)):
+            drawn = {"seed": texts.seed, "lengths": list(texts.statistics.lengths)}
+            return {f"{_RANDOM}.tokens": tokens_TD, _context_key(0): first_SD}, drawn
+    return {_context_key(number): text_SD.bfloat16() for number, text_SD in enumerate(texts)}, {}
+
+
+def _context_key(number: int) -> str:
+    return f"{_RANDOM}.{number}.text"
+
+
+def _stored_tensors(
+    given: Sequence[PictureSource],
+    texts: Mapping[str, Mapping[str, Tensor]],
+    rows: Mapping[str, Sequence[Answer | Question]],
+) -> dict[str, StoredTensor]:
+    """All tensors of the file, in the order of _chunks."""
     tensors = {}
     for number, own in enumerate(given):
         for key, shape in zip(_picture_keys(number), own.shapes, strict=True):
             if shape is not None:
                 tensors[key] = StoredTensor(key, "F16", list(shape), 2 * math.prod(shape))
-    for number, (text_SD, row) in enumerate(zip(texts, rows, strict=True)):
-        key = f"{number}.text"
-        tensors[key] = StoredTensor(key, "BF16", list(text_SD.shape), text_SD.nbytes)
+    for row_key, row in rows.items():
+        for key, text_SD in texts[row_key].items():
+            tensors[key] = StoredTensor(key, "BF16", list(text_SD.shape), text_SD.nbytes)
         for place, answer in enumerate(row):
-            for key in (f"{number}.{place}.noisy", f"{number}.{place}.velocity"):
+            for key in (f"{row_key}.{place}.noisy", f"{row_key}.{place}.velocity"):
                 tensors[key] = StoredTensor(key, "F16", list(answer.shape), answer_bytes(answer.shape) // 2)
-    write_safetensors(path, tensors, {ANSWERS_KEY: json.dumps(table)}, _chunks(path, given, texts, rows, new))
-
-
-def shared_pictures(answers: Iterable[Answer | Question]) -> dict[PictureSource, None]:
-    """The pictures that predictions were given, each once, in the order of the file."""
-    return dict.fromkeys(answer.pictures for answer in answers if answer.pictures is not None)
-
-
-def _what_was_given(row: Sequence[Answer | Question], given: Sequence[PictureSource]) -> dict[str, list]:
-    numbers = {own: number for number, own in enumerate(given)}
-    pictures = [answer.pictures and numbers[answer.pictures] for answer in row]
-    return {"pictures": pictures, "starts_clean": [answer.starts_clean for answer in row]}
+    return tensors
 
 
 def _picture_keys(number: int) -> tuple[str, str]:
     return f"pictures.{number}.y", f"pictures.{number}.clip"
 
 
-def answer_bytes(shape: Sequence[int]) -> int:
-    """Bytes in the file of a prediction at latents of this shape."""
-    return 2 * 2 * math.prod(shape)
-
-
-def pictures_bytes(source: PictureSource) -> int:
-    """Bytes in the file of what a model was given of pictures."""
-    return sum(2 * math.prod(shape) for shape in source.shapes if shape is not None)
-
-
 def _chunks(
     path: Path,
     given: Sequence[PictureSource],
-    texts: Sequence[Tensor],
-    rows: Sequence[Sequence[Answer | Question]],
+    texts: Mapping[str, Mapping[str, Tensor]],
+    rows: Mapping[str, Sequence[Answer | Question]],
     new: Iterator[Answer],
 ) -> Iterator[bytes]:
     for source in given:
@@ -253,9 +253,10 @@ def _chunks(
             if values is not None:
                 _check_finite(values.half(), "what the model is given of pictures", path)
                 yield _bytes(values.half())
-    for text_SD, row in zip(texts, rows, strict=True):
-        _check_finite(text_SD, "the encoded text", path)
-        yield _bytes(text_SD)
+    for row_key, row in rows.items():
+        for text_SD in texts[row_key].values():
+            _check_finite(text_SD, "the encoded text", path)
+            yield _bytes(text_SD)
         for answer in row:
             had = answer if isinstance(answer, Answer) else next(new)
             for values in (had.noisy_CFHW.half(), had.velocity_CFHW.half()):
@@ -297,19 +298,52 @@ def _prompt(
     version: int,
 ) -> OldPrompt:
     """One prompt of the list; ValueError, TypeError or LookupError where it is not as write_answers writes it."""
-    text, place, times = fields["text"], fields["concept"], fields["timesteps"]
-    if not (isinstance(text, str) and isinstance(times, list) and times):
+    text, place = fields["text"], fields["concept"]
+    if not isinstance(text, str):
         raise ValueError
     text.encode()  # ValueError where it has halves of characters
-    text_SD = tensors[f"{number}.text"]
+    text_SD = _text(f"{number}.text", tensors)
+    kept = _answers(str(number), fields, tensors, given, version)
+    return OldPrompt(text, None if place is None else _at(concepts, place), kept, text_SD)
+
+
+def _random_contexts(
+    fields: Mapping, tensors: Mapping[str, Tensor], given: Sequence[Pictures], version: int
+) -> RandomContexts:
+    """The random contexts of the list; errors as _prompt."""
+    kept = _answers(_RANDOM, fields, tensors, given, version)
+    if len(kept) > MOST_CONTEXTS:
+        raise ValueError
+    if "seed" not in fields:
+        return RandomContexts(tuple(_text(_context_key(number), tensors) for number in range(len(kept))), kept)
+    seed, lengths, tokens_TD = fields["seed"], fields["lengths"], _text(f"{_RANDOM}.tokens", tensors)
+    if type(seed) is not int or not 0 <= seed < _MOST_SEED or not isinstance(lengths, list):
+        raise ValueError
+    if not all(type(length) is int and length > 0 for length in lengths) or sum(lengths) != len(tokens_TD):
+        raise ValueError
+    _text(_context_key(0), tensors)
+    return RandomContexts(DrawnContexts(seed, TokenStatistics(tokens_TD, tuple(lengths)), len(kept)), kept)
+
+
+def _text(key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    text_SD = tensors[key]
     if text_SD.dim() != 2 or text_SD.dtype != torch.bfloat16:
         raise ValueError
-    told = version == _WITH_PICTURES
+    return text_SD
+
+
+def _answers(
+    key: str, fields: Mapping, tensors: Mapping[str, Tensor], given: Sequence[Pictures], version: int
+) -> tuple[Answer, ...]:
+    """The predictions recorded for a prompt, or at random contexts; there is one at least."""
+    times = fields["timesteps"]
+    if not (isinstance(times, list) and times):
+        raise ValueError
+    told = version != _VERSION
     pictures = fields["pictures"] if told else [None] * len(times)
     clean = fields["starts_clean"] if told else [False] * len(times)
     rows = zip(times, pictures, clean, strict=True)  # ValueError where one is longer
-    kept = tuple(_answer(f"{number}.{i}", *row, tensors, given) for i, row in enumerate(rows))
-    return OldPrompt(text, None if place is None else _at(concepts, place), kept, text_SD)
+    return tuple(_answer(f"{key}.{i}", *row, tensors, given) for i, row in enumerate(rows))
 
 
 def _at(values: Sequence, place: int) -> Any:

@@ -1,5 +1,6 @@
 """Records the model's predictions for old prompts before the first step: which are missing, their file, the recording.
 
+So it does at random contexts, each at one noise level.
 Shapes: B batch, C latent channels, F H W latent frames, height, width, S text tokens, D text width.
 """
 
@@ -9,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,25 +19,34 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.cache_files import latents_shape, read_latents
+from utils.data.cache_files import latents_shape, read_latents, read_text
 from utils.data.given_pictures import given_to_item, starts_clean
 from utils.data.items import Item
 from utils.files import readable
 from utils.learning.conditions import predict, with_clean_start
 from utils.learning.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sigmas_of
-from utils.preserve.answers_file import (
+from utils.preserve.answers import (
     Answer,
     OldPrompt,
     Pictures,
+    RandomContexts,
     answer_bytes,
-    is_of_run,
     picture_shapes,
     pictures_bytes,
-    read_answers,
     shared_pictures,
-    write_answers,
 )
-from utils.preserve.old_prompts import OldPrompts, Preservation, PreserveConfig, encoded, given_for, old_prompts
+from utils.preserve.answers_file import Recorded, is_of_run, read_answers, write_answers
+from utils.preserve.encoding import encoded
+from utils.preserve.general_captions import caption_samples
+from utils.preserve.old_prompts import (
+    EMPTY_PROMPT,
+    OldPrompts,
+    Preservation,
+    PreserveConfig,
+    given_for,
+    old_prompts,
+)
+from utils.preserve.random_contexts import MOST_TOKENS, DrawnContexts, TokenStatistics, first_texts
 from utils.sampling.batches import rows_together
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import Entry
@@ -98,32 +109,76 @@ class Question:
 
 
 @dataclass(frozen=True)
+class NewContexts:
+    """Random contexts that are still to be drawn: the questions at them, and what they are drawn like.
+
+    That is the tokens of the shipped captions, of the run's own in their caches, and of the listed prompts.
+    """
+
+    questions: tuple[Question, ...]
+    seed: int
+    samples: tuple[str, ...]
+    cached: tuple[tuple[Path, str], ...]  # caches with captions in them, in random order
+    most_tokens: int  # that the captions in caches have, each
+
+    def drawn_like(self, samples: Sequence[Tensor], listed: Sequence[Tensor]) -> RandomContexts:
+        """The contexts, still without predictions, from the encoded samples and the listed prompts."""
+        own = first_texts(read_text(path, caption) for path, caption in self.cached)
+        statistics = TokenStatistics.of([*first_texts(samples), *own, *first_texts(listed)])
+        return RandomContexts(DrawnContexts(self.seed, statistics, len(self.questions)), ())
+
+
+@dataclass(frozen=True)
 class AskingPlan:
-    """The file for the run's reference predictions, and for each old prompt those that are still to be recorded."""
+    """The file for the run's reference predictions, and for each old prompt those that are still to be recorded.
+
+    `random` are the contexts of earlier runs, or, once everything is encoded, the `new` ones.
+    """
 
     path: Path
     asked: tuple[tuple[OldPrompt, tuple[Question, ...]], ...]
     most_values: int  # of latents, in the run's largest batch
     notes: tuple[str, ...]
     model: AskedModel
+    random: RandomContexts | None = None
+    new: NewContexts | None = None
+
+    @property
+    def _at_random(self) -> tuple[Answer | Question, ...]:
+        return (*(self.random.kept if self.random else ()), *(self.new.questions if self.new else ()))
 
     @property
     def size(self) -> int:
         """The bytes of the file, at most."""
-        rows = [answer for old, asked in self.asked for answer in (*old.kept, *asked)]
+        rows = [*chain.from_iterable((*old.kept, *asked) for old, asked in self.asked), *self._at_random]
         answers = sum(answer_bytes(answer.shape) for answer in rows) + sum(map(pictures_bytes, shared_pictures(rows)))
-        # A token is a byte of the text or more; plus </s> and a space in front.
-        tokens = (min(len(old.text.encode()) + 2, self.model.config.text_len) for old, _ in self.asked)
-        return answers + 2 * self.model.config.text_dim * sum(tokens)
+        tokens = sum(_most_tokens(old.text, self.model.config) for old, _ in self.asked)
+        return answers + 2 * self.model.config.text_dim * (tokens + self._context_tokens())
+
+    def _context_tokens(self) -> int:
+        """How many tokens the file holds of random contexts, at most."""
+        if self.random and isinstance(self.random.texts, DrawnContexts):
+            return len(self.random.texts.statistics.tokens_TD) + len(self.random.texts[0])
+        if self.random:
+            return sum(map(len, self.random.texts))
+        if self.new is None:
+            return 0
+        samples = [_most_tokens(text, self.model.config) for text in self.new.samples]
+        listed = [_most_tokens(old.text, self.model.config) for old, _ in self.asked]
+        own = [self.new.most_tokens] * len(self.new.cached)
+        longest = max(*samples, *listed, *own)
+        drawn_from = sum(min(sum(kind), max(MOST_TOKENS, longest)) for kind in (samples, listed, own))
+        return min(drawn_from + longest, len(self.new.questions) * longest)
 
     @property
     def questions(self) -> int:
-        return sum(len(questions) for _, questions in self.asked)
+        return sum(len(questions) for _, questions in self.asked) + (len(self.new.questions) if self.new else 0)
 
     @property
     def largest_kept(self) -> tuple[int, ...]:
         """The shape of the largest latents among earlier predictions; new ones are no larger than a batch."""
-        return max((kept.shape for old, _ in self.asked for kept in old.kept), key=math.prod, default=(0,) * 4)
+        kept = [*chain.from_iterable(old.kept for old, _ in self.asked), *(self.random.kept if self.random else ())]
+        return max((answer.shape for answer in kept), key=math.prod, default=(0,) * 4)
 
     def lines(self) -> list[str]:
         """What is not preserved, what will be written, and what needs more memory than training alone."""
@@ -141,6 +196,11 @@ class AskingPlan:
         return lines
 
 
+def _most_tokens(text: str, model: WanConfig) -> int:
+    """A token is a byte of the text or more; plus </s> and a space in front."""
+    return min(len(text.encode()) + 2, model.text_len)
+
+
 def read_old_prompts(
     config: PreserveConfig | None,
     model: AskedModel | None,
@@ -154,8 +214,11 @@ def read_old_prompts(
     """
     if config is None:
         return OldPrompts()
-    kept = read_answers(config.answers, model.base, model.config) if config.answers else []
-    return old_prompts(config, ledger, own, kept, {caption for item in items for caption in item.captions})
+    recorded = read_answers(config.answers, model.base, model.config) if config.answers else Recorded([], None)
+    captions = {caption for item in items for caption in item.captions}
+    if any(item.dropout for item in items):
+        captions.add(EMPTY_PROMPT)
+    return old_prompts(config, ledger, own, recorded.prompts, captions, recorded.random)
 
 
 def plan_asking(
@@ -166,41 +229,76 @@ def plan_asking(
         return None
     shaped = [(item, latents_shape(item.latents)) for item in trained_on.items]
     asked = tuple(
-        (old, () if old.kept else _questions(old.text, shaped, config.levels, trained_on, model.config))
+        (old, () if old.kept else _questions((old.text,), shaped, config.levels, trained_on, model.config))
         for old in prompts.all
     )
     sizes = [sum(math.prod(shaped[entry % len(shaped)][1]) for entry in batch) for batch in trained_on.batches]
-    return AskingPlan(path, asked, max(sizes), prompts.notes, model)
+    new = _new_contexts(prompts.new_random, shaped, trained_on, model.config) if prompts.new_random else None
+    return AskingPlan(path, asked, max(sizes), prompts.notes, model, prompts.random, new)
+
+
+def _new_contexts(
+    count: int, items: Sequence[tuple[Item, tuple[int, ...]]], trained_on: TrainedOn, model: WanConfig
+) -> NewContexts:
+    seed = trained_on.seed
+    by_caption = {caption: item.text for item, _ in items for caption in item.captions}
+    captions = list(by_caption)
+    order = torch.randperm(len(captions), generator=draw_generator(seed, "captions for random contexts"))
+    cached = tuple((by_caption[captions[at]], captions[at]) for at in order.tolist())
+    questions = _questions(("random", "context"), items, count, trained_on, model)
+    most_tokens = max(item.text_shape[0] for item, _ in items)
+    return NewContexts(questions, seed, tuple(caption_samples()), cached, most_tokens)
 
 
 def _questions(
-    text: str, items: Sequence[tuple[Item, tuple[int, ...]]], levels: int, trained_on: TrainedOn, model: WanConfig
+    of: tuple[str, ...],
+    items: Sequence[tuple[Item, tuple[int, ...]]],
+    levels: int,
+    trained_on: TrainedOn,
+    model: WanConfig,
 ) -> tuple[Question, ...]:
-    """At noise levels spread evenly over those that are trained, each with one of the items and its pictures."""
+    """At noise levels spread evenly over those that are trained, each with one of the items and its pictures.
+
+    `of` what they are seeds them, with the number of each.
+    """
     seed, questions = trained_on.seed, []
     for number in range(levels):
-        generator = draw_generator(seed, "question", text, number)
+        generator = draw_generator(seed, "question", *of, number)
         item, shape = items[int(torch.randint(len(items), (), generator=generator))]
         u_B = (number + torch.rand(1, generator=generator, dtype=torch.float64)) / levels
         sigma = sigmas_of(trained_on.timesteps, u_B.clamp(2.0**-53, 1 - 2.0**-53), shape[-2:])
         shapes = picture_shapes(model, shape)
         pictures = None if shapes is None else CachedPictures(item, shapes)
-        starts = starts_clean(trained_on.i2v_share, shape[1], seed, "question's first frame", text, number)
-        questions.append(Question(item, shape, sigma, (seed, "question's noise", text, number), pictures, starts))
+        starts = starts_clean(trained_on.i2v_share, shape[1], seed, "question's first frame", *of, number)
+        questions.append(Question(item, shape, sigma, (seed, "question's noise", *of, number), pictures, starts))
     return tuple(sorted(questions, key=lambda question: question.shape))
 
 
 def encode_old_prompts(
     config: PreserveConfig, plan: AskingPlan, accelerator: Accelerator, say: Callable[[str], None]
 ) -> AskingPlan:
-    """The plan with its prompts encoded. One process does it for all: the text encoder of 14B models takes 11 GB."""
-    prompts = [old for old, _ in plan.asked]
-    texts = [[]]
+    """The plan with its prompts encoded, and with its random contexts.
+
+    One process does it for all: the text encoder of 14B models takes 11 GB.
+    """
+    made = [[], plan.random]
     if accelerator.is_main_process:
-        texts = [[old.text_SD for old in encoded(prompts, config, plan.model.config, accelerator.device, say)]]
-    broadcast_object_list(texts)
-    asked = zip(plan.asked, texts[0], strict=True)
-    return replace(plan, asked=tuple((replace(old, text_SD=text_SD), own) for (old, own), text_SD in asked))
+        samples = plan.new.samples if plan.new else ()
+        rest = (config, plan.model.config, accelerator.device, say)
+        prompts, samples = encoded([old for old, _ in plan.asked], samples, *rest)
+        texts = [old.text_SD for old in prompts]
+        made = [texts, plan.new.drawn_like(samples, texts) if plan.new else None]
+    broadcast_object_list(made)
+    texts, random = made
+    asked = zip(plan.asked, texts, strict=True)
+    asked = tuple((replace(old, text_SD=text_SD), own) for (old, own), text_SD in asked)
+    if plan.new:
+        lengths = random.texts.statistics.lengths
+        like = (
+            f"the {sum(lengths):,} tokens of {len(lengths)} captions: shipped ones, the run's own, the listed prompts"
+        )
+        say(f"{len(random.texts)} random contexts are drawn like {like}")
+    return replace(plan, asked=asked, random=plan.random or random)
 
 
 def keep_answers(
@@ -228,10 +326,10 @@ def keep_answers(
     else:
         _record(plan, model, accelerator, config.batch, run, say)
     accelerator.wait_for_everyone()
-    kept = read_answers(plan.path, plan.model.base, model.config)
-    general = tuple(old for old in kept if old.concept is None)
-    of_concepts = tuple(old for old in kept if old.concept)
-    return Preservation(general, of_concepts, config.every, config.weight, plan.most_values)
+    recorded = read_answers(plan.path, plan.model.base, model.config)
+    general = tuple(old for old in recorded.prompts if old.concept is None)
+    of_concepts = tuple(old for old in recorded.prompts if old.concept)
+    return Preservation(general, of_concepts, config.every, config.weight, plan.most_values, recorded.random)
 
 
 def _record(
@@ -242,23 +340,29 @@ def _record(
     run: str,
     say: Callable[[str], None],
 ) -> None:
-    new = sum(not old.kept for old, _ in plan.asked)
-    say(
-        f"before the first step the run records {plan.questions} predictions of the model, for the {new} of "
-        f"{len(plan.asked)} listed prompts that have none yet"
-    )
+    say(f"before the first step the run records {plan.questions} predictions of the model, {_recorded_for(plan)}")
     answers = _answers(plan, model, accelerator.device, batch)
     if accelerator.is_main_process:
+        random = (plan.random, plan.new.questions if plan.new else ()) if plan.random else None
         with tqdm(answers, total=plan.questions, desc="recording", leave=False) as bar:
-            write_answers(plan.path, plan.model.base, run, plan.asked, iter(bar))
+            write_answers(plan.path, plan.model.base, run, plan.asked, iter(bar), random)
     else:
         for _ in answers:  # as long as the main one, for which others could not wait: collectives time out
             pass
 
 
+def _recorded_for(plan: AskingPlan) -> str:
+    new = sum(not old.kept for old, _ in plan.asked)
+    contexts = f"{len(plan.new.questions)} random contexts" if plan.new else ""
+    if plan.new and not new:
+        return f"at {contexts}"
+    listed = f"for the {new} of {len(plan.asked)} listed prompts that have none yet"
+    return f"{listed}, and at {contexts}" if contexts else listed
+
+
 def _answers(plan: AskingPlan, model: WanModel, device: torch.device, batch: int | None) -> Iterator[Answer]:
-    """The predictions, prompt after prompt; those of one size share a pass of the model, also across prompts."""
-    asked = [(old, question) for old, questions in plan.asked for question in questions]
+    """The predictions, prompt after prompt and then at random contexts; those of one size share a pass of the model."""
+    asked = list(_asked_in_order(plan))
     waiting: dict[tuple[int, ...], deque[int]] = {}
     for number, (_, question) in enumerate(asked):
         waiting.setdefault(question.shape, deque()).append(number)
@@ -279,15 +383,21 @@ def _room(shape: tuple[int, ...], plan: AskingPlan, batch: int | None) -> int:
 
 
 @torch.no_grad()
-def _predicted(
-    together: Sequence[tuple[OldPrompt, Question]], model: WanModel, device: torch.device
-) -> Iterator[Answer]:
+def _predicted(together: Sequence[tuple[Tensor, Question]], model: WanModel, device: torch.device) -> Iterator[Answer]:
     questions = [question for _, question in together]
     noisy = torch.stack([question.noisy() for question in questions])
     t_B = torch.tensor([question.t for question in questions])
-    context = [old.text_SD.to(device) for old, _ in together]
+    context = [text_SD.to(device) for text_SD, _ in together]
     pictures = [question.pictures and question.pictures.read() for question in questions]
     starts = [question.starts_clean for question in questions]
     given = given_for(pictures, starts).to(device)
     velocity = predict(model, noisy.float().to(device), t_B.to(device), context, given).float().cpu()
     return map(Answer, noisy, t_B.tolist(), velocity, pictures, starts)
+
+
+def _asked_in_order(plan: AskingPlan) -> Iterator[tuple[Tensor, Question]]:
+    """Each question with its encoded text."""
+    for old, questions in plan.asked:
+        yield from ((old.text_SD, question) for question in questions)
+    if plan.new:
+        yield from zip(plan.random.texts, plan.new.questions, strict=True)

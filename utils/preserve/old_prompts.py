@@ -3,16 +3,16 @@
 Learning without forgetting (Li and Hoiem 2016, arXiv 1606.09282), with prompts in place of tasks. The model's
 predictions for a prompt are recorded once, when the first run that preserves it begins, and serve as the reference in
 all later runs: if every run used its own start as the reference, small errors would add up along the chain.
+Random contexts stand for what nobody lists: one prediction each, recorded and kept alike.
 Shapes: B batch, C latent channels, F H W latent frames, height, width, S text tokens, D text width.
 """
 
-import gc
 import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,21 @@ from torch import Tensor
 
 from utils.data.given_pictures import clean_starts
 from utils.learning.conditions import NOTHING_GIVEN, Conditioning
-from utils.learning.flow_matching import TIMESTEPS
-from utils.preserve.answers_file import Answer, OldPrompt, Pictures
+from utils.learning.flow_matching import TIMESTEPS, draw_generator
+from utils.preserve.answers import Answer, OldPrompt, Pictures, RandomContexts
+from utils.preserve.general_captions import caption_samples
+from utils.preserve.random_contexts import DrawnContexts
 from utils.slice_saving import value_digest
 from utils.slices.ledger import Entry
-from wan.configs import WanConfig
 from wan.errors import InputError
-from wan.text_encoder import TextEncoder, load_text_encoder
 from wan.tokenizer import clean_prompt
 
 CAPTIONS_KEPT = 8  # per concept, in the ledger
-_SAME_ENCODER = 0.3  # relative distance that encodings of one text may have
+RANDOM_CONTEXTS = 256
+EMPTY_PROMPT = ""
+ASKS = 8  # in a row, of which
+ASKS_OF_RANDOM = 3  # are for random contexts, and
+ASKS_OF_EMPTY = 1  # is for the empty prompt where no others are listed
 
 
 @dataclass(frozen=True)
@@ -42,39 +46,68 @@ class PreserveConfig:
     from_ledger: bool  # also the captions of the concepts in --dit
     answers: Path | None  # the reference predictions of earlier runs
     levels: int  # noise levels at which predictions for a new prompt are recorded
+    random: int | None  # contexts; None: as many as `answers` holds, else RANDOM_CONTEXTS
     every: int  # steps
     weight: float  # beside the loss on the new concept
     t5: Path
     tokenizer: Path | None
     batch: int | None = None  # predictions that are recorded in one pass of the model; None: by their size
+    fp8_t5: bool = False
 
 
 @dataclass(frozen=True)
 class OldPrompts:
-    """The prompts to preserve, general ones and those of concepts, and notes on what is not preserved."""
+    """The prompts to preserve, general ones and those of concepts, and notes on what is not preserved.
+
+    Beside them `random` contexts of earlier runs, or `new_random` ones, which are still to be drawn and recorded.
+    """
 
     general: tuple[OldPrompt, ...] = ()
     of_concepts: tuple[OldPrompt, ...] = ()
     notes: tuple[str, ...] = ()
+    random: RandomContexts | None = None
+    new_random: int = 0
 
     @property
     def all(self) -> tuple[OldPrompt, ...]:
         return (*self.general, *self.of_concepts)
 
     @property
+    def random_count(self) -> int:
+        return len(self.random.kept) if self.random else self.new_random
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of all prompts with their reference predictions, in order."""
+        """SHA-256 of all prompts and random contexts with their reference predictions, in order."""
         digest = hashlib.sha256(
             json.dumps([[old.text for old in part] for part in (self.general, self.of_concepts)]).encode()
         )
         for old in self.all:
-            for answer in old.kept:
-                digest.update(json.dumps([answer.t, answer.shape]).encode())
-                digest.update(value_digest(answer.noisy_CFHW) + value_digest(answer.velocity_CFHW))
-                digest.update(_given_digest(answer))
+            digest.update(_answers_digest(old.kept))
             if old.text_SD is not None:
                 digest.update(value_digest(old.text_SD))
+        if self.random:
+            digest.update(b"random contexts")
+            digest.update(_answers_digest(self.random.kept) + _contexts_digest(self.random.texts))
+        if self.new_random:
+            digest.update(json.dumps([self.new_random, caption_samples()]).encode())
         return digest.hexdigest()
+
+
+def _answers_digest(kept: Sequence[Answer]) -> bytes:
+    digest = b""
+    for answer in kept:
+        digest += json.dumps([answer.t, answer.shape]).encode()
+        digest += value_digest(answer.noisy_CFHW) + value_digest(answer.velocity_CFHW) + _given_digest(answer)
+    return digest
+
+
+def _contexts_digest(texts: Sequence[Tensor]) -> bytes:
+    """Of what contexts are drawn from, where they are: in other machines' arithmetic they differ in the last bits."""
+    if isinstance(texts, DrawnContexts):
+        told = json.dumps([texts.seed, texts.statistics.lengths]).encode()
+        return told + value_digest(texts.statistics.tokens_TD)
+    return b"".join(map(value_digest, texts))
 
 
 def _given_digest(answer: Answer) -> bytes:
@@ -102,11 +135,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class Preservation:
-    """Old prompts with their reference predictions, and when and how strongly these are preserved.
+    """Old prompts and random contexts with their reference predictions, when and how strongly these are preserved.
 
-    General prompts and those of concepts are drawn equally often, and so is each concept, so that few are not lost
-    among many. A batch has at most `most_values` values of latents, as many as the largest batch of the run, unless a
-    single prediction has more.
+    Of every ASKS in a row, ASKS_OF_RANDOM are for random contexts. General prompts and those of concepts share the rest
+    equally, and so do the concepts, so that few are not lost among many; the empty prompt alone, where nothing else is
+    listed, has ASKS_OF_EMPTY. A batch has at most `most_values` values of latents, as many as the largest batch of the
+    run, unless a single prediction has more.
     """
 
     general: tuple[OldPrompt, ...]
@@ -114,28 +148,67 @@ class Preservation:
     every: int
     weight: float
     most_values: int
+    random: RandomContexts | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step number `step` (from 1) preserves."""
         return step % self.every == 0
 
-    def draw(self, generators: Sequence[torch.Generator], device: torch.device) -> list[Targets]:
-        """For each generator an old prompt and one of its reference predictions, in batches of one latent size."""
+    def draw(self, generators: Sequence[torch.Generator], device: torch.device, first_item: int = 0) -> list[Targets]:
+        """For each generator a text and one of its reference predictions, in batches of one latent size.
+
+        The generators are those of items number first_item, first_item + 1, ... of the run, whose places decide what is
+        asked: so the shares are exact, however small the batches are.
+        """
         by_concept = defaultdict(list)
         for prompt in self.of_concepts:
             by_concept[prompt.concept].append(prompt)
-        sources = [source for source in ([self.general], list(by_concept.values())) if any(source)]
+        concepts = list(by_concept.values())
         by_shape = defaultdict(list)
-        for generator in generators:
-            prompt = _choose(_choose(_choose(sources, generator), generator), generator)
-            answer = _choose(prompt.kept, generator)
-            by_shape[answer.shape].append((prompt.text_SD, answer))
+        for number, generator in enumerate(generators, first_item):
+            text_SD, answer = self._draw_one(self._sources(number, concepts), generator)
+            by_shape[answer.shape].append((text_SD, answer))
         targets = []
         for shape, pairs in by_shape.items():
             size = max(self.most_values // math.prod(shape), 1)
             parts = (pairs[start : start + size] for start in range(0, len(pairs), size))
             targets += [_targets(part, len(part) / len(generators), device) for part in parts]
         return targets
+
+    def _sources(self, number: int, concepts: list[list[OldPrompt]]) -> list:
+        """Where ask number `number` takes its prompt from, with equal chances; empty: from the random contexts."""
+        prompts = [source for source in ([self.general], concepts) if any(source)]
+        if self.random is None:
+            return prompts
+        place = _place(number)
+        if place < ASKS_OF_RANDOM:
+            return []
+        if not _lists_nothing(self.general):
+            return prompts
+        if place < ASKS_OF_RANDOM + ASKS_OF_EMPTY:
+            return [[self.general]]
+        return [concepts] if concepts else []
+
+    def _draw_one(self, sources: list, generator: torch.Generator) -> tuple[Tensor, Answer]:
+        if not sources:
+            number = int(torch.randint(len(self.random.kept), (), generator=generator))
+            return self.random.texts[number], self.random.kept[number]
+        prompt = _choose(_choose(_choose(sources, generator), generator), generator)
+        return prompt.text_SD, _choose(prompt.kept, generator)
+
+
+def _lists_nothing(general: Sequence[OldPrompt]) -> bool:
+    """Whether the general prompts are the empty one alone."""
+    return [old.text for old in general] == [EMPTY_PROMPT]
+
+
+def _place(number: int) -> int:
+    """The place, from 0, of an ask among ASKS in a row, which come in an order of their own each time.
+
+    In a fixed order, asks on every fourth step, one each, would meet some of the places only.
+    """
+    row, at = divmod(number, ASKS)
+    return int(torch.randperm(ASKS, generator=draw_generator(0, "asks", row))[at])
 
 
 def _choose(choices: Sequence, generator: torch.Generator) -> Any:
@@ -168,13 +241,19 @@ def most_frequent(captions: Sequence[str]) -> list[str]:
 
 
 def old_prompts(
-    config: PreserveConfig, ledger: Sequence[Entry], own: Entry, kept: Sequence[OldPrompt], captions: Collection[str]
+    config: PreserveConfig,
+    ledger: Sequence[Entry],
+    own: Entry,
+    kept: Sequence[OldPrompt],
+    captions: Collection[str],
+    random: RandomContexts | None = None,
 ) -> OldPrompts:
-    """The prompts to preserve: of files, of the ledger entries' captions, and of the answers file (`kept`).
+    """The prompts to preserve: of files, of the ledger entries' captions, and of the answers file (`kept`, `random`).
 
     Left out are the slice that trains (`own`), its `captions`, and concepts that changed since their predictions were
     recorded. A concept's caption belongs to it, even if a prompt file lists it. InputError if nothing is left.
     """
+    contexts = _random_count(config, random)
     concepts = [entry for entry in ledger if not entry.is_slice_of(own)]
     owners = {clean_prompt(text): entry for entry in concepts for text in entry.captions}  # the newest of several
     valid = [old for old in kept if _is_still_valid(old, concepts, owners.get(clean_prompt(old.text)))]
@@ -187,11 +266,33 @@ def old_prompts(
         *_unused_notes([old for old in kept if old not in valid], concepts, config.answers),
         *_trained_notes([old.text for text, old in by_text.items() if text in trained]),
         *_concept_notes(config, concepts, prompts, trained),
+        *_random_notes(config, random),
     ]
-    if not prompts:
+    if not (prompts or contexts):
         raise InputError("; ".join(_nothing_to_preserve(concepts, own) + notes))
     general = tuple(old for old in prompts if not old.concept)
-    return OldPrompts(general, tuple(old for old in prompts if old.concept), tuple(notes))
+    of_concepts = tuple(old for old in prompts if old.concept)
+    own_random, new_random = (None, contexts) if random is None or not contexts else (random, 0)
+    return OldPrompts(general, of_concepts, tuple(notes), own_random, new_random)
+
+
+def _random_count(config: PreserveConfig, random: RandomContexts | None) -> int:
+    """How many random contexts the run preserves; InputError if it cannot be as many as it was asked for."""
+    if random is None:
+        return RANDOM_CONTEXTS if config.random is None else config.random
+    count = len(random.kept)
+    if config.random not in (None, 0, count):
+        raise InputError(
+            f"--preserve_random {config.random}: {config.answers} holds {count} random contexts, which are recorded "
+            "once and kept; leave --preserve_random out to use them, or give 0 to preserve none"
+        )
+    return count if config.random is None else config.random
+
+
+def _random_notes(config: PreserveConfig, random: RandomContexts | None) -> list[str]:
+    if random is None or config.random != 0:
+        return []
+    return [f"not used from {config.answers}: its {len(random.kept)} random contexts (--preserve_random 0)"]
 
 
 def _nothing_to_preserve(concepts: Sequence[Entry], own: Entry) -> list[str]:
@@ -219,7 +320,8 @@ def _unused_notes(unused: Sequence[OldPrompt], concepts: Sequence[Entry], answer
 
 
 def _trained_notes(texts: Sequence[str]) -> list[str]:
-    return [f"not preserved, because this run trains it: {', '.join(sorted(texts))}"] if texts else []
+    shown = (text or "the empty prompt" for text in sorted(texts))
+    return [f"not preserved, because this run trains it: {', '.join(shown)}"] if texts else []
 
 
 def _concept_notes(
@@ -250,63 +352,22 @@ def _is_the_same(concept: Entry, entry: Entry) -> bool:
     return same and concept.is_slice_of(entry)
 
 
-def encoded(
-    prompts: Sequence[OldPrompt],
-    config: PreserveConfig,
-    model: WanConfig,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> list[OldPrompt]:
-    """The prompts, all of them encoded; the text encoder is freed afterwards.
-
-    Says which ones are too long, and so are cut like captions. InputError if earlier ones were encoded by another text
-    encoder.
-    """
-    if all(old.text_SD is not None for old in prompts):
-        return list(prompts)
-    text_encoder = load_text_encoder(
-        config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
-    )
-    if known := next((old for old in prompts if old.text_SD is not None), None):
-        _check_same_encoder(known, _encode(text_encoder, known.text), config)
-    texts = [_encode(text_encoder, old.text) if old.text_SD is None else old.text_SD for old in prompts]
-    for old in prompts:
-        if old.text_SD is None and (tokens := text_encoder.count_tokens(old.text)) > model.text_len:
-            say(f"note: {old.text[:60]!r} has {tokens} tokens; the model reads the first {model.text_len}")
-    del text_encoder
-    gc.collect()  # its memory is needed for the transformer
-    return [replace(old, text_SD=text_SD) for old, text_SD in zip(prompts, texts, strict=True)]
-
-
-def _encode(text_encoder: TextEncoder, text: str) -> Tensor:
-    """[S, D] on the CPU, in bf16 as text caches are."""
-    return text_encoder([text])[0].bfloat16().cpu()
-
-
-def _check_same_encoder(known: OldPrompt, again_SD: Tensor, config: PreserveConfig) -> None:
-    """In another precision or on another device, encodings by the same encoder differ by a few percent."""
-    kept_SD = known.text_SD
-    if again_SD.shape != kept_SD.shape or (again_SD - kept_SD).norm() > _SAME_ENCODER * kept_SD.norm():
-        raise InputError(
-            f"{config.answers} was recorded with another text encoder than --t5 {config.t5}: use that one, or leave "
-            "out --preserve_answers"
-        )
-
-
 def preserve_lines(preserved: Preservation | None, ledger: Sequence[Entry], own: Entry) -> list[str]:
     """What is preserved; if nothing is, though the model has learned other concepts, what that means for them."""
     if preserved is not None:
         when = "every step" if preserved.every == 1 else f"one step in {preserved.every}"
-        return [
-            f"preserves {len(preserved.general)} general prompts and {len(preserved.of_concepts)} prompts of concepts, "
-            f"on {when}, with weight {preserved.weight:g}"
-        ]
+        general = f"{len(preserved.general)} general prompts"
+        general = "the empty prompt" if _lists_nothing(preserved.general) else general
+        kinds = [general, f"{len(preserved.of_concepts)} prompts of concepts"]
+        if preserved.random:
+            kinds = [", ".join(kinds), f"{len(preserved.random.kept)} random contexts"]
+        return [f"preserves {' and '.join(kinds)}, on {when}, with weight {preserved.weight:g}"]
     beside = [entry for entry in ledger if not entry.overlaps(own)]
     if not beside:
         return []
     names = ", ".join(entry.name or "a concept without a name" for entry in beside)
     auto = any(entry.captions for entry in beside)
-    flags = "--preserve_prompts auto (and a file of prompts)" if auto else "--preserve_prompts with a file of prompts"
+    flags = "--preserve_prompts" if auto else "--preserve_prompts with a file of prompts"
     return [
         f"note: the model has learned {names}; this run does not change their slices, but it may change what the model "
         f"generates for them: {flags} preserves that"

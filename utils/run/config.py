@@ -93,6 +93,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     offload_block_inputs: bool = False  # to the host, between forward and backward
     swap: SwapConfig = field(default_factory=SwapConfig)
+    compile: bool = False  # the pointwise functions
     workers: int = 0
     persistent_workers: bool = False
     seed: int | None = None  # None: random

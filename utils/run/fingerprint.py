@@ -79,6 +79,8 @@ def deciding_settings(
         values["i2v_share"] = config.i2v_share
     if config.sample_batch is not None:
         values["sample_batch"] = config.sample_batch
+    if preserved.random_count:
+        values["preserve_random"] = preserved.random_count
     return {key: str(value) for key, value in values.items()}
 
 
@@ -90,6 +92,7 @@ def other_settings(config: TrainConfig, plan: TrainingPlan, dataset: TrainingDat
         "num_epochs": plan.epochs,
         "max_train_steps": plan.steps,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "compile": config.compile,
         "datasets": json.dumps(dataset.describe()),
         "sd_model_name": config.dit.name,
         "vae_name": config.vae.name if config.vae else "",

@@ -79,13 +79,13 @@ class Probe:
 
 
 def encode_probe(
-    t5: Path, tokenizer: Path | None, captions: Sequence[str], model: WanConfig, accelerator: Accelerator
+    t5: Path, tokenizer: Path | None, fp8: bool, captions: Sequence[str], model: WanConfig, accelerator: Accelerator
 ) -> list[Tensor]:
     """The captions, [S, D] each."""
     texts = [[]]
     if accelerator.is_main_process:  # the text encoder of 14B models takes 11 GB
         where = {"device": accelerator.device, "text_len": model.text_len, "text_dim": model.text_dim}
-        encoder = load_text_encoder(t5, tokenizer, **where)
+        encoder = load_text_encoder(t5, tokenizer, fp8=fp8, **where)
         texts = [[encoder([caption])[0].bfloat16().cpu() for caption in captions]]
     broadcast_object_list(texts)
     return texts[0]

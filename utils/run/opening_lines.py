@@ -44,8 +44,8 @@ def run_lines(run: Run, input_bytes: int, saving_lines: Sequence[str]) -> list[s
     return [*lines, *filter(None, [torchrun_line()])]
 
 
-def experts_lines(config: TrainConfig) -> list[str]:
-    """How two experts share the run."""
+def experts_lines(config: TrainConfig, asked: Sequence[TrainConfig]) -> list[str]:
+    """How two experts share the run, and what only one of them is given; `asked` are their own configs."""
     if (two := config.experts) is None:
         return []
     lines = [
@@ -54,6 +54,13 @@ def experts_lines(config: TrainConfig) -> list[str]:
     ]
     if "high" in config.dit.name.lower() and "low" in two.dit_high_noise.name.lower():
         lines.append("WARNING: by their names, --dit is the high-noise expert and --dit_high_noise the low-noise one")
+    for own in asked:
+        left_out = {
+            "--slices": config.slices and not own.slices,
+            "--preserve_answers": two.preserve_answers and own.preserve.answers is None,
+        }
+        flags = " and ".join(flag for flag, is_left_out in left_out.items() if is_left_out)
+        lines += [f"note: no file of the {own.expert} expert is in {flags}, so it trains without one"] if flags else []
     return lines
 
 

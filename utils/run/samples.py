@@ -55,6 +55,7 @@ class SampleConfig:
     lora_multipliers: tuple[float, ...] = ()
     loras_high_noise: tuple[Path, ...] = ()  # beside the high-noise expert, where two are trained
     lora_multipliers_high_noise: tuple[float, ...] = ()
+    fp8_t5: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,8 @@ def prepare_samples(
         say(line)
     vae = load_vae(config.vae, config.vae_dtype, "cpu", task.latents.channels)
     starts = encode_starts(samples, task, vae, config.clip, model.image_dim, device, say)
-    text_encoder = load_text_encoder(
-        config.t5, config.tokenizer, device=device, text_len=model.text_len, text_dim=model.text_dim
-    )
+    widths = {"text_len": model.text_len, "text_dim": model.text_dim}
+    text_encoder = load_text_encoder(config.t5, config.tokenizer, device=device, fp8=config.fp8_t5, **widths)
     for line in cut_lines(text_encoder, samples):
         say(line)
     texts = encode_samples(text_encoder, samples)

@@ -6,9 +6,9 @@ A state that was damaged or made by hand is refused before anything of it reache
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ LATEST = Path("latest")  # what --resume says for the newest state of its --outp
 _FORMAT = 5
 _FILE = "state.pt"
 # Settings that are left out where they are this, as all earlier versions did.
-_TOLD_IF_USED = {"fp8_base": "no", "sample_batch": "by size"}
+_TOLD_IF_USED = {"fp8_base": "no", "preserve_random": "0", "sample_batch": "by size"}
 _COUNTS = ("epoch", "batch", "step", "planned_steps")
 _TABLES = ("trained", "optimizer", "scheduler", "scaler")
 _KEYS = (*_COUNTS, *_TABLES, "losses")
@@ -119,10 +119,12 @@ def seed_of_state(resume: Path, save: SaveConfig) -> int | None:
     return int(seed) if seed.isdecimal() else None
 
 
-def no_state(save: SaveConfig) -> InputError:
-    """What --resume latest ends with where there is nothing to resume from."""
+def no_state(save: SaveConfig, names: Sequence[str] = ()) -> InputError:
+    """What --resume latest ends with where there is nothing to resume from; `names` are those of two experts."""
     advice = "leave it out to train from the first step"
-    if files_of(save):  # which stop a run that does not continue them
+    if any(
+        files_of(replace(save, name=name)) for name in names or [save.name]
+    ):  # which stop a run that does not continue them
         advice = (
             "choose another --output_name, or give --overwrite instead to delete its states, numbered saves and "
             "best slice and train again"

@@ -40,7 +40,7 @@ def backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_s
     targets = [Targets(noisy_BCFHW, sigma_B, t_B, context, target_BCFHW, given.to(device))]
     if preserves:
         of_prompts = [draw_generator(run.seed, "preserve", epoch, entry) for entry in batch["entries"]]
-        targets += run.preserved.draw(of_prompts, device)
+        targets += run.preserved.draw(of_prompts, device, first_item)
     losses = torch.zeros(2, device=device)
     for number, own in enumerate(targets):
         # One backward for each, so that one graph at a time is held.

@@ -10,9 +10,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.run.checks import Inputs
 from utils.run.config import TrainConfig
 from utils.run.experts import HIGH, LOW
+from utils.run.inputs import Inputs
 from utils.run.run import Place, Run
 from utils.run.samples import PreparedSamples, SampleConfig, due_after_epoch, due_after_step, save_drawn
 from utils.run.save_schedule import SaveConfig

@@ -37,6 +37,7 @@ class ValidationConfig:
     save_best: bool = False
     t5: Path | None = None  # None: no probe
     tokenizer: Path | None = None
+    fp8_t5: bool = False
 
     def is_due_after_step(self, step: int) -> bool:
         return bool(self.every_n_steps) and step % self.every_n_steps == 0

@@ -19,7 +19,7 @@ _FRAMES = ("first", "last")
 def pictures_taken(task: WanTask) -> tuple[int, int]:
     """The fewest and the most pictures that a sample of the task starts from."""
     fewest = task.conditions.pictures
-    return fewest, max(fewest, 1 if task.config.model_type == "ti2v" else 0)
+    return fewest, max(fewest, int(task.config.starts_from_latents))
 
 
 def check_pictures(
@@ -76,9 +76,10 @@ def size_like(task: WanTask, picture: tuple[int, int]) -> tuple[int, int]:
     """Wan's own size for a video that starts from a picture of this (width, height)."""
     width, height = picture
     step, longest = task.latents.pixel_multiple, LARGEST_SIDE + 1
-    most = math.prod(task.sizes[0] if task.config.model_type == "ti2v" else _WANS_SIZE)
+    is_ti2v = task.config.starts_from_latents
+    most = math.prod(task.sizes[0] if is_ti2v else _WANS_SIZE)
     wide, high = (math.isqrt(most * a // b) // step * step for a, b in ((width, height), (height, width)))
-    if task.config.model_type != "ti2v" or not wide or not high:
+    if not is_ti2v or not wide or not high:
         return min(wide, longest), min(high, longest)
     # Both are rounded down, so the other one may have room to grow: whichever is nearer to the picture's shape.
     sizes = ((most // high // step * step, high), (wide, most // wide // step * step))

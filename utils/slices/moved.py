@@ -1,7 +1,7 @@
 """How far each matrix's slice has moved from the base: from slice files, or from checkpoints that hold the slices."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,18 +29,32 @@ class MatrixChange:
     ratio: float
 
 
-def changes_of(chains: list[Chain], base: Path) -> dict[Entry, list[MatrixChange]]:
-    """For each concept of this base that a slice file or a checkpoint holds, its change in every matrix.
+def changes_of(chains: Sequence[Chain], bases: Sequence[Path]) -> dict[Entry, list[MatrixChange]]:
+    """For each concept on one of the bases that a slice file or a checkpoint holds, its change in every matrix.
 
-    InputError if a file holds a slice that was trained on another base.
+    InputError if no concept was trained on one of the bases, or if two of them are one.
     """
-    header = read_checkpoint_header(base)
-    identity = base_identity(header.files)
     concepts = [concept for chain in chains for concept in chain.concepts]
+    headers: dict[str, CheckpointHeader] = {}
+    for base in bases:
+        header = read_checkpoint_header(base)
+        identity = base_identity(header.files)
+        if identity in headers:
+            raise InputError(
+                f"{base} and {headers[identity].files[0]} are one base at different stages: name the first"
+            )
+        if concepts and not any(concept.entry.base in (None, identity) for concept in concepts):
+            first = f"{concepts[0].entry.label} in {concepts[0].files[0].path}"
+            others = ", nor of any of the other concepts" if len(concepts) > 1 else ""
+            raise InputError(f"{base} is not the base of {first}{others}")
+        headers[identity] = header
+    only = next(iter(headers.values())) if len(headers) == 1 else None  # also for files that record no base
+    found = {}
     for concept in concepts:
-        if concept.entry.base not in (None, identity):
-            raise InputError(f"{base} is not the base of {concept.entry.label} in {concept.files[0].path}")
-    return {c.entry: found for c in concepts if (found := _changes(c, header)) is not None}
+        header = headers.get(concept.entry.base, only if concept.entry.base is None else None)
+        if header and (changes := _changes(concept, header)) is not None:
+            found[concept.entry] = changes
+    return found
 
 
 def _changes(concept: Concept, base: CheckpointHeader) -> list[MatrixChange] | None:

@@ -141,6 +141,7 @@ def read_below(
     compute_dtype: torch.dtype,
     continue_slice: bool = False,
     allow_overlap: bool = False,
+    is_expert: bool = False,
 ) -> SlicesOnBase:
     """The slices of --slices on --dit, below slice `own`, which is to be trained in `compute_dtype`.
 
@@ -150,9 +151,12 @@ def read_below(
     source = " with ".join(map(str, [dit, *paths]))
     same = [entry for entry in below.entries if entry.is_slice_of(own)]
     if continue_slice and not same:
+        advice = "leave it out to begin"
+        if is_expert:  # the other one may hold it, and would be refused without --continue_slice
+            advice = "leave it out if neither expert does, else give the checkpoints or slice files of both"
         raise InputError(
             f"--continue_slice: {source} does not hold ff {own.ff} ffid {own.ffid} "
-            f"(it holds {list_of([entry.label for entry in below.entries]) or 'no slice'}); leave it out to begin"
+            f"(it holds {list_of([entry.label for entry in below.entries]) or 'no slice'}); {advice}"
         )
     if not allow_overlap:
         others = [entry for entry in below.entries if not (continue_slice and entry.is_slice_of(own))]

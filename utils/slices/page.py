@@ -1,13 +1,9 @@
 """The report on slices as one page of HTML that needs nothing else: no network, no server, no script."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.files import readable
 from utils.slices.figures import heat_map, hue, ids_figure
@@ -15,12 +11,12 @@ from utils.slices.ledger import Entry
 from utils.slices.listing import ListedFile
 from utils.slices.overlaps import ids_line, overlapping
 from utils.slices.report import Chain, Concept
+from utils.slices.thumbnails import thumbnail
 from wan.errors import InputError
 
 if TYPE_CHECKING:
     from utils.slices.moved import MatrixChange
 
-_PICTURE = 320  # pixels of the longer side
 _MOST_SHARES = 8  # lines of ids
 _MOST_OVERLAPS = 50
 _STYLE = """
@@ -50,12 +46,18 @@ details{margin:.4rem 0}summary{cursor:pointer;color:var(--soft)}
 """
 
 
-def write_page(path: Path, text: str, overwrite: bool) -> None:
-    """Writes the page; InputError if `path` is not a name for one, or exists and is to be kept."""
+def check_name(path: Path, overwrite: bool) -> None:
+    """InputError if `path` is not a name for a page in a folder, or exists and is to be kept."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{path} is not a name for a page: it must end in .html")
     if path.exists() and not overwrite:
         raise InputError(f"{path} already exists: choose another output, or add --overwrite to replace it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes the page; InputError if the disk does not take it."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -67,7 +69,7 @@ def page(
     chains: Sequence[Chain],
     changes: Mapping[Entry, Sequence["MatrixChange"]] | None,
 ) -> str:
-    """The whole page; `changes` are those of the concepts on --base, None if it was not given."""
+    """The whole page; `changes` are those of the concepts on the bases, None if none were given."""
     count = sum(len(chain.concepts) for chain in chains)
     title = f"{count} concept{'' if count == 1 else 's'} in {len(files)} file{'' if len(files) == 1 else 's'}"
     body = [f"<h1>{title}</h1>"]
@@ -75,7 +77,7 @@ def page(
         body.append('<p class="soft">Add --base to see where in the model values moved.</p>')
     for chain in chains:
         if chain.concepts:
-            body += _chain(chain, changes or {})
+            body += _chain(chain, changes)
     body += _files(files)
     return "\n".join(
         [
@@ -89,7 +91,8 @@ def page(
     )
 
 
-def _chain(chain: Chain, changes: Mapping[Entry, Sequence["MatrixChange"]]) -> list[str]:
+def _chain(chain: Chain, known: Mapping[Entry, Sequence["MatrixChange"]] | None) -> list[str]:
+    changes = known or {}
     entries = [concept.entry for concept in chain.concepts]
     base = f"On base {chain.base[:12]}" if chain.base else "On an unknown base"
     lines = [f"<h2>{base}</h2>", *_ids(entries), *_overlaps(entries)]
@@ -100,6 +103,8 @@ def _chain(chain: Chain, changes: Mapping[Entry, Sequence["MatrixChange"]]) -> l
             '<p class="soft">In the maps, the full colour is a change of '
             f"{100 * largest:.3g} % of the norm of the start values, the same for all concepts.</p>"
         )
+    elif known is not None:
+        lines.append('<p class="soft">No maps here: add its base to --base, and slice files or checkpoints.</p>')
     for number, concept in enumerate(chain.concepts):
         lines += _concept(number, concept, changes.get(concept.entry), largest)
     return lines
@@ -150,23 +155,7 @@ def _captions(captions: Sequence[str]) -> list[str]:
 def _pictures(paths: Sequence[Path]) -> list[str]:
     if not paths:
         return []
-    return ['<div class="pictures">', *(_picture(path) for path in paths), "</div>"]
-
-
-def _picture(path: Path) -> str:
-    """A small copy of the picture, embedded; its name where it cannot be read."""
-    name = escape(path.name, quote=True)
-    try:
-        with Image.open(path) as picture:
-            small = ImageOps.exif_transpose(picture)
-            small.thumbnail((_PICTURE, _PICTURE))
-            stored = io.BytesIO()
-            small.convert("RGB").save(stored, "JPEG", quality=88)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return f'<p class="soft">{name} cannot be read</p>'
-    data = base64.b64encode(stored.getvalue()).decode()
-    size = f'width="{small.width}" height="{small.height}"'
-    return f'<img src="data:image/jpeg;base64,{data}" {size} alt="{name}" title="{name}">'
+    return ['<div class="pictures">', *map(thumbnail, paths), "</div>"]
 
 
 def _files(files: Sequence[ListedFile]) -> list[str]:
