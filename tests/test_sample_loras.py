@@ -190,6 +190,6 @@ def test_flags_that_do_nothing_or_name_no_file_are_refused(folder, monkeypatch, 
 
 def test_a_lora_of_another_model_is_refused_before_the_model_loads(folder, tmp_path, monkeypatch):
     save_file({"lora_unet_down_blocks_0_proj.lora_down.weight": torch.ones(4, 4)}, tmp_path / "a.safetensors")
-    monkeypatch.setattr("utils.training.load_with_slices", None)
+    monkeypatch.setattr("utils.run.preparing.load_with_slices", None)
     with pytest.raises(InputError, match="it is one of Stable Diffusion"):
         run(folder, *sampling(folder, "--sample_at_first", "--sample_lora", str(tmp_path / "a.safetensors")))
