@@ -6,6 +6,7 @@ Writes two_characters.png (a row for each checkpoint, a column for each prompt),
 """
 
 import argparse
+import importlib
 import random
 import shlex
 import subprocess
@@ -75,10 +76,16 @@ def main() -> None:
 
 
 def _run(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> None:
-    """Prints the command that a user would type to run one of the scripts, and runs it."""
+    """Prints the command that a user would type to run one of the scripts, and runs it.
+
+    Without a launcher in this process, since importing the libraries anew would take longer than the work.
+    """
     arguments = [str(ROOT / script), *map(str, flags)]
     print(f"\n$ {'accelerate launch' if launcher else 'python'} {shlex.join([*launcher[2:], *arguments])}", flush=True)
-    subprocess.run([sys.executable, *launcher, *arguments], check=True)
+    if launcher:
+        subprocess.run([sys.executable, *launcher, *arguments], check=True)
+    else:
+        importlib.import_module(script.removesuffix(".py")).main(arguments[1:])
 
 
 def _write_pictures(name: str, folder: Path) -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from one_sample import sample_prompt
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,8 @@ from tiny_chain import LEFT
 
 from utils import generation
 from utils.cli.generate import parse_generate
-from utils.sampling.denoising import decode_latent, encode_samples, resolve_sample, sample_prompt
+from utils.sampling.batches import decode_latents
+from utils.sampling.denoising import encode_samples, resolve_sample
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.writers import to_frames
 from utils.selective_finetune import attach_slice
@@ -179,7 +181,8 @@ def test_a_seed_gives_the_picture_that_training_samples_show(files, tmp_path):
     sample = resolve_sample(prompt, TASKS["t2v-14B"], seed=0)
     texts = encode_samples(load_text_encoder(files / "t5.safetensors"), [sample])
     latent = sample_prompt(load_dit(files / "dit.safetensors"), sample, texts, "cpu")
-    wanted = to_frames(decode_latent(load_vae(files / "vae.safetensors"), latent))[0]
+    [video] = decode_latents(load_vae(files / "vae.safetensors"), [latent])
+    wanted = to_frames(video)[0]
     assert np.array_equal(made(files, tmp_path, "--negative_prompt", "dark"), wanted)
 
 
@@ -337,7 +340,10 @@ def test_a_random_seed_is_printed_and_makes_the_picture_again(files, tmp_path, c
         (["--device", "warp"], "warp is not a device"),
         (["--device", "cuda:99"], "cuda:99 does not exist"),
         (["--vae_dtype", "int3"], "int3 is not one of"),
-        (["--lora_weight", "a.safetensors"], "--lora_weight is not supported: .*--dit"),
+        (["--lora_weight", "a.safetensors"], "--lora_weight a.safetensors does not exist"),
+        (["--lora_multiplier", "2"], "--lora_multiplier has no effect without --lora_weight"),
+        (["--lora_weight_high_noise", "a.safetensors"], "give --dit_high_noise too, or use --lora_weight"),
+        (["--lycoris"], "--lycoris is not supported: only ordinary LoRAs"),
         (["--fp8_fast"], "--fp8_fast is not supported: .*--fp8 --fp8_scaled"),
         (["--fp8_scaled"], "--fp8_scaled has no effect without --fp8"),
         (["--interactive"], "not allowed with"),

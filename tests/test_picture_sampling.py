@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
+from one_sample import sample_prompt
 from PIL import Image
 from test_picture_models import diffusers_model
 from test_sampling import WansOwnSigmas
 from tiny_pictures import CONFIGS, PICTURE_TASKS, SIZE, clip_of, tiny_model, vae_of, write_models, write_picture
 
 from utils.pixels.pictures import read_image
-from utils.sampling.denoising import Denoising, initial_noise, resolve_sample, sample_prompt, size_line
+from utils.sampling.denoising import Denoising, initial_noise, resolve_sample, size_line
 from utils.sampling.picture_rules import sample_size, size_like
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.starts import encode_starts
@@ -97,7 +98,8 @@ def test_the_clean_first_frame_is_what_the_model_sees_before_every_step_at_times
     latent_CFHW = sample_prompt(model, sample, TEXTS, "cpu", start=start)
     assert torch.equal(latent_CFHW[:, :1], start.clean_BCFHW[0])
     assert len(seen) == 2 * sample.steps and all(torch.equal(first, start.clean_BCFHW) for first, _ in seen)
-    assert all((t[0, :2] == 0).all() and (t[0, 2:] > 0).all() and t.shape == (1, 4) for _, t in seen)
+    of_tokens = [times.values_U[times.numbers_BL] for _, times in seen]
+    assert all((t[0, :2] == 0).all() and (t[0, 2:] > 0).all() and t.shape == (1, 4) for t in of_tokens)
 
 
 def test_without_a_picture_ti2v_makes_a_video_of_noise_alone(folder):

@@ -7,15 +7,15 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from one_sample import sample_prompt
 
+from utils.sampling.batches import advance
 from utils.sampling.denoising import (
     Denoising,
-    advance,
     encode_samples,
     initial_noise,
     make_scheduler,
     resolve_sample,
-    sample_prompt,
 )
 from utils.sampling.prompts import SamplePrompt
 from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig
@@ -118,9 +118,9 @@ def test_two_experts_change_at_the_boundary_with_their_own_guidance():
     high, low, sample = make_model(0), make_model(1), sample_of(guidance_scale=3.0)
     wanted = pipeline_latents(sample, high, low, guidance_high=4.0, boundary=0.7)
     denoising = Denoising(sample)
-    advance(denoising, high, 4.0, TEXTS, "cpu", t_end=700)
+    advance([denoising], high, 4.0, TEXTS, "cpu", t_end=700)
     assert 0 < denoising.done < sample.steps
-    advance(denoising, low, 3.0, TEXTS, "cpu")
+    advance([denoising], low, 3.0, TEXTS, "cpu")
     torch.testing.assert_close(denoising.latent_CFHW, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(denoising.latent_CFHW, sample_prompt(low, sample, TEXTS, "cpu"), atol=1e-3)
 

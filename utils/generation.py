@@ -19,14 +19,13 @@ from tqdm import tqdm
 from utils.devices import cpu_line
 from utils.files import file_name
 from utils.sampling import writers
+from utils.sampling.batches import advance, decode_latents
 from utils.sampling.defaults import SampleDefaults, read_sample_defaults
 from utils.sampling.denoising import (
     TIMESTEPS,
     Denoising,
     Sample,
-    advance,
     cut_lines,
-    decode_latent,
     encode_samples,
     resolve_sample,
     size_line,
@@ -36,6 +35,8 @@ from utils.sampling.prompts import SamplePrompt, parse_prompt_line
 from utils.sampling.sample_metadata import picture_names, sample_settings, settings_of_latent
 from utils.sampling.starts import encode_starts
 from utils.slice_saving import base_identity
+from utils.slices.lora_files import LoraFile, read_loras
+from utils.slices.loras_beside import lora_bytes_beside, lora_lines, loras_beside
 from utils.slices.on_base import SliceFile, SlicesOnBase, read_slice_file, slices_on_base
 from utils.slices.overlay import load_with_slices
 from utils.swap.memory_checks import check_memory
@@ -71,6 +72,10 @@ class GenerateConfig:
     dit_high_noise: Path | None
     slices: tuple[Path, ...]  # each goes on top of the DiT that it was trained on
     slice_strengths: tuple[float, ...]
+    loras: tuple[Path, ...]  # beside dit
+    lora_multipliers: tuple[float, ...]
+    loras_high_noise: tuple[Path, ...]  # beside dit_high_noise
+    lora_multipliers_high_noise: tuple[float, ...]
     vae: Path | None
     t5: Path | None
     fp8_t5: bool
@@ -80,6 +85,7 @@ class GenerateConfig:
     boundary: float | None  # share of the timesteps above which dit_high_noise works
     guidance_scale_high: float | None  # None: what dit_high_noise suggests, else the task's
     swap: SwapConfig
+    batch: int | None  # latents in a pass through the model; None: by their size
     device: torch.device
     dit_dtype: torch.dtype | None  # None: the file's
     vae_dtype: torch.dtype
@@ -92,6 +98,8 @@ class _Expert:
 
     path: Path
     slices: SlicesOnBase
+    loras: tuple[LoraFile, ...]
+    swap: SwapConfig
     dtype: torch.dtype
     mapped: bool  # its weights on the CPU are the file's own bytes
     widths: WanConfig
@@ -126,9 +134,11 @@ def generate(config: GenerateConfig, say: Callable[[str], None]) -> list[Path]:
 
 def _read_experts(config: GenerateConfig, say: Callable[[str], None]) -> list[_Expert]:
     slices = _slices_by_dit(config)
-    experts = [_read_expert(config, config.dit, slices, say)]
+    loras = config.loras, config.lora_multipliers
+    experts = [_read_expert(config, config.dit, slices, loras, say)]
     if config.dit_high_noise is not None:
-        high = _read_expert(config, config.dit_high_noise, slices, say)
+        loras = config.loras_high_noise, config.lora_multipliers_high_noise
+        high = _read_expert(config, config.dit_high_noise, slices, loras, say)
         scales = (config.guidance_scale_high, high.defaults.guidance_scale, TASKS[config.task].guidance_scale_high)
         guidance_scale = next((scale for scale in scales if scale is not None), None)
         experts.insert(0, replace(high, guidance_scale=guidance_scale, t_end=config.boundary * TIMESTEPS))
@@ -155,6 +165,7 @@ def _read_expert(
     config: GenerateConfig,
     path: Path,
     slices: Mapping[Path, Sequence[tuple[SliceFile, float]]],
+    loras: tuple[Sequence[Path], Sequence[float]],
     say: Callable[[str], None],
 ) -> _Expert:
     header = read_checkpoint_header(path)
@@ -165,18 +176,25 @@ def _read_expert(
     if fp8 and is_fp8(header):
         raise InputError(f"{path} is stored in fp8, and --fp8 rounds bf16, fp16 and fp32 files: leave out --fp8")
     mapped = bool(fp8) or file_dtype(header) == dtype
-    check_swap(widths, dtype, config.device, config.swap, mapped)
+    beside = read_loras(*loras, widths)
+    swap = _without(config.swap, lora_bytes_beside(beside, dtype))
+    check_swap(widths, dtype, config.device, swap, mapped)
     lighter = "use a bf16 file" if is_fp8(header) else "leave out --dit_dtype"
     lighter = "use --host_weights mapped instead of --fp8" if fp8 else lighter
-    check_memory(header, widths, dtype, config.device, config.swap, f"{lighter}, so that the weights are read in place")
+    check_memory(header, widths, dtype, config.device, swap, f"{lighter}, so that the weights are read in place")
     own = slices_on_base(header, [file for file, _ in slices[path]], [strength for _, strength in slices[path]])
     with_slices = "".join(f", with {entry.label}" for entry in own.entries)
     rounded = f", block matrices rounded to {FP8_TEXTS[fp8]}" if fp8 else ""
     say(f"{path}: computes in {str(dtype).removeprefix('torch.')}{rounded}{with_slices}")
     defaults = read_sample_defaults(header.metadata, path)
-    for line in [*own.notes, *defaults.lines(path)]:
+    for line in [*own.notes, *lora_lines(beside), *defaults.lines(path)]:
         say(line)
-    return _Expert(path, own, dtype, mapped, widths, defaults, PLAIN, guidance_scale=None, t_end=0.0)
+    return _Expert(path, own, beside, swap, dtype, mapped, widths, defaults, PLAIN, guidance_scale=None, t_end=0.0)
+
+
+def _without(swap: SwapConfig, taken: int) -> SwapConfig:
+    """What is left for the weights of a model when something else has taken `taken` bytes of the device."""
+    return swap if swap.weights_vram is None else replace(swap, weights_vram=swap.weights_vram - taken)
 
 
 def _compile(expert: _Expert, device: torch.device) -> _Expert:
@@ -278,14 +296,15 @@ def _run_expert(
         return
     model, overlays = load_with_slices(expert.path, expert.dtype, expert.slices, bool(config.swap.fp8))
     use_pointwise(model, expert.pointwise)
-    with place_model(model, config.device, config.swap, loaded=LoadedWeights(expert.mapped, overlays)) as placement:
+    loaded = LoadedWeights(expert.mapped, overlays)
+    with (
+        place_model(model, config.device, expert.swap, loaded=loaded) as placement,
+        loras_beside(model, expert.loras, config.device),
+    ):
         with tqdm.external_write_mode():
             say(memory_line(placement, config.device))
-        for denoising in denoisings:
-            guidance_scale = expert.guidance_scale
-            if guidance_scale is None:
-                guidance_scale = denoising.sample.guidance_scale
-            advance(denoising, model, guidance_scale, texts, config.device, expert.t_end, on_step, str(expert.path))
+        scale, source = expert.guidance_scale, str(expert.path)
+        advance(denoisings, model, scale, texts, config.device, config.batch, expert.t_end, on_step, source)
 
 
 def _save_all(
@@ -305,9 +324,10 @@ def _save_all(
             paths.append(writers.save_latent(path, denoising.latent_CFHW, metadata))
     if config.output_type != "latent":
         vae.to(config.device)
+        videos = decode_latents(vae, [denoising.latent_CFHW for denoising in denoisings])
         paths += [
-            _save_decoded(config, vae, denoising.latent_CFHW, stem, _settings(denoising.sample, experts))
-            for stem, denoising in zip(stems, denoisings, strict=True)
+            _save_video(config, vae, video_3THW, stem, _settings(denoising.sample, experts))
+            for stem, denoising, video_3THW in zip(stems, denoisings, videos, strict=True)
         ]
         vae.to("cpu")
     for path in paths:
@@ -354,13 +374,14 @@ def _settings(sample: Sample, experts: Sequence[_Expert]) -> dict[str, object]:
         model=low.path.stem,
         model_high_noise=high[0].path.stem if high else None,
         slices=[entry.label for expert in experts for entry in expert.slices.entries],
+        loras=[file.label for file in low.loras],
+        loras_high_noise=[file.label for expert in high for file in expert.loras],
     )
 
 
-def _save_decoded(
-    config: GenerateConfig, vae: WanVAE, latent_CFHW: Tensor, stem: str, settings: Mapping[str, object]
+def _save_video(
+    config: GenerateConfig, vae: WanVAE, video_3THW: Tensor, stem: str, settings: Mapping[str, object]
 ) -> Path:
-    video_3THW = decode_latent(vae, latent_CFHW)
     if not config.write_metadata:
         settings = writers.NO_SETTINGS
     if config.output_type in _FRAME_OUTPUTS:
@@ -374,10 +395,10 @@ def _decode_latent_files(config: GenerateConfig, say: Callable[[str], None]) -> 
     vae = _vae_of_latents(config, {len(latent_CFHW) for latent_CFHW, _ in loaded})
     writers.remove_unfinished(config.save_path)
     stems = _free_stems(config.save_path, [file_name(metadata.get("seeds", "0")) for _, metadata in loaded])
-    paths = []
-    for source, stem, (latent_CFHW, metadata) in zip(config.latent_paths, stems, loaded, strict=True):
+    paths, videos = [], decode_latents(vae, [latent_CFHW for latent_CFHW, _ in loaded])
+    for source, stem, (_, metadata), video_3THW in zip(config.latent_paths, stems, loaded, videos, strict=True):
         settings = settings_of_latent(metadata)
-        paths.append(_save_decoded(config, vae, latent_CFHW, file_name(f"{stem}_{source.stem}"), settings))
+        paths.append(_save_video(config, vae, video_3THW, file_name(f"{stem}_{source.stem}"), settings))
         say(f"saved {paths[-1]}")
     return paths
 

@@ -211,12 +211,12 @@ def add_fp8_t5(add: Callable) -> None:
     )
 
 
-def one_strength_each(strengths: Sequence[float] | None, slices: int, flag: str) -> list[float]:
+def one_strength_each(strengths: Sequence[float] | None, count: int, flag: str, what: str = "slices") -> list[float]:
     """One strength for each slice, from none (all 1), one for all, or as many; InputError names the flag."""
     given = list(strengths or [1.0])
-    if len(given) != 1 and len(given) != slices:
-        raise InputError(f"{flag} {' '.join(map(str, given))}: give one number, or one for each of the {slices} slices")
-    return given * slices if len(given) == 1 else given
+    if len(given) != 1 and len(given) != count:
+        raise InputError(f"{flag} {' '.join(map(str, given))}: give one number, or one for each of the {count} {what}")
+    return given * count if len(given) == 1 else given
 
 
 INTERRUPTED = 130  # exit code of a run that Ctrl-C or another signal stopped

@@ -19,6 +19,7 @@ from utils.cli.command import (
     refuse_flags,
     task,
 )
+from utils.cli.sampling_flags import GENERATION_LORAS, add_batch_flag, add_lora_flags, read_loras
 from utils.cli.swap_flags import add_compile_flag, add_swap_flags, read_swap
 from utils.cli.unsupported import GENERATION
 from utils.devices import default_device
@@ -48,6 +49,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
     defaults = _prompt_defaults(flags, task)
     _check_combinations(flags, task)
     prompts = _prompts(flags, defaults, task)
+    (loras, multipliers), (loras_high, multipliers_high) = (read_loras(flags, own) for own in GENERATION_LORAS)
     for prompt in prompts:
         check_vae(prompt, flags.vae)
     return GenerateConfig(
@@ -63,6 +65,10 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         dit_high_noise=flags.dit_high_noise,
         slices=tuple(existing_file(path, "--slices") for path in flags.slices),
         slice_strengths=_slice_strengths(flags),
+        loras=loras,
+        lora_multipliers=multipliers,
+        loras_high_noise=loras_high,
+        lora_multipliers_high_noise=multipliers_high,
         vae=_file(flags.vae, "--vae"),
         t5=_file(flags.t5, "--t5"),
         fp8_t5=flags.fp8_t5,
@@ -72,6 +78,7 @@ def parse_generate(argv: Sequence[str] | None) -> GenerateConfig:
         boundary=_boundary(flags, task),
         guidance_scale_high=flags.guidance_scale_high_noise,
         swap=read_swap(flags, "--fp8"),
+        batch=flags.sample_batch,
         device=flags.device or default_device(),
         dit_dtype=flags.dit_dtype,
         vae_dtype=flags.vae_dtype,
@@ -151,6 +158,7 @@ def _add_files(parser: Parser) -> None:
         metavar="STRENGTH",
         help="one strength for all slices, or one for each; 1 is as trained (default: 1)",
     )
+    add_lora_flags(add, GENERATION_LORAS)
     add(
         "--vae",
         type=Path,
@@ -233,6 +241,7 @@ def _add_sampling(parser: Parser) -> None:
         default="unipc",
         help="the sampler; vanilla is Euler's method (default: %(default)s)",
     )
+    add_batch_flag(add)
     add("--seed", type=number(SEED), metavar="N", help="seed of the noise (default: random, and printed)")
     add("--cpu_noise", action="store_true", help="accepted for compatibility: noise is always drawn on the CPU")
 
@@ -324,8 +333,8 @@ def _check_latents(flags: argparse.Namespace) -> None:
     """Nothing is asked for that cannot happen where saved latents are decoded."""
     if flags.latent_path and flags.output_type in _LATENT_OUTPUTS:
         raise InputError(f"--output_type {flags.output_type} would only copy --latent_path; use video or images")
-    for flag in (*_PICTURES, "--clip", "--compile"):
-        if flags.latent_path and getattr(flags, flag[2:]) not in (None, False):
+    for flag in (*_PICTURES, "--clip", "--compile", "--lora_weight", "--lora_weight_high_noise"):
+        if flags.latent_path and getattr(flags, flag[2:]):
             raise InputError(f"{flag} has no effect on --latent_path, whose files are decoded; leave it out")
 
 
@@ -336,6 +345,8 @@ def _check_combinations(flags: argparse.Namespace, task: WanTask) -> None:
     ):
         if value is not None and flags.dit_high_noise is None:
             raise InputError(f"{name} is for two experts: give --dit_high_noise too, or leave it out")
+    if flags.lora_weight_high_noise and flags.dit_high_noise is None:
+        raise InputError("--lora_weight_high_noise is for two experts: give --dit_high_noise too, or use --lora_weight")
     if flags.dit_high_noise is not None and task.boundary is None and flags.timestep_boundary is None:
         two = " or ".join(name for name, other in TASKS.items() if other.boundary is not None)
         raise InputError(f"--dit_high_noise with --task {task.name} needs --timestep_boundary (or --task {two})")

@@ -11,6 +11,7 @@ from utils.cli.config_file import flags_of_file
 from utils.cli.expert_flags import has_states, names_of, read_experts
 from utils.cli.learning_flags import read_optimizer, read_schedule, read_timesteps
 from utils.cli.log_flags import read_log
+from utils.cli.sampling_flags import SAMPLE_LORAS, read_loras
 from utils.cli.swap_flags import read_swap
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
@@ -45,6 +46,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     _check_text(flags)
     _check_slice(flags)
     _check_required(flags)
+    _check_batch(flags)
     save, dataset = _save(flags), _dataset(flags, flags.dataset_config)
     return TrainConfig(
         task=flags.task,
@@ -60,6 +62,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         metadata=_metadata(flags),
         log=read_log(flags),
         samples=_samples(flags),
+        sample_batch=flags.sample_batch,
         preserve=_preserve(flags),
         validation=_validation(flags, dataset),
         i2v_share=_i2v_share(flags, dataset),
@@ -143,6 +146,14 @@ def _check_required(flags: Namespace) -> None:
         )
 
 
+def _check_batch(flags: Namespace) -> None:
+    used = [flags.sample_prompts, flags.preserve_prompts, flags.preserve_answers]
+    if flags.sample_batch is not None and not any(used):
+        raise InputError(
+            f"--sample_batch {flags.sample_batch} has no effect without --sample_prompts or --preserve_prompts"
+        )
+
+
 def _dataset(flags: Namespace, path: Path) -> DatasetConfig:
     task = TASKS[flags.task]
     return read_dataset_config(path, task.latents, task.conditions)
@@ -178,7 +189,8 @@ def _has_clips(dataset: AnyDataset) -> bool:
 def _inputs(flags: Namespace) -> tuple[Path, ...]:
     named = [flags.dataset_config, flags.vae, flags.t5, flags.tokenizer, flags.sample_prompts]
     named += [flags.validation_dataset_config, flags.clip, *(flags.preserve_answers or [])]
-    named += [*flags.slices, *map(Path, flags.preserve_prompts or []), flags.config_file, flags.log_tracker_config]
+    named += [*flags.slices, *flags.sample_lora, *flags.sample_lora_high_noise, flags.config_file]
+    named += [*map(Path, flags.preserve_prompts or []), flags.log_tracker_config]
     return tuple(path for path in named if path)
 
 
@@ -248,7 +260,11 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         "--sample_at_first": flags.sample_at_first,
     }
     given = [flag for flag, value in turns.items() if value]
+    (loras, multipliers), (loras_high, multipliers_high) = (read_loras(flags, own) for own in SAMPLE_LORAS)
+    if loras_high and flags.dit_high_noise is None:
+        raise InputError("--sample_lora_high_noise is for two experts: give --dit_high_noise too, or use --sample_lora")
     if flags.sample_prompts is None:
+        given += ["--sample_lora"] if loras or loras_high else []
         if given:
             raise InputError(f"{given[0]} needs --sample_prompts, a file of prompts")
         return None
@@ -268,6 +284,11 @@ def _samples(flags: Namespace) -> SampleConfig | None:
         every_n_epochs=flags.sample_every_n_epochs,
         every_n_steps=flags.sample_every_n_steps,
         at_first=flags.sample_at_first,
+        batch=flags.sample_batch,
+        loras=loras,
+        lora_multipliers=multipliers,
+        loras_high_noise=loras_high,
+        lora_multipliers_high_noise=multipliers_high,
     )
 
 
@@ -330,6 +351,7 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         weight=weight,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
+        batch=flags.sample_batch,
         fp8_t5=flags.fp8_t5,
     )
 

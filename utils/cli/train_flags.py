@@ -8,6 +8,7 @@ import torch
 from utils.cli.command import DTYPES, add_fp8_t5, dtype, number, task
 from utils.cli.expert_flags import add_expert_flags
 from utils.cli.learning_flags import add_learning_flags
+from utils.cli.sampling_flags import SAMPLE_LORAS, add_batch_flag, add_lora_flags
 from utils.cli.swap_flags import add_compile_flag, add_swap_flags
 from utils.preserve.answers import MOST_CONTEXTS
 from utils.preserve.old_prompts import RANDOM_CONTEXTS
@@ -337,6 +338,8 @@ def _add_samples(parser: ArgumentParser) -> None:
             help=f"draw samples every N {unit} (default: off)",
         )
     add("--sample_at_first", action="store_true", help="draw samples before the first step too (default: off)")
+    add_lora_flags(add, SAMPLE_LORAS)
+    add_batch_flag(add, "; also of the reference predictions that a run records")
     add(
         "--vae_dtype",
         type=dtype,

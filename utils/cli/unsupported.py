@@ -36,7 +36,9 @@ TRAINING = {
 }
 
 
-_NO_LORA = "LoRA files cannot be loaded; give slice files to --slices, or a whole checkpoint to --dit"
+_WHOLE_LORA = "a LoRA of --lora_weight is used as a whole; leave it out"
+_NO_LYCORIS = "only ordinary LoRAs (up and down matrices) can be loaded, with --lora_weight"
+_NO_MERGING = "LoRAs are computed beside the model and not merged into it; leave it out"
 _NO_FP8 = "the computation is in 16 or 32 bits; weights are kept in fp8 with --fp8 --fp8_scaled"
 _NO_CONTROL = "models with control videos are not supported, nor is video-to-video; leave it out"
 _NO_ONE_FRAME = (
@@ -45,10 +47,9 @@ _NO_ONE_FRAME = (
 _ONE_GUIDANCE = "guidance is the same in every step and layer; set its strength with --guidance_scale"
 
 _GENERATION_TOGETHER = {
-    _NO_LORA: (
-        *("--lora_weight", "--lora_multiplier", "--lora_weight_high_noise", "--lora_multiplier_high_noise"),
-        *("--include_patterns", "--exclude_patterns", "--lycoris", "--save_merged_model"),
-    ),
+    _WHOLE_LORA: ("--include_patterns", "--exclude_patterns"),
+    _NO_LYCORIS: ("--lycoris",),
+    _NO_MERGING: ("--save_merged_model",),
     _NO_FP8: ("--fp8_fast",),
     _NO_CONTROL: ("--video_path", "--control_path"),
     _NO_ONE_FRAME: ("--one_frame_inference", "--control_image_path", "--control_image_mask_path"),

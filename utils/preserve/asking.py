@@ -7,9 +7,10 @@ Shapes: B batch, C latent channels, F H W latent frames, height, width, S text t
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby, islice
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from utils.preserve.old_prompts import (
     old_prompts,
 )
 from utils.preserve.random_contexts import MOST_TOKENS, DrawnContexts, TokenStatistics, first_texts
+from utils.sampling.batches import rows_together
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import Entry
 from wan.configs import WanConfig
@@ -322,7 +324,7 @@ def keep_answers(
             "move the file, or give --overwrite to replace it"
         )
     else:
-        _record(plan, model, accelerator, run, say)
+        _record(plan, model, accelerator, config.batch, run, say)
     accelerator.wait_for_everyone()
     recorded = read_answers(plan.path, plan.model.base, model.config)
     general = tuple(old for old in recorded.prompts if old.concept is None)
@@ -330,9 +332,16 @@ def keep_answers(
     return Preservation(general, of_concepts, config.every, config.weight, plan.most_values, recorded.random)
 
 
-def _record(plan: AskingPlan, model: WanModel, accelerator: Accelerator, run: str, say: Callable[[str], None]) -> None:
+def _record(
+    plan: AskingPlan,
+    model: WanModel,
+    accelerator: Accelerator,
+    batch: int | None,
+    run: str,
+    say: Callable[[str], None],
+) -> None:
     say(f"before the first step the run records {plan.questions} predictions of the model, {_recorded_for(plan)}")
-    answers = _answers(plan, model, accelerator.device)
+    answers = _answers(plan, model, accelerator.device, batch)
     if accelerator.is_main_process:
         random = (plan.random, plan.new.questions if plan.new else ()) if plan.random else None
         with tqdm(answers, total=plan.questions, desc="recording", leave=False) as bar:
@@ -351,21 +360,39 @@ def _recorded_for(plan: AskingPlan) -> str:
     return f"{listed}, and at {contexts}" if contexts else listed
 
 
+def _answers(plan: AskingPlan, model: WanModel, device: torch.device, batch: int | None) -> Iterator[Answer]:
+    """The predictions, prompt after prompt and then at random contexts; those of one size share a pass of the model."""
+    asked = list(_asked_in_order(plan))
+    waiting: dict[tuple[int, ...], deque[int]] = {}
+    for number, (_, question) in enumerate(asked):
+        waiting.setdefault(question.shape, deque()).append(number)
+    found: dict[int, Answer] = {}  # ahead of their turn: no more than a batch of each size
+    for number, (_, question) in enumerate(asked):
+        if number not in found:
+            same = waiting[question.shape]
+            together = [same.popleft() for _ in range(min(len(same), _room(question.shape, plan, batch)))]
+            found |= zip(together, _predicted([asked[own] for own in together], model, device), strict=True)
+        yield found.pop(number)
+
+
+def _room(shape: tuple[int, ...], plan: AskingPlan, batch: int | None) -> int:
+    """How many predictions at latents of this shape are made in one pass; by default, no fewer than train in one."""
+    if batch is not None:
+        return batch
+    return max(plan.most_values // math.prod(shape), rows_together(shape, plan.model.config))
+
+
 @torch.no_grad()
-def _answers(plan: AskingPlan, model: WanModel, device: torch.device) -> Iterator[Answer]:
-    """The predictions, prompt after prompt and then at random contexts, in batches no larger than the run's."""
-    for shape, same in groupby(_asked_in_order(plan), key=lambda pair: pair[1].shape):
-        size = plan.most_values // math.prod(shape)
-        while batch := list(islice(same, size)):
-            texts, questions = zip(*batch, strict=True)
-            noisy = torch.stack([question.noisy() for question in questions])
-            t_B = torch.tensor([question.t for question in questions])
-            context = [text_SD.to(device) for text_SD in texts]
-            pictures = [question.pictures and question.pictures.read() for question in questions]
-            starts = [question.starts_clean for question in questions]
-            given = given_for(pictures, starts).to(device)
-            velocity = predict(model, noisy.float().to(device), t_B.to(device), context, given).float().cpu()
-            yield from map(Answer, noisy, t_B.tolist(), velocity, pictures, starts)
+def _predicted(together: Sequence[tuple[Tensor, Question]], model: WanModel, device: torch.device) -> Iterator[Answer]:
+    questions = [question for _, question in together]
+    noisy = torch.stack([question.noisy() for question in questions])
+    t_B = torch.tensor([question.t for question in questions])
+    context = [text_SD.to(device) for text_SD, _ in together]
+    pictures = [question.pictures and question.pictures.read() for question in questions]
+    starts = [question.starts_clean for question in questions]
+    given = given_for(pictures, starts).to(device)
+    velocity = predict(model, noisy.float().to(device), t_B.to(device), context, given).float().cpu()
+    return map(Answer, noisy, t_B.tolist(), velocity, pictures, starts)
 
 
 def _asked_in_order(plan: AskingPlan) -> Iterator[tuple[Tensor, Question]]:

@@ -76,6 +76,7 @@ class TrainConfig:
     metadata: MetadataConfig = field(default_factory=MetadataConfig)
     log: LogConfig = field(default_factory=LogConfig)
     samples: SampleConfig | None = None
+    sample_batch: int | None = None  # latents in a pass, of samples and recorded predictions; None: by their size
     preserve: PreserveConfig | None = None
     validation: ValidationConfig | None = None
     i2v_share: float = 0.0  # of the clips of ti2v-5B: those that start from their first frame

@@ -77,6 +77,8 @@ def deciding_settings(
         values["fp8_base"] = config.swap.fp8
     if TASKS[config.task].config.starts_from_latents:
         values["i2v_share"] = config.i2v_share
+    if config.sample_batch is not None:
+        values["sample_batch"] = config.sample_batch
     if preserved.random_count:
         values["preserve_random"] = preserved.random_count
     return {key: str(value) for key, value in values.items()}

@@ -12,22 +12,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.sampling.batches import advance, decode_latents
 from utils.sampling.defaults import SampleDefaults
 from utils.sampling.denoising import (
     Denoising,
     Sample,
     Start,
     cut_lines,
-    decode_latent,
     encode_samples,
     resolve_sample,
-    sample_prompt,
     size_line,
 )
 from utils.sampling.prompts import SamplePrompt
 from utils.sampling.sample_metadata import sample_settings
 from utils.sampling.starts import check_clip, encode_starts
 from utils.sampling.writers import NO_SETTINGS, save_sample
+from utils.slices.lora_files import LoraFile, read_loras
+from utils.slices.loras_beside import lora_lines, loras_beside
 from wan.configs import WanConfig, WanTask
 from wan.model import WanModel
 from wan.text_encoder import load_text_encoder
@@ -49,6 +50,11 @@ class SampleConfig:
     every_n_steps: int | None = None
     at_first: bool = False
     clip: Path | None = None  # the image encoder, for tasks that read pictures through it
+    batch: int | None = None  # latents that go through the model in one pass; None: by their size
+    loras: tuple[Path, ...] = ()  # beside the model, while samples are drawn
+    lora_multipliers: tuple[float, ...] = ()
+    loras_high_noise: tuple[Path, ...] = ()  # beside the high-noise expert, where two are trained
+    lora_multipliers_high_noise: tuple[float, ...] = ()
     fp8_t5: bool = False
 
 
@@ -62,9 +68,18 @@ class PreparedSamples:
     texts: Mapping[str, Tensor]
     vae: WanVAE
     fps: int
+    batch: int | None  # latents in a pass; None: by their size
+    loras: tuple[LoraFile, ...]
+    loras_high_noise: tuple[LoraFile, ...] = ()  # beside the high-noise expert, where two are trained
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides them beside the run's own settings and their prompts."""
+        loras = [file.label for file in (*self.loras, *self.loras_high_noise)]
+        return {"sample_loras": ", ".join(loras)} if loras else {}
 
     def denoisings(self) -> list[Denoising]:
-        """The samples at their starts, for models that draw them together."""
+        """The samples at their starts."""
         return [Denoising(sample, start) for sample, start in zip(self.samples, self.starts, strict=True)]
 
 
@@ -92,6 +107,10 @@ def prepare_samples(
     """
     defaults = replace(defaults, steps=_STEPS if defaults.steps is None else defaults.steps)
     check_clip(task, config.clip)
+    loras = read_loras(config.loras, config.lora_multipliers, model)
+    loras_high = read_loras(config.loras_high_noise, config.lora_multipliers_high_noise, model)
+    for line in lora_lines([*loras, *loras_high], " while samples are drawn"):
+        say(line)
     samples = tuple(resolve_sample(prompt, task, seed, defaults=defaults) for prompt in config.prompts)
     for line in filter(None, map(size_line, config.prompts, samples)):
         say(line)
@@ -105,7 +124,7 @@ def prepare_samples(
     del text_encoder
     gc.collect()  # its memory is needed for the transformer
     seed_given = tuple(prompt.seed is not None for prompt in config.prompts)
-    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps)
+    return PreparedSamples(samples, tuple(starts), seed_given, texts, vae, task.fps, config.batch, loras, loras_high)
 
 
 def due_after_step(config: SampleConfig | None, step: int) -> bool:
@@ -131,12 +150,11 @@ def draw_samples(
 
     `weights` tells what it was sampled with, for the files' metadata; None leaves all metadata out.
     """
+    denoisings = prepared.denoisings()
     source = "the model in training"
-    latents = [
-        sample_prompt(model, sample, prepared.texts, device, on_step, source, start)
-        for sample, start in zip(prepared.samples, prepared.starts, strict=True)
-    ]
-    return save_drawn(prepared, latents, device, folder, stem, weights)
+    with loras_beside(model, prepared.loras, device):
+        advance(denoisings, model, None, prepared.texts, device, prepared.batch, on_step=on_step, source=source)
+    return save_drawn(prepared, [own.latent_CFHW for own in denoisings], device, folder, stem, weights)
 
 
 def save_drawn(
@@ -151,8 +169,8 @@ def save_drawn(
     prepared.vae.to(device)
     time = datetime.now().strftime("%Y%m%d%H%M%S")
     saved = []
-    for number, (sample, latent_CFHW) in enumerate(zip(prepared.samples, latents, strict=True)):
-        video_3THW = decode_latent(prepared.vae, latent_CFHW)
+    videos = decode_latents(prepared.vae, latents)
+    for number, (sample, video_3THW) in enumerate(zip(prepared.samples, videos, strict=True)):
         suffix = f"_{sample.seed}" if prepared.seed_given[number] else ""
         settings = NO_SETTINGS if weights is None else sample_settings(sample, **weights)
         path = save_sample(folder, f"{stem}_{number:02d}_{time}{suffix}", video_3THW, prepared.fps, settings)

@@ -22,7 +22,7 @@ LATEST = Path("latest")  # what --resume says for the newest state of its --outp
 _FORMAT = 5
 _FILE = "state.pt"
 # Settings that are left out where they are this, as all earlier versions did.
-_TOLD_IF_USED = {"fp8_base": "no", "preserve_random": "0"}
+_TOLD_IF_USED = {"fp8_base": "no", "preserve_random": "0", "sample_batch": "by size"}
 _COUNTS = ("epoch", "batch", "step", "planned_steps")
 _TABLES = ("trained", "optimizer", "scheduler", "scaler")
 _KEYS = (*_COUNTS, *_TABLES, "losses")

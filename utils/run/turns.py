@@ -183,7 +183,7 @@ def show_drawn(
 ) -> None:
     """Adds the turn to the contact sheet, and shows it in the trackers."""
     path = save.folder / "sample" / f"{save.name}{CONTACT_SHEET}"
-    sheet = open_sheet(path, settings, samples.samples).with_turn(place.step, drawn).save(path)
+    sheet = open_sheet(path, {**settings, **samples.settings}, samples.samples).with_turn(place.step, drawn).save(path)
     with _stops_without_room(run, place):
         for tracker in run.accelerator.trackers:
             step = _step_in(tracker, run, place)
@@ -200,7 +200,9 @@ def _weights(run: Run, place: Place) -> dict[str, object] | None:
         return None
     slices = [file.entry.label for file in run.below.files]
     base = run.config.dit.stem
-    return {"model": run.config.save.name, "base_model": base, "slices": slices, "trained_steps": place.step}
+    loras = [file.label for file in run.samples.loras]
+    own = {"model": run.config.save.name, "base_model": base, "slices": slices, "loras": loras}
+    return own | {"trained_steps": place.step}
 
 
 def make_up(run: Run, place: Place) -> None:

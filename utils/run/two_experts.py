@@ -17,8 +17,9 @@ from utils.run.run import Place, Run
 from utils.run.samples import PreparedSamples, SampleConfig, due_after_epoch, due_after_step, save_drawn
 from utils.run.save_schedule import SaveConfig
 from utils.run.turns import are_drawn, epoch_text, keep_place, show_drawn, step_text
+from utils.sampling.batches import advance
 from utils.sampling.defaults import read_sample_defaults
-from utils.sampling.denoising import advance
+from utils.slices.loras_beside import loras_beside
 from utils.swap.stage import LoadedModel, Stage
 from wan.configs import TASKS
 from wan.errors import InputError
@@ -143,16 +144,17 @@ def _draw(
 
 def _sample(experts: Sequence[Expert], samples: SharedSamples, stage: Stage) -> list[Tensor]:
     """The latents [C, F, H, W] of all samples."""
-    denoisings = samples.prepared.denoisings()
+    prepared = samples.prepared
+    denoisings = prepared.denoisings()
     with tqdm(total=sum(own.sample.steps for own in denoisings), desc="sampling", leave=False) as bar:
         for expert in experts:
             run, is_high = expert.run, expert.run.config.expert == HIGH
             stage.bring(expert.model)
-            for denoising in denoisings:
-                scale = samples.guidance_scale_high if is_high else None
-                scale = denoising.sample.guidance_scale if scale is None else scale
-                how = (scale, samples.prepared.texts, run.accelerator.device, samples.boundary if is_high else 0.0)
-                advance(denoising, run.model, *how, bar.update, f"the {run.config.expert} model in training")
+            device, source = run.accelerator.device, f"the {run.config.expert} model in training"
+            scale, t_end = (samples.guidance_scale_high, samples.boundary) if is_high else (None, 0.0)
+            with loras_beside(run.model, prepared.loras_high_noise if is_high else prepared.loras, device):
+                how = (scale, prepared.texts, device, prepared.batch, t_end, bar.update, source)
+                advance(denoisings, run.model, *how)
     return [denoising.latent_CFHW for denoising in denoisings]
 
 
@@ -167,6 +169,8 @@ def _weights(experts: Sequence[Expert], samples: SharedSamples) -> dict[str, obj
         "guidance_scale_high_noise": samples.guidance_scale_high,
         "base_model": runs[LOW].config.dit.stem,
         "slices": [file.entry.label for run in runs.values() for file in run.below.files],
+        "loras": [file.label for file in samples.prepared.loras],
+        "loras_high_noise": [file.label for file in samples.prepared.loras_high_noise],
         "trained_steps": experts[0].place.step,
     }
 

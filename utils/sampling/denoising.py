@@ -1,10 +1,10 @@
-"""From a prompt's encoded text to a latent: the solvers, guidance, two experts.
+"""A sample on its way from noise to latent: its settings, its noise, its solver.
 
 Training samples come from here too, so a seed gives one picture everywhere.
 Shapes: B batch (always 1), C latent channels, F H W latent frames, height, width, S text tokens, D text width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from utils.files import quoted
-from utils.learning.conditions import NOTHING_GIVEN, Conditioning, predict, with_clean_start
+from utils.learning.conditions import NOTHING_GIVEN, Conditioning, with_clean_start
 from utils.sampling.defaults import NO_DEFAULTS, SampleDefaults
 from utils.sampling.picture_rules import sample_size, shift_of
 from utils.sampling.prompts import SamplePrompt
 from wan.configs import WanTask
 from wan.errors import InputError
-from wan.model import WanModel
 from wan.text_encoder import TextEncoder
-from wan.vae import WanVAE
 
 SOLVERS = ("unipc", "dpm++", "vanilla")
 TIMESTEPS = 1000  # the model's time runs from 1000 (noise) to 0
@@ -142,25 +140,6 @@ def cut_lines(text_encoder: TextEncoder, samples: Sequence[Sample]) -> list[str]
     ]
 
 
-def sample_prompt(
-    model: WanModel,
-    sample: Sample,
-    texts: Mapping[str, Tensor],
-    device: torch.device | str,
-    on_step: Callable[[], object] | None = None,
-    source: str = "the model",
-    start: Start = NOISE_ALONE,
-) -> Tensor:
-    """The latent [C, F, H, W] (float32, CPU, normalised) of `sample` by one model, which runs on `device`.
-
-    `texts` comes from encode_samples, `start` from encode_starts; on_step is called after each step; `source` names
-    the model in an InputError.
-    """
-    denoising = Denoising(sample, start)
-    advance(denoising, model, sample.guidance_scale, texts, device, on_step=on_step, source=source)
-    return denoising.latent_CFHW
-
-
 class Denoising:
     """A sample on its way from noise to latent: the latent so far, the solver's memory, the steps left."""
 
@@ -176,63 +155,18 @@ class Denoising:
         left = self.scheduler.timesteps[self.done :]
         return left[left >= t_end]
 
+    def step(self, velocity_CFHW: Tensor) -> None:
+        """Takes the next step, with the velocity (float32, CPU) at its timestep."""
+        t = self.scheduler.timesteps[self.done]
+        latent_CFHW = self.scheduler.step(velocity_CFHW, t, self.latent_CFHW).prev_sample
+        self.latent_CFHW = self.start.pinned(latent_CFHW)
+        self.done += 1
+
 
 def initial_noise(sample: Sample) -> Tensor:
     """float32 [C, F, H, W], drawn on the CPU, so that a seed gives the same noise on every device."""
     generator = torch.Generator("cpu").manual_seed(sample.seed)
     return torch.randn(sample.latent_shape, generator=generator, dtype=torch.float32)
-
-
-@torch.no_grad()
-def advance(
-    denoising: Denoising,
-    model: WanModel,
-    guidance_scale: float,
-    texts: Mapping[str, Tensor],
-    device: torch.device | str,
-    t_end: float = 0.0,
-    on_step: Callable[[], object] | None = None,
-    source: str = "the model",
-) -> None:
-    """Takes the steps at timesteps >= t_end with `model`; the latent and the solver stay on the CPU in float32.
-
-    A high-noise expert has t_end = 1000 * boundary; the low-noise one then takes the rest. InputError, with `source`
-    and the step, if the model's output is not finite.
-    """
-    sample = denoising.sample
-    context_SD, negative_SD = (texts[text].to(device) for text in (sample.prompt, sample.negative_prompt))
-    given = denoising.start.given.to(device)
-    for t in denoising.steps_down_to(t_end):
-        latents_BCFHW = denoising.latent_CFHW[None].to(device)
-        velocity_CFHW = _velocity(model, latents_BCFHW, t, guidance_scale, context_SD, negative_SD, given)[0].cpu()
-        latent_CFHW = denoising.scheduler.step(velocity_CFHW, t, denoising.latent_CFHW).prev_sample
-        denoising.latent_CFHW = denoising.start.pinned(latent_CFHW)
-        denoising.done += 1
-        where = f"the output of {source} in step {denoising.done} of {sample.steps} for {sample.prompt!r}"
-        check_finite(denoising.latent_CFHW, where, "its weights may be damaged, or trained at too high a learning rate")
-        if on_step:
-            on_step()
-
-
-def _velocity(
-    model: WanModel,
-    latents_BCFHW: Tensor,
-    t: Tensor,
-    guidance_scale: float,
-    context_SD: Tensor,
-    negative_SD: Tensor,
-    given: Conditioning,
-) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022): u + g (c - u), which is c alone at g = 1.
-
-    Both passes are given the same pictures.
-    """
-    t_B = t.to(latents_BCFHW.device, torch.float32)[None]
-    with_prompt_BCFHW = predict(model, latents_BCFHW, t_B, [context_SD], given)
-    if guidance_scale == 1:
-        return with_prompt_BCFHW
-    without_BCFHW = predict(model, latents_BCFHW, t_B, [negative_SD], given)
-    return without_BCFHW + guidance_scale * (with_prompt_BCFHW - without_BCFHW)
 
 
 def make_scheduler(solver: str, steps: int, shift: float):
@@ -263,13 +197,6 @@ def make_scheduler(solver: str, steps: int, shift: float):
     # Truncated timesteps may repeat; counting from here, a step is never looked up by its timestep.
     scheduler.set_begin_index(0)
     return scheduler
-
-
-def decode_latent(vae: WanVAE, latent_CFHW: Tensor) -> Tensor:
-    """The video [3, T, H, W] of one latent: float32 in [-1, 1], on the CPU; InputError if it is not finite."""
-    video_3THW = vae.decode(latent_CFHW[None])[0].float().cpu()
-    check_finite(video_3THW, "the output of the VAE", "try --vae_dtype float32")
-    return video_3THW
 
 
 def check_finite(values: Tensor, what: str, advice: str) -> None:

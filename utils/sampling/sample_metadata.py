@@ -23,6 +23,8 @@ _SHOWN = (
     ("Model", "model"),
     ("High noise model", "model_high_noise"),
     ("Slices", "slices"),
+    ("LoRAs", "loras"),
+    ("High noise LoRAs", "loras_high_noise"),
     ("Base model", "base_model"),
     ("Trained steps", "trained_steps"),
 )

@@ -20,7 +20,7 @@ from utils.slices.ledger import KEY, Entry, ledger_text
 from utils.slices.on_base import same_bits
 
 _STORED = {dtype: name for name, dtype in DTYPES.items()}
-# Of the original names, longest first where one begins another.
+# Of the original names of block matrices, longest first where one begins another.
 _DIFFUSERS = {
     "self_attn.": "attn1.",
     "cross_attn.": "attn2.",
@@ -114,11 +114,12 @@ def lora_names(name: str, names: str) -> tuple[str, str, str | None]:
     if names == "comfyui":  # as musubi-tuner's own
         stem = "lora_unet_" + module.replace(".", "_")
         return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
-    stem = f"transformer.{_diffusers_module(module)}"
+    stem = f"transformer.{diffusers_module(module)}"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", None
 
 
-def _diffusers_module(module: str) -> str:
+def diffusers_module(module: str) -> str:
+    """The name in diffusers' transformer of the block matrix `module`."""
     for ours, theirs in _DIFFUSERS.items():
         if ours.endswith(".") or ours.startswith("ffn"):
             module = module.replace(f".{ours}", f".{theirs}")
