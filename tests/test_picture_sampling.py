@@ -98,7 +98,7 @@ def test_the_clean_first_frame_is_what_the_model_sees_before_every_step_at_times
     latent_CFHW = sample_prompt(model, sample, TEXTS, "cpu", start=start)
     assert torch.equal(latent_CFHW[:, :1], start.clean_BCFHW[0])
     assert len(seen) == 2 * sample.steps and all(torch.equal(first, start.clean_BCFHW) for first, _ in seen)
-    of_tokens = [times.values_U[times.numbers_BL] for _, times in seen]
+    of_tokens = [times for _, times in seen]
     assert all((t[0, :2] == 0).all() and (t[0, 2:] > 0).all() and t.shape == (1, 4) for t in of_tokens)
 
 

@@ -229,7 +229,7 @@ def test_contexts_are_recorded_in_batches_as_large_as_the_runs(folder):
         return forward(model, noisy, *rest)
 
     with patch.object(WanModel, "forward", counted):
-        run(folder, *preserving(folder, "--preserve_random", "40"))
+        run(folder, *preserving(folder, "--preserve_random", "40", "--sample_batch", "2"))
     assert sum(sizes) == 42 and max(sizes) == 2 and sizes.count(1) <= 4  # batches of two train; two sizes of latents
 
 

@@ -132,7 +132,7 @@ def _list(flags: Namespace) -> None:
 
 def _matching(given: Path) -> list[Path]:
     """The files that a pattern such as saves/*.safetensors names: the shells of Windows leave that to the program."""
-    if given.exists() or not any(mark in str(given) for mark in "*?"):
+    if not any(mark in str(given) for mark in "*?") or given.exists():
         return [given]
     if not (found := sorted(map(Path, glob.glob(str(given))))):
         raise InputError(f"no file is called {given}")
