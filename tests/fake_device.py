@@ -9,9 +9,11 @@ import random
 import threading
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 TIMINGS = ("eager", "lazy", "random")
+FEW_TIMINGS = (pytest.param("eager", marks=pytest.mark.slow), "lazy", pytest.param("random", marks=pytest.mark.slow))
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from fake_device import TIMINGS, FakeDevice
+from fake_device import FEW_TIMINGS, TIMINGS, FakeDevice
 from torch import nn
 
 from utils.files import readable
@@ -123,7 +123,7 @@ def test_without_checkpointing_it_is_bit_for_bit_the_same_too(budget, timing, re
     assert same(run.train(), resident[False])
 
 
-@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("timing", FEW_TIMINGS)
 @pytest.mark.parametrize("gpu", [True, False], ids=["through buffers", "directly"])
 @pytest.mark.parametrize("mode", ["mapped", "staged"])
 def test_copies_in_the_background_train_like_a_resident_model(mode, gpu, timing, resident):
@@ -193,7 +193,7 @@ INTERRUPTIONS = {
 }
 
 
-@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("timing", FEW_TIMINGS)
 @pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
 def test_after_an_interruption_training_goes_on_bit_for_bit_and_finds_its_order_again(interrupt, timing):
     results = []

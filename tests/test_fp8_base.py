@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from fake_device import TIMINGS, FakeDevice
+from fake_device import FEW_TIMINGS, FakeDevice
 from live_bytes import LiveBytes
 from test_block_swap import (
     BLOCKS,
@@ -91,7 +91,7 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("timing", FEW_TIMINGS)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_budget_and_timing_trains_bit_for_bit_like_a_resident_model(budget, timing, references):
     assert same(Run(FakeDevice(timing), fp8="scaled", **BUDGETS[budget]).train(), references["scaled"])

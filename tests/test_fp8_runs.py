@@ -84,6 +84,7 @@ def ways_to_keep_weights():
     }
 
 
+@pytest.mark.slow
 def test_swapped_runs_on_slices_that_preserve_write_the_checkpoint_of_a_resident_one(folder):
     shared = [*BF16, *SCALED, *preserving(folder), "--slices", f"{folder}/below.slice.safetensors"]
     shared += ["--gradient_accumulation_steps", "2"]

@@ -12,6 +12,7 @@ from test_swap_backend import DEVICE, cuda  # noqa: F401
 BLOCK = 2 * (8 * 48 * 48 + 2 * 48 * 96)  # of the tiny model
 
 
+@pytest.mark.slow
 def test_the_dry_run_measures_every_placing(capsys):
     rows = gpu.main(["--dry-run"])
     assert [(row.placing, row.optimizer) for row in rows] == [

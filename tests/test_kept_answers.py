@@ -218,7 +218,11 @@ def answer(shape, t=500.0):
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("--blocks_to_swap", "1"), ("--gradient_checkpointing", "--blocks_to_swap", "2")],
+    [
+        (),
+        pytest.param(("--blocks_to_swap", "1"), marks=pytest.mark.slow),
+        ("--gradient_checkpointing", "--blocks_to_swap", "2"),
+    ],
     ids=["resumed", "swapped", "swapped and checkpointed"],
 )
 def test_a_resumed_or_swapped_run_keeps_the_same_answers(folder, more):
@@ -232,6 +236,7 @@ def test_a_resumed_or_swapped_run_keeps_the_same_answers(folder, more):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_run_that_is_started_again_does_not_record_again(folder):
     common = (*third(folder), "--max_train_epochs", "1")
     run(folder, *common)

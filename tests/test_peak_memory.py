@@ -47,6 +47,7 @@ def test_an_idle_expert_leaves_its_slice_and_its_optimizers_state_on_the_device_
     assert idle <= two.highest - one.highest <= idle + 1e6
 
 
+@pytest.mark.slow
 def test_with_an_fp8_base_a_step_copies_half_the_bytes():
     """With all blocks swapped, the layers outside pass in bf16, and displace three matrices."""
     tall = 5120 * 13824
@@ -60,6 +61,7 @@ def test_the_time_path_and_the_text_do_not_set_the_peak():
     assert alone.forward - alone.placed < (1 + 25) * U
 
 
+@pytest.mark.slow
 def test_block_inputs_on_the_host_leave_a_few_of_them_on_the_device():
     blocks = 5
     on_device, on_host = (
@@ -100,6 +102,7 @@ def test_compiled_functions_take_less_beside_a_clip():
     assert compiled.placed == plain.placed and plain.sampling - compiled.sampling >= 1.9 * u
 
 
+@pytest.mark.slow
 def test_the_table_of_slice_sizes_counts_what_each_takes(monkeypatch, capsys):
     monkeypatch.setattr(peak_memory, "FFS", ("0.001", "0.3"))
     print_slices(1, compiled=False)

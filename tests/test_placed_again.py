@@ -84,10 +84,10 @@ def same(one, other):
     ("swap", "way"),
     [
         ("all resident", {}),
-        ("all resident", {"mapped": False, "overlaid": True}),
+        pytest.param("all resident", {"mapped": False, "overlaid": True}, marks=pytest.mark.slow),
         ("half", {"overlaid": True}),
-        ("half", {"host_weights": "mapped", "overlaid": True}),
-        ("half", {"mapped": False}),
+        pytest.param("half", {"host_weights": "mapped", "overlaid": True}, marks=pytest.mark.slow),
+        pytest.param("half", {"mapped": False}, marks=pytest.mark.slow),
         ("all", {"host_weights": "staged"}),
         ("bytes", {}),
     ],

@@ -315,7 +315,7 @@ def test_a_text_encoder_of_another_width_is_refused_before_the_model_loads(folde
             run(folder, *narrow, *more)
 
 
-@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 6))])
 def test_a_resumed_run_that_preserves_is_the_uninterrupted_one_bit_for_bit(folder, step):
     common = ["--mixed_precision", "bf16", *preserving(folder), "--save_state", "--save_every_n_steps", str(step)]
     whole = logged(folder, *common)

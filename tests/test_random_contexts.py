@@ -210,6 +210,7 @@ def test_a_resumed_or_swapped_run_takes_the_same_steps(folder, more):
     assert all(torch.equal(value, read_state(state).trained[name]) for name, value in whole.trained.items())
 
 
+@pytest.mark.slow
 def test_a_run_with_other_contexts_is_another_run(folder):
     common = (*after(folder, "chain", "two", "three", 4, "other"), "--max_train_epochs", "2")
     run(folder, *common, "--preserve_random", "0", "--save_state", "--save_every_n_epochs", "1")

@@ -106,6 +106,7 @@ def test_samples_with_a_lora_are_those_of_the_model_that_it_was_made_of(folder):
     assert np.abs(found - pictures(folder, "e000000")[0]).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_experts_sample_with_a_lora_each(folder):
     high = f"--sample_lora_high_noise={folder / 'high.lora.safetensors'}"
     often = ["--sample_at_first", "--max_train_steps", "2"]
@@ -154,6 +155,7 @@ def test_recorded_predictions_share_passes_across_prompts_and_are_those_made_alo
         torch.testing.assert_close(found[key], own, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_another_batch_is_another_run_and_the_default_one_is_not_recorded(folder):
     often = sampling(folder, "--sample_every_n_epochs", "1", "--save_state")
     run(folder, *often, "--max_train_epochs", "1")

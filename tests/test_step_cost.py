@@ -49,6 +49,7 @@ def test_a_slice_costs_the_bytes_that_are_predicted(checkpointed):
     assert peaks[1] - peaks[0] == pytest.approx(step_cost.predicted_bytes(model, "0.02"), rel=0.03)
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_and_has_its_row():
     methods = step_cost.all_methods(["0.01", "0.1"])
     costs = {("bf16", True): step_cost.measure(TINY, torch.bfloat16, True, methods, rounds=2)}

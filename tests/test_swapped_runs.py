@@ -136,6 +136,7 @@ def with_models(folder):
     return [*write_sample_models(folder), "--vae_dtype", "fp32", "--sample_every_n_steps", "2"]
 
 
+@pytest.mark.slow
 def test_swapped_runs_with_samples_write_the_checkpoint_of_a_resident_one(folder):
     """Every way to keep weights; samples are drawn between steps, with the teacher of none."""
     more = [*BF16, *with_models(folder), "--max_train_epochs", "1", "--gradient_accumulation_steps", "2"]

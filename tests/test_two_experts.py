@@ -185,6 +185,7 @@ def test_swapped_experts_write_the_files_of_resident_ones(folder, swap):
     assert differing(folder, run_alone(folder)) == []
 
 
+@pytest.mark.slow
 def test_samples_show_both_experts_after_as_many_steps(folder, sample_models):
     more = [*sample_models, "--vae_dtype", "fp32", "--sample_every_n_steps", "2", "--sample_at_first"]
     kept = ("--preserve_prompts", str(folder / "prompts.txt"), "--preserve_every=2", "--validate_every_n_steps=2")

@@ -148,7 +148,8 @@ def _check_required(flags: Namespace) -> None:
 
 def _check_batch(flags: Namespace) -> None:
     used = [flags.sample_prompts, flags.preserve_prompts, flags.preserve_answers]
-    if flags.sample_batch is not None and not any(used):
+    # Not any(): --preserve_prompts without a file is an empty list.
+    if flags.sample_batch is not None and all(flag is None for flag in used):
         raise InputError(
             f"--sample_batch {flags.sample_batch} has no effect without --sample_prompts or --preserve_prompts"
         )
