@@ -271,7 +271,7 @@ def test_generation_with_loras_beside_both_experts_is_that_with_their_slices(mod
 
 
 def test_a_lora_adds_to_an_fp8_base_what_it_adds_to_the_base(models, tmp_path):
-    lora, fp8 = f"--lora_weight={models}/one.lora.safetensors", ["--fp8", "--blocks_to_swap", "1"]
+    lora, fp8 = f"--lora_weight={models}/one.lora.safetensors", ["--fp8", "--fp8_scaled", "--blocks_to_swap", "1"]
     names = {"a": [], "b": fp8, "c": [lora], "d": [lora, *fp8]}
     plain, rounded, learned, both = (generated(models, tmp_path / n, "low", "high", *m)[0] for n, m in names.items())
     assert (rounded - plain).abs().max() > 1e-3  # fp8 is another model
