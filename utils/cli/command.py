@@ -269,7 +269,7 @@ def _prepare_console(needs_console: bool) -> None:
 
 
 class _NeverFails(io.TextIOWrapper):
-    """A stream to a console: that it is gone, or its disk full, is no reason to end."""
+    """A stream to a console, which a run outlives: the console may close, or the disk of a redirect fill up."""
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):
