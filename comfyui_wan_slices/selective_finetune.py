@@ -165,6 +165,18 @@ class SlicedMatrix:
         self.unit_GM, self.place_U = (table.to(device) for table in _group_table(units))
         self.columns_GM = self.units.columns_U[self.unit_GM]
 
+    def table(self, values: Tensor) -> Tensor:
+        """Values in line order as [G, M, L], by row group; 0 where the slice has none."""
+        units = self.units
+        around = (units.offset, len(units.columns_U) * units.rows - units.offset - units.count)
+        whole_UL = F.pad(values, around).view(-1, units.rows)
+        table_GML = whole_UL.new_zeros(*self.unit_GM.shape, units.rows)
+        return table_GML.view(-1, units.rows).index_copy(0, self.place_U, whole_UL).view_as(table_GML)
+
+    def from_table(self, table_GML: Tensor) -> Tensor:
+        """The slice's own values of a table, in line order."""
+        return self.units.cut(table_GML.flatten(0, 1)[self.place_U])
+
     @torch.no_grad()
     def write(self, weight: Tensor, values: Tensor | None = None) -> None:
         """Puts the values in use (`values`, where the caller has them) into `weight`: the matrix or a copy of it."""
@@ -183,16 +195,11 @@ class SlicedMatrix:
         # No more columns at a time than X has: the units of a large slice name each of them several times.
         parts = saved_GM.split(max(1, self.units.shape[1] // len(saved_GM)), dim=1)
         products = [torch.bmm(saved[..., part].reshape(-1, *part.shape).permute(1, 2, 0), dy_GTL) for part in parts]
-        grad_UL = torch.cat(products, dim=1).flatten(0, 1)[self.place_U]
-        return self.units.cut(grad_UL).to(torch.float32, copy=True)
+        return self.from_table(torch.cat(products, dim=1)).to(torch.float32, copy=True)
 
     def product(self, x: Tensor) -> Tensor:
         """The difference times the input, [..., out], in x's dtype: what it adds to the frozen linear."""
-        units = self.units
-        around = (units.offset, len(units.columns_U) * units.rows - units.offset - units.count)
-        whole_UL = F.pad(self.difference, around).view(-1, units.rows).to(x.dtype)
-        table_GML = whole_UL.new_zeros(*self.unit_GM.shape, units.rows)
-        table_GML = table_GML.view(-1, units.rows).index_copy(0, self.place_U, whole_UL).view_as(table_GML)
+        table_GML = self.table(self.difference.to(x.dtype))
         return torch.einsum("...gm,gml->...gl", x[..., self.columns_GM], table_GML).flatten(-2)
 
 

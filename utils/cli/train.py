@@ -18,6 +18,7 @@ from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
 from utils.data.sources import AnyDataset, DatasetConfig, VideoDataset
 from utils.files import existing_file
+from utils.preserve.guard import WEIGHT
 from utils.preserve.old_prompts import EMPTY_PROMPT, PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
@@ -328,7 +329,7 @@ def _validation(flags: Namespace, dataset: DatasetConfig) -> ValidationConfig | 
 def _preserve(flags: Namespace) -> PreserveConfig | None:
     names = flags.preserve_prompts
     if names is None and flags.preserve_answers is None:
-        for name in ("preserve_random", "preserve_levels", "preserve_every", "preserve_weight"):
+        for name in ("preserve_random", "preserve_levels", "preserve_every", "preserve_weight", "guard"):
             if getattr(flags, name) is not None:
                 raise InputError(
                     f"--{name} has no effect without --preserve_prompts (with files of prompts, or without any) or "
@@ -350,6 +351,7 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         random=flags.preserve_random,
         every=every,
         weight=weight,
+        guard=WEIGHT if flags.guard is None else flags.guard,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
         batch=flags.sample_batch,

@@ -11,6 +11,7 @@ from utils.cli.learning_flags import add_learning_flags
 from utils.cli.sampling_flags import SAMPLE_LORAS, add_batch_flag, add_lora_flags
 from utils.cli.swap_flags import add_compile_flag, add_swap_flags
 from utils.preserve.answers import MOST_CONTEXTS
+from utils.preserve.guard import WEIGHT
 from utils.preserve.old_prompts import RANDOM_CONTEXTS
 from utils.run.save_schedule import KINDS
 from wan.configs import TASKS
@@ -233,6 +234,15 @@ def _add_preservation(parser: ArgumentParser) -> None:
         type=number(_WEIGHT),
         metavar="WEIGHT",
         help="weight of their loss beside the training loss (default: the value of --preserve_every)",
+    )
+    add(
+        "--guard",
+        type=number(_WEIGHT),
+        nargs="?",
+        const=WEIGHT,
+        metavar="WEIGHT",
+        help="weight of the penalty on what the slice does to predictions that nobody listed; 0: none (default: "
+        f"{WEIGHT:g} whenever anything is preserved)",
     )
 
 

@@ -19,33 +19,30 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.cache_files import latents_shape, read_latents, read_text
-from utils.data.given_pictures import given_to_item, starts_clean
+from utils.data.cache_files import latents_shape, read_text
 from utils.data.items import Item
 from utils.files import readable
-from utils.learning.conditions import predict, with_clean_start
-from utils.learning.flow_matching import TIMESTEPS, TimestepConfig, add_noise, draw_generator, sigmas_of
+from utils.learning.flow_matching import draw_generator
 from utils.preserve.answers import (
     Answer,
     OldPrompt,
-    Pictures,
     RandomContexts,
     answer_bytes,
-    picture_shapes,
     pictures_bytes,
     shared_pictures,
 )
 from utils.preserve.answers_file import Recorded, is_of_run, read_answers, write_answers
 from utils.preserve.encoding import encoded
 from utils.preserve.general_captions import caption_samples
+from utils.preserve.guard import SAMPLES
 from utils.preserve.old_prompts import (
     EMPTY_PROMPT,
     OldPrompts,
     Preservation,
     PreserveConfig,
-    given_for,
     old_prompts,
 )
+from utils.preserve.questions import Question, TrainedOn, predictions, questions_at
 from utils.preserve.random_contexts import MOST_TOKENS, DrawnContexts, TokenStatistics, first_texts
 from utils.sampling.batches import rows_together
 from utils.slices.base_identity import BaseModel
@@ -61,51 +58,6 @@ class AskedModel:
 
     base: BaseModel
     config: WanConfig
-
-
-@dataclass(frozen=True)
-class TrainedOn:
-    """What a run trains on: predictions are recorded on its latents, noise levels and sizes of batches."""
-
-    items: Sequence[Item]
-    batches: Sequence[Sequence[int]]  # of an epoch, as entries
-    timesteps: TimestepConfig
-    seed: int
-    i2v_share: float = 0.0
-
-
-@dataclass(frozen=True)
-class CachedPictures:
-    """What the caches of an item hold of its pictures, in fp16 as the file keeps it."""
-
-    item: Item
-    shapes: tuple[tuple[int, ...], tuple[int, ...] | None]
-
-    def read(self) -> Pictures:
-        return Pictures(*(None if own is None else own.half() for own in given_to_item(self.item)))
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prediction to record: at an item's latents of `shape`, with noise of level `sigma` [1]; `place` seeds it."""
-
-    item: Item
-    shape: tuple[int, ...]
-    sigma: Tensor
-    place: tuple[int | str, ...]
-    pictures: CachedPictures | None
-    starts_clean: bool
-
-    @property
-    def t(self) -> float:
-        return float(TIMESTEPS * self.sigma)
-
-    def noisy(self) -> Tensor:
-        """[C, F, H, W] as the file keeps it, in fp16."""
-        noise = torch.randn(self.shape, generator=draw_generator(*self.place))
-        latents_BCFHW = read_latents(self.item.latents).float()[None]
-        noisy_BCFHW, _, _ = add_noise(latents_BCFHW, noise[None], self.sigma)
-        return with_clean_start(noisy_BCFHW, latents_BCFHW, torch.tensor([self.starts_clean]))[0].half()
 
 
 @dataclass(frozen=True)
@@ -142,6 +94,8 @@ class AskingPlan:
     model: AskedModel
     random: RandomContexts | None = None
     new: NewContexts | None = None
+    guard_weight: float = 0.0
+    guard: tuple[Question, ...] = ()  # predictions from which its statistics are gathered
 
     @property
     def _at_random(self) -> tuple[Answer | Question, ...]:
@@ -222,19 +176,28 @@ def read_old_prompts(
 
 
 def plan_asking(
-    config: PreserveConfig | None, path: Path, model: AskedModel | None, prompts: OldPrompts, trained_on: TrainedOn
+    config: PreserveConfig | None,
+    path: Path,
+    model: AskedModel | None,
+    prompts: OldPrompts,
+    trained_on: TrainedOn,
+    guard_weight: float = 0.0,
 ) -> AskingPlan | None:
-    """Which predictions have to be recorded, to be kept in `path`; None if nothing is preserved."""
+    """Which predictions have to be recorded, to be kept in `path`; None if nothing is preserved.
+
+    With a `guard_weight`, also those from which the guard's statistics are gathered.
+    """
     if config is None:
         return None
     shaped = [(item, latents_shape(item.latents)) for item in trained_on.items]
     asked = tuple(
-        (old, () if old.kept else _questions((old.text,), shaped, config.levels, trained_on, model.config))
+        (old, () if old.kept else questions_at((old.text,), shaped, config.levels, trained_on, model.config))
         for old in prompts.all
     )
     sizes = [sum(math.prod(shaped[entry % len(shaped)][1]) for entry in batch) for batch in trained_on.batches]
     new = _new_contexts(prompts.new_random, shaped, trained_on, model.config) if prompts.new_random else None
-    return AskingPlan(path, asked, max(sizes), prompts.notes, model, prompts.random, new)
+    guard = questions_at(("guard",), shaped, SAMPLES, trained_on, model.config) if guard_weight else ()
+    return AskingPlan(path, asked, max(sizes), prompts.notes, model, prompts.random, new, guard_weight, guard)
 
 
 def _new_contexts(
@@ -245,33 +208,9 @@ def _new_contexts(
     captions = list(by_caption)
     order = torch.randperm(len(captions), generator=draw_generator(seed, "captions for random contexts"))
     cached = tuple((by_caption[captions[at]], captions[at]) for at in order.tolist())
-    questions = _questions(("random", "context"), items, count, trained_on, model)
+    questions = questions_at(("random", "context"), items, count, trained_on, model)
     most_tokens = max(item.text_shape[0] for item, _ in items)
     return NewContexts(questions, seed, tuple(caption_samples()), cached, most_tokens)
-
-
-def _questions(
-    of: tuple[str, ...],
-    items: Sequence[tuple[Item, tuple[int, ...]]],
-    levels: int,
-    trained_on: TrainedOn,
-    model: WanConfig,
-) -> tuple[Question, ...]:
-    """At noise levels spread evenly over those that are trained, each with one of the items and its pictures.
-
-    `of` what they are seeds them, with the number of each.
-    """
-    seed, questions = trained_on.seed, []
-    for number in range(levels):
-        generator = draw_generator(seed, "question", *of, number)
-        item, shape = items[int(torch.randint(len(items), (), generator=generator))]
-        u_B = (number + torch.rand(1, generator=generator, dtype=torch.float64)) / levels
-        sigma = sigmas_of(trained_on.timesteps, u_B.clamp(2.0**-53, 1 - 2.0**-53), shape[-2:])
-        shapes = picture_shapes(model, shape)
-        pictures = None if shapes is None else CachedPictures(item, shapes)
-        starts = starts_clean(trained_on.i2v_share, shape[1], seed, "question's first frame", *of, number)
-        questions.append(Question(item, shape, sigma, (seed, "question's noise", *of, number), pictures, starts))
-    return tuple(sorted(questions, key=lambda question: question.shape))
 
 
 def encode_old_prompts(
@@ -379,20 +318,19 @@ def _room(shape: tuple[int, ...], plan: AskingPlan, batch: int | None) -> int:
     """How many predictions at latents of this shape are made in one pass; by default, no fewer than train in one."""
     if batch is not None:
         return batch
-    return max(plan.most_values // math.prod(shape), rows_together(shape, plan.model.config))
+    return max(room_in_training(shape, plan), rows_together(shape, plan.model.config))
+
+
+def room_in_training(shape: tuple[int, ...], plan: AskingPlan) -> int:
+    """How many latents of this shape are as much as the run's largest batch; one at least."""
+    return max(plan.most_values // math.prod(shape), 1)
 
 
 @torch.no_grad()
 def _predicted(together: Sequence[tuple[Tensor, Question]], model: WanModel, device: torch.device) -> Iterator[Answer]:
-    questions = [question for _, question in together]
-    noisy = torch.stack([question.noisy() for question in questions])
-    t_B = torch.tensor([question.t for question in questions])
-    context = [text_SD.to(device) for text_SD, _ in together]
-    pictures = [question.pictures and question.pictures.read() for question in questions]
-    starts = [question.starts_clean for question in questions]
-    given = given_for(pictures, starts).to(device)
-    velocity = predict(model, noisy.float().to(device), t_B.to(device), context, given).float().cpu()
-    return map(Answer, noisy, t_B.tolist(), velocity, pictures, starts)
+    made = predictions(together, model, device)
+    starts = [question.starts_clean for _, question in together]
+    return map(Answer, made.noisy_BCFHW, made.t_B.tolist(), made.velocity_BCFHW.float().cpu(), made.pictures, starts)
 
 
 def _asked_in_order(plan: AskingPlan) -> Iterator[tuple[Tensor, Question]]:

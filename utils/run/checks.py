@@ -1,7 +1,7 @@
 """What must fit together before a training run loads its model."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from utils.data.dataset import TrainingDataset
-from utils.files import writable_folder
+from utils.files import readable, writable_folder
 from utils.learning.lr_schedules import check_schedule
 from utils.learning.optimizers import check_optimizer
 from utils.preserve.answers_file import ENDING
-from utils.preserve.asking import AskedModel, AskingPlan, TrainedOn, plan_asking, read_old_prompts
+from utils.preserve.asking import AskedModel, AskingPlan, plan_asking, read_old_prompts
+from utils.preserve.guard import MOST_BYTES, guard_bytes
+from utils.preserve.questions import TrainedOn
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.earlier_run import Replaced, check_earlier_run
 from utils.run.fingerprint import base_settings, deciding_settings
@@ -32,6 +34,7 @@ from utils.run.save_schedule import (
 )
 from utils.run.state import LATEST, choose_state, latest_state, no_state
 from utils.run.state_check import check_state, expected_state
+from utils.selective_finetune import SliceUnits
 from utils.slices.base_identity import base_model
 from utils.slices.ledger import own_entry
 from utils.slices.lora import lora_bytes
@@ -79,18 +82,21 @@ def check(config: TrainConfig, inputs: Inputs, accelerator: Accelerator, say: Ca
     model = AskedModel(base_model(header, below.entries), inputs.model_config) if config.preserve else None
     own = own_entry(config.ff, config.ffid, config.save.name)
     prompts = read_old_prompts(config.preserve, model, below.entries, own, dataset.items)
-    settings = deciding_settings(config, seed, dataset, processes, prompts) | base_settings(header, below)
+    units = units_of(header, own)
+    guard_weight = _guard_weight(config, units.values(), say)
+    settings = deciding_settings(config, seed, dataset, processes, prompts, guard_weight) | base_settings(header, below)
     resume, continues = _choose_state(config, header, steps, settings, accelerator.device, say)
     if accelerator.is_main_process:
         remove_unfinished(config.save)
     accelerator.wait_for_everyone()  # what a killed run left takes room, which every process looks for
     answers = config.save.folder / f"{config.save.name}{ENDING}"
     trained_on = TrainedOn(dataset.items, batches, config.timesteps, seed, config.i2v_share)
-    asking = plan_asking(config.preserve, answers, model, prompts, trained_on)
-    replaced, use, sizes = check_plan(config, header, steps, asking, resume, continues)
+    asking = plan_asking(config.preserve, answers, model, prompts, trained_on, guard_weight)
+    guarded = guard_bytes(units.values()) if guard_weight else 0
+    replaced, use, sizes = check_plan(config, header, steps, asking, resume, continues, guarded)
     kept = asking.largest_kept if asking else ()
     block_input = input_bytes(inputs.model_config, COMPUTE_DTYPES[config.mixed_precision], dataset, batches, kept)
-    check_run_memory(config, header, inputs.model_config, accelerator.device, block_input)
+    check_run_memory(config, header, inputs.model_config, accelerator.device, block_input, guarded)
     say_what_is_read(config, header, dataset, say)
     for line in asking.lines() if asking else ():
         say(line)
@@ -143,6 +149,19 @@ def planned_lines(asked: Sequence[TrainConfig], plans: Sequence[RunPlan]) -> lis
     return [*(note for plan in plans for note in plan.notes), *lines]
 
 
+def _guard_weight(config: TrainConfig, units: Collection[SliceUnits], say: Callable[[str], None]) -> float:
+    """That of the guard's penalty; 0 where there is none, or where its statistics would be too large."""
+    weight = config.preserve.guard if config.preserve else 0.0
+    size = guard_bytes(units)
+    if weight and size > MOST_BYTES:
+        say(
+            f"note: --guard is left out, because at ff {config.ff} its statistics would take {readable(size)} beside "
+            f"the slice, and {readable(MOST_BYTES)} are the most; they grow with the square of ff"
+        )
+        return 0.0
+    return weight
+
+
 def _choose_state(
     config: TrainConfig,
     header: CheckpointHeader,
@@ -155,9 +174,8 @@ def _choose_state(
     if config.resume is None:
         return None, False
     units = units_of(header, own_entry(config.ff, config.ffid, config.save.name))
-    counts = {name: own.count for name, own in units.items()}
     scales_loss = config.mixed_precision == "fp16"
-    expected = expected_state(settings, plan, counts, config.optimizer, config.schedule, device, scales_loss)
+    expected = expected_state(settings, plan, units, config.optimizer, config.schedule, device, scales_loss)
     fits = partial(check_state, expected=expected)
     if config.expert and config.resume == LATEST:  # the other one may have got further before a crash
         return latest_state(config.save, fits, say), True
@@ -174,8 +192,11 @@ def check_plan(
     asking: AskingPlan | None,
     resume: Path | None,
     continues: bool,
+    guarded: int = 0,
 ) -> tuple[Replaced, DiskUse, dict[str, int]]:
     """What the run replaces, what it will write in all, and the bytes of one save by kind.
+
+    A guard's statistics are `guarded` bytes of each state.
 
     InputError if the optimizer, the schedule or a planned file cannot be.
     """
@@ -208,21 +229,26 @@ def check_plan(
     own = own_entry(config.ff, config.ffid, config.save.name)
     planned = [*planned_files(saves), *(path for path in others if path == best_file(config.save))]
     replaced = check_earlier_run(config.save, planned, own, [*inputs, *filter(None, [resume])], continues)
-    return replaced, disk_use(saves, sizes, values * _STATE_BYTES), sizes
+    return replaced, disk_use(saves, sizes, values * _STATE_BYTES + guarded), sizes
 
 
 def check_run_memory(
-    config: TrainConfig, header: CheckpointHeader, model: WanConfig, device: torch.device, block_input: int
+    config: TrainConfig,
+    header: CheckpointHeader,
+    model: WanConfig,
+    device: torch.device,
+    block_input: int,
+    guarded: int = 0,
 ) -> None:
-    """InputError if the model, the slice and the inputs of its blocks (`block_input` bytes each) do not fit."""
+    """InputError if the model, the slice with its guard, the inputs of its blocks (`block_input` each) do not fit."""
     stored, dtype = file_dtype(header), COMPUTE_DTYPES[config.mixed_precision]
     flag = next((name for name, used in COMPUTE_DTYPES.items() if used == stored), None)
     own = units_of(header, own_entry(config.ff, config.ffid, config.save.name)).values()
     # The start values; fp32 differences and gradients.
     values = sum(units.count for units in own)
-    trained = values * (dtype.itemsize + 4 + 4)
+    trained = values * (dtype.itemsize + 4 + 4) + guarded
     if config.expert:  # the other one's slice and AdamW's state of it stay
-        trained += values * (dtype.itemsize + _STATE_BYTES)
+        trained += values * (dtype.itemsize + _STATE_BYTES) + guarded
     usable = stored.itemsize <= dtype.itemsize and not (stored == torch.float16 and device.type == "cpu")
     lighter = f"use --mixed_precision {flag}" if usable else f"use a {dtype_name(dtype)} file as --dit"
     lighter = "use --host_weights mapped instead of --fp8_base" if config.swap.fp8 else lighter

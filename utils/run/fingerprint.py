@@ -32,8 +32,9 @@ def deciding_settings(
     dataset: TrainingDataset,
     processes: int,
     preserved: OldPrompts,
+    guard_weight: float = 0.0,
 ) -> dict[str, str]:
-    """All that decides the run's numbers; `preserved` are the old prompts."""
+    """All that decides the run's numbers; `preserved` are the old prompts, the `guard_weight` is 0 without one."""
     timesteps, schedule, optimizer = config.timesteps, config.schedule, config.optimizer
     values = {
         "ff": _plain_share(config.ff),
@@ -81,6 +82,8 @@ def deciding_settings(
         values["sample_batch"] = config.sample_batch
     if preserved.random_count:
         values["preserve_random"] = preserved.random_count
+    if guard_weight:
+        values["guard"] = guard_weight
     return {key: str(value) for key, value in values.items()}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from utils.learning.lr_schedules import build_scheduler
 from utils.learning.optimizers import build_optimizer
 from utils.preserve.asking import AskingPlan, encode_old_prompts, keep_answers
+from utils.preserve.gathering import make_guard
 from utils.preserve.general_captions import general_captions
 from utils.run.checks import RunPlan
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
@@ -168,7 +169,11 @@ def _make_run(
     optimizer = build_optimizer(config.optimizer, trained.parameters())
     settings = {**plan.settings, **start_hash(trained)}
     replaces = config.save.overwrite or plan.continues
-    preserved = keep_answers(config.preserve, asking, model, accelerator, settings, replaces, say) if asking else None
+    preserved = guard = None
+    if asking:
+        preserved = keep_answers(config.preserve, asking, model, accelerator, settings, replaces, say)
+        kept = read_state(plan.resume).guard if plan.resume else None
+        guard = make_guard(asking, preserved, kept, model, trained, accelerator, say)
     applied = [file.entry for file in inputs.below.files]
     watches = config.training_debug and accelerator.is_main_process
     return Run(
@@ -188,6 +193,7 @@ def _make_run(
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
         samples=samples,
         preserved=preserved,
+        guard=guard,
         validation=_validation(config, inputs, plan, probed, model, accelerator.device),
         debug=TrainingDebug(trained, len(model.blocks), inputs.header.files, applied, config.expert)
         if watches

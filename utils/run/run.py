@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from utils.data.dataset import TrainingDataset
 from utils.learning.lr_schedules import fast_forward
+from utils.preserve.guard import Guard
 from utils.preserve.old_prompts import Preservation
 from utils.run.config import TrainConfig
 from utils.run.plan import TrainingPlan
@@ -84,6 +85,7 @@ class Run:
     scaler: torch.amp.GradScaler
     samples: PreparedSamples | None
     preserved: Preservation | None
+    guard: Guard | None
     validation: Validation | None
     debug: TrainingDebug | None
     say: Callable[[str], None]
@@ -158,6 +160,7 @@ def state_of(run: Run, place: Place) -> State:
         scheduler=run.scheduler.state_dict(),
         scaler=run.scaler.state_dict(),
         validation=run.validation.state() if run.validation else None,
+        guard=run.guard.state() if run.guard else None,
     )
 
 

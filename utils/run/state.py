@@ -22,11 +22,11 @@ LATEST = Path("latest")  # what --resume says for the newest state of its --outp
 _FORMAT = 5
 _FILE = "state.pt"
 # Settings that are left out where they are this, as all earlier versions did.
-_TOLD_IF_USED = {"fp8_base": "no", "preserve_random": "0", "sample_batch": "by size"}
+_TOLD_IF_USED = {"fp8_base": "no", "guard": "0", "preserve_random": "0", "sample_batch": "by size"}
 _COUNTS = ("epoch", "batch", "step", "planned_steps")
 _TABLES = ("trained", "optimizer", "scheduler", "scaler")
 _KEYS = (*_COUNTS, *_TABLES, "losses")
-_OPTIONAL = ("validation",)
+_OPTIONAL = ("validation", "guard")
 
 
 class UnusableState(InputError):
@@ -53,6 +53,7 @@ class State:
     scheduler: Mapping
     scaler: Mapping
     validation: Mapping | None = None
+    guard: Mapping | None = None
 
 
 def is_state(folder: Path) -> bool:

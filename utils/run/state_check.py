@@ -13,10 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from utils.learning.lr_schedules import ScheduleConfig, build_scheduler
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
+from utils.preserve.guard import statistics_shapes
 from utils.run.plan import TrainingPlan
 from utils.run.state import State, check_settings, damaged_state
 from utils.run.validation import state_problem
-from utils.selective_finetune import CONTRACT, SliceError, exact_fraction
+from utils.selective_finetune import CONTRACT, SliceError, SliceUnits, exact_fraction
 
 _WHICH = "_extra_state"  # torch's name for what a module adds to its parameters: here, whose slice they are
 _PLAIN = (bool, int, float, str, type(None))
@@ -27,7 +28,8 @@ _DEEPEST = 10  # tables within tables; what is saved has five
 class Expected:
     """What a state of a run is like.
 
-    `counts` are the values of each parameter, by name; `entries` are what the optimizer keeps for one of each count.
+    `counts` are the values of each parameter, by name; `entries` are what the optimizer keeps for one of each count,
+    `guard` what a guard keeps of each matrix.
     """
 
     settings: Mapping[str, str]
@@ -38,22 +40,23 @@ class Expected:
     optimizer: Optimizer  # of one value, to try settings on
     scheduler: LRScheduler  # before its first step
     scaler: Mapping
+    guard: Mapping[str, Mapping[str, Tensor]] | None
 
 
 def expected_state(
     settings: Mapping[str, str],
     plan: TrainingPlan,
-    counts: Mapping[str, int],
+    units: Mapping[str, SliceUnits],
     optimizer: OptimizerConfig,
     schedule: ScheduleConfig,
     device: torch.device,
     scales_loss: bool,
 ) -> Expected:
-    """What a run of these `settings` saves; `counts` are the slice's values by matrix, `scales_loss` is fp16's scaling.
+    """What a run of these `settings` saves; `units` are the slice's by matrix, `scales_loss` is fp16's scaling.
 
     What an optimizer keeps is learned by one step on a parameter of each size.
     """
-    entries = {}
+    counts, entries = {name: own.count for name, own in units.items()}, {}
     for count in set(counts.values()):
         parameter = nn.Parameter(torch.zeros(count, device=device))
         parameter.grad = torch.full_like(parameter, 1e-3)
@@ -65,7 +68,12 @@ def expected_state(
     scheduler = build_scheduler(schedule, fresh, plan.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=scales_loss).state_dict()
     group = copy.deepcopy(fresh.state_dict()["param_groups"][0])
-    return Expected(settings, plan, by_parameter, entries, group, fresh, scheduler, scaler)
+    guard = {name: _statistics_like(own) for name, own in units.items()} if "guard" in settings else None
+    return Expected(settings, plan, by_parameter, entries, group, fresh, scheduler, scaler, guard)
+
+
+def _statistics_like(units: SliceUnits) -> dict[str, Tensor]:
+    return {key: torch.empty(shape, device="meta") for key, shape in statistics_shapes(units).items()}
 
 
 def check_state(folder: Path, state: State, expected: Expected) -> None:
@@ -77,6 +85,7 @@ def check_state(folder: Path, state: State, expected: Expected) -> None:
         or _optimizer_problem(state, expected)
         or _scheduler_problem(state, expected.scheduler)
         or (None if _is_like(state.scaler, expected.scaler) else "its loss scaling is not as it was saved")
+        or (None if _is_like(state.guard, expected.guard) else "its guard's statistics are not as they were saved")
         or state_problem(state.validation)
         or _values_problem(state)
     )
@@ -181,7 +190,9 @@ def _is_like(value: object, ours: object) -> bool:
 
 def _values_problem(state: State) -> str | None:
     """Looked at last: a tensor of the right shape cannot be larger than what was saved."""
-    for tensor in _tensors([state.trained, state.optimizer, state.scheduler, state.scaler, state.validation]):
+    for tensor in _tensors(
+        [state.trained, state.optimizer, state.scheduler, state.scaler, state.validation, state.guard]
+    ):
         if tensor is None:
             return "its tables are nested too deeply"
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.requires_grad:

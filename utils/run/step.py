@@ -63,6 +63,8 @@ def update(run: Run, place: Place, losses: Tensor, stop: StopRequest) -> tuple[d
     if run.accelerator.num_processes > 1:
         run.trained.reduce_gradients()
     run.scaler.unscale_(run.optimizer)
+    if run.guard:
+        run.guard.add_gradient(run.trained)
     parameters = [parameter for parameter in run.trained.parameters() if parameter.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     # Processes may be interrupted at different steps, and have to stop at the same one.
