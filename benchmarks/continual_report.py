@@ -47,8 +47,11 @@ PRESERVED = {
     "preserve": ", preserved",
     "preserve+random": ", preserved, with random contexts",
     "random": ", random contexts without a list",
+    "preserve+guard": ", preserved, guarded",
+    "preserve+random+guard": ", preserved, with random contexts, guarded",
+    "random+guard": ", random contexts without a list, guarded",
 }
-LINES = dict(zip(PRESERVED, (":", "-", "--", "-."), strict=True))
+LINES = dict(zip(PRESERVED, (":", "-", "--", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))), strict=True))
 
 
 def _place(row: str) -> tuple[int, int]:
