@@ -21,6 +21,7 @@ import continual_methods as methods
 import continual_report
 import torch
 import torch.nn.functional as F
+from continual_report import HALF
 from parts import add_flags, read_part, run_parts
 from tiny_world import KNOWN, World, fixed_inputs, velocities
 
@@ -134,7 +135,7 @@ def preserved(world: World, row: str) -> dict:
 
     Without a list it is the empty prompt, as in a run of wan_train_network.py.
     """
-    _, *kept = row.split("+")
+    _, *kept = row.removesuffix(HALF).split("+")
     listed = world.listed if "preserve" in kept else [""] if "random" in kept else []
     captions = world.captions if "random" in kept else []
     return {"listed": listed, "captions": captions, "guard": WEIGHT if "guard" in kept else 0.0}
@@ -266,8 +267,8 @@ def work(part: str, folder: Path) -> dict:
         case ["rate", row]:
             return choose_rate(world, LEARN[row.partition("+")[0]], **preserved(world, row))
         case ["chain", row, seed, count]:
-            rate = read_part(folder, f"rate {'lora' if row == APART else row}")["rate"]
-            return chain(world, row, int(seed), int(count), rate, folder)
+            rate = read_part(folder, f"rate {'lora' if row == APART else row.removesuffix(HALF)}")["rate"]
+            return chain(world, row, int(seed), int(count), rate / 2 if row.endswith(HALF) else rate, folder)
 
 
 def main() -> None:
@@ -277,7 +278,8 @@ def main() -> None:
     options = parser.parse_args()
     count, seeds = (3, 1) if options.quick else (10, 3)
     rates = [f"rate {row}" for row in ROWS if row != APART]
-    chains = [f"chain {row} {seed} {count}" for seed in range(seeds) for row in ROWS]
+    rows = ROWS if options.quick else [*ROWS, *(f"{row}{HALF}" for row in ROWS if "+" in row)]
+    chains = [f"chain {row} {seed} {count}" for seed in range(seeds) for row in rows]
     if run_parts(options, [rates, chains], work):
         continual_report.write(options.folder)
 
