@@ -41,7 +41,7 @@ LABELS = {
 class Variant:
     """One chain: the method, the names that are preserved, the newest concepts that are, on every how many steps.
 
-    `share` is of the chosen rate; `steps` are those of a concept.
+    `share` is of the chosen rate; `steps` are those of a concept; `kept` is "guard" or "random+guard" beside the names.
     """
 
     method: str = "slices"
@@ -50,10 +50,11 @@ class Variant:
     every: int = 4
     share: float = 1
     steps: int = STEPS
+    kept: str = ""
 
     @property
     def part(self) -> str:
-        return " ".join(["many", *map(str, astuple(self))])
+        return " ".join(["many", *map(str, astuple(self))]).rstrip()
 
 
 VARIANTS = [
