@@ -69,7 +69,6 @@ VARIANTS = [
     *(Variant(method, every=1) for method in ("lora-2", "full")),
     *(Variant(method, every=1, steps=4 * STEPS) for method in ("slices", "lora-2")),
     *(Variant(method, kept=kept) for method in ("slices", "slices-in-turn") for kept in ("guard", "random+guard")),
-    Variant("slices-in-turn"),
 ]
 
 
