@@ -7,7 +7,6 @@ Writes two_characters.png (a row for each checkpoint, a column for each prompt),
 
 import argparse
 import importlib
-import random
 import shlex
 import subprocess
 import sys
@@ -23,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(TINY_WAN)]
 import av  # noqa: E402
 import torch  # noqa: E402
 from atlas import read_atlas, read_picture  # noqa: E402
-from emoji_pictures import HELD_OUT, moving, nearest, psnr  # noqa: E402
+from emoji_pictures import moving, nearest, psnr  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
@@ -38,7 +37,6 @@ VAE = TINY_WAN / "tiny_wan_vae.safetensors"
 T5 = TINY_WAN / "models_t5_tiny.safetensors"
 FF = "0.2"
 STEPS = 200
-PRESERVED = 40  # names that are listed, without random contexts; 0: none, and --preserve_prompts has no file
 SHIFTS = ((0, 0), (-2, 0), (2, 0), (0, -2), (0, 2), (1, 1), (-1, -1), (1, -1), (-1, 1))  # pixels down, right
 LEARNING_RATE = "2e-3"
 SEEDS = 8
@@ -98,18 +96,6 @@ def _write_pictures(name: str, folder: Path) -> Path:
     return _write_dataset(folder, name, f"image_directory = '{data.as_posix()}'\nnum_repeats = 16")
 
 
-def _write_preserved(folder: Path) -> list[Path]:
-    """Writes the prompts to preserve, if any: names that the model knows, none of which the table tests."""
-    if not PRESERVED:
-        return []
-    names, _ = read_atlas(TINY_WAN)
-    known = [name for name in names[:-HELD_OUT] if name not in OLD]
-    path = folder / "data" / "preserved.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(random.Random("preserved").sample(known, PRESERVED)), encoding="utf-8")
-    return [path]
-
-
 def _write_captioned(path: Path, picture_CHW: torch.Tensor, caption: str) -> None:
     save_image(path, picture_CHW)
     path.with_suffix(".txt").write_text(caption, encoding="utf-8")
@@ -138,8 +124,8 @@ def _write_dataset(folder: Path, name: str, source: str) -> Path:
 def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path:
     """Caches the dataset and trains slice `ffid` of `dit` on it; returns the new checkpoint's path.
 
-    The listed names and the concepts that `dit` already holds are preserved: the reference predictions that the runs
-    before recorded are used again, and only prompts without any are recorded now.
+    What the base knows is preserved, without a list of prompts, and so are the concepts that `dit` already holds: the
+    reference predictions that the runs before recorded are used again, and only those of the newest concept are new.
     """
     _run("wan_cache_latents.py", "--dataset_config", dataset, "--vae", VAE)
     _run("wan_cache_text_encoder_outputs.py", "--dataset_config", dataset, "--t5", T5, "--batch_size", 16)
@@ -148,9 +134,7 @@ def _train(name: str, ffid: int, dit: Path, dataset: Path, folder: Path) -> Path
         *("--optimizer_type", "adamW", "--learning_rate", LEARNING_RATE, "--lr_scheduler", "cosine"),
         *("--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--max_train_steps", STEPS, "--seed", 1234),
         *("--max_data_loader_n_workers", 0, "--output_dir", folder / "saves", "--output_name", name),
-        *("--ff", FF, "--ffid", ffid, "--t5", T5),
-        *("--preserve_prompts", *_write_preserved(folder), *(["auto"] if ffid > 1 else [])),
-        *(["--preserve_random", 0] if PRESERVED else []),
+        *("--ff", FF, "--ffid", ffid, "--t5", T5, "--preserve_prompts"),
         *(["--preserve_answers", dit.with_suffix(".answers.safetensors")] if ffid > 1 else []),
     ]
     threads = str(torch.get_num_threads())
