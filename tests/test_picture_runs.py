@@ -167,7 +167,7 @@ def test_samples_of_a_run_start_from_the_pictures_of_their_prompts(files):
 def preserving(folder, *more):
     (folder / "old.txt").write_text("a red cat\na cat", encoding="utf-8")
     t5 = ("--t5", str(folder / "t5.safetensors"), "--tokenizer", str(folder / "spiece.model"))
-    few = ("--preserve_levels", "4", "--preserve_random", "6")
+    few = ("--preserve_levels", "4", "--preserve_random", "6", "--guard", "0")
     return (*t5, "--preserve_prompts", str(folder / "old.txt"), *more, *few)
 
 
@@ -222,7 +222,7 @@ def test_every_other_flag_goes_with_pictures(files):
     _, folder = files
     more = ("--training_debug", "--gradient_checkpointing", "--blocks_to_swap", "2", "--mixed_precision", "bf16")
     more += ("--gradient_accumulation_steps", "3", "--validation_dataset_config", str(validated(folder)))
-    said = run(files, *preserving(folder), *more, "--save_as", "slice", "--validate_every_n_steps", "1")
+    said = run(files, *preserving(folder), *more, "--save_as=slice", "--validate_every_n_steps=1", "--guard")
     assert [line for line in said if line.startswith("step 1: validation loss")]
     assert (folder / "out" / "one.slice.safetensors").is_file()
     assert run(files, "--show_timesteps", "console")[-1].startswith("timesteps of 100,000 samples")

@@ -56,7 +56,7 @@ def t5(folder):
 
 def preserving(folder, every=2, weight=3):
     told = ("--preserve_every", str(every), "--preserve_weight", str(weight))
-    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told, "--preserve_random", "0")
+    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told, "--preserve_random", "0", "--guard", "0")
 
 
 def kept_by(path, folder, every=2, weight=3, most_values=10**9):

@@ -25,6 +25,11 @@ CHOICES = {"save": ("checkpoint", "slice"), "allow_overlap": ("no", "yes")}  # o
 
 def create_arch_network(multiplier, network_dim, network_alpha, vae, text_encoders, unet, neuron_dropout=None, **args):
     """The SliceNetwork that --network_args asks for: `ff`, `ffid`; `save` checkpoint or slice; `allow_overlap` yes."""
+    if "guard" in args:
+        raise finetune.SliceError(
+            f"--network_args guard={args['guard']}: only wan_train_network.py has the guard, which needs the random "
+            "contexts that it draws before training; leave it out"
+        )
     known = {"ff", "ffid"} <= args.keys() <= {"ff", "ffid", *CHOICES} and args.get("ffid", "").isdecimal()
     if not known or any(args.get(key, allowed[0]) not in allowed for key, allowed in CHOICES.items()):
         given = " ".join(f"{key}={value}" for key, value in args.items())
