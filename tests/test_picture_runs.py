@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_guard import check_statistics, noted_passes
 from tiny_models import MODELS, run_flags, sample_flags, tiny_model, write_run_files
 
 import wan_train_network
@@ -17,6 +18,7 @@ from utils.data.dataset import build_training_dataset
 from utils.data.given_pictures import starts_clean
 from utils.data.origins import without_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
+from utils.preserve import asking
 from utils.preserve.answers_file import read_answers
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
 from utils.run.inputs import check_dataset
@@ -214,6 +216,20 @@ def test_old_prompts_are_asked_at_the_clips_own_pictures_and_kept_for_the_next_r
     assert sorted(first) == sorted(second)
     first, second = ([(a.t, a.starts_clean, a.pictures is None) for a in own.random.kept] for own in kept)
     assert first == second and len({a.pictures for own in kept[1:] for a in own.random.kept}) <= 4
+
+
+def test_the_guards_statistics_are_those_of_a_dense_kfac_and_leave_out_clean_first_frames(files, monkeypatch):
+    task, folder = files
+    monkeypatch.setattr(asking, "SAMPLES", 6)
+    with noted_passes() as passes:
+        more = ("--mixed_precision", "no", "--save_state", "--max_train_steps", "1", "--save_as", "slice", "--guard")
+        run(files, *preserving(folder), *more)
+    check_statistics(folder / "base.safetensors", read_state(folder / "out" / "one-state"), passes, 6)
+    clean = [starts is not None and bool(starts.any()) for starts in (one[3].starts_clean_B for one in passes)]
+    assert any(clean) == (task == "ti2v-5B") and not all(clean)
+    for (*_, given, noise, values), starts in zip(passes, clean, strict=True):
+        assert values == noise[0, :, int(starts) :].numel() and (not starts or not noise[:, :, 0].any())
+        assert (given.y_BCFHW is None) == (task == "ti2v-5B")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from utils.selective_finetune import SlicedMatrix, SliceUnits, TrainedSlice
 SAMPLES = 32  # predictions
 WEIGHT = 1.0
 MOST_BYTES = 2**30
-_TOGETHER = 2**24  # values that are converted to fp32 in one go
+_TOGETHER = 2**22  # values that are converted to fp32 in one go
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +114,11 @@ class Gathering:
         sums = self.sums[name]
         saved_GM = matrix.columns_GM if matrix.saves_whole_input else matrix.unit_GM
         # In pieces: fp32 copies of all tokens of a clip would take more memory than a training step.
-        size = max(1, _TOGETHER // max(matrix.units.shape))
+        size = max(1, _TOGETHER // max(*matrix.units.shape, saved_GM.numel()))
         pieces = zip(saved.flatten(0, -2).split(size), dy.flatten(0, -2).split(size), strict=True)
         for saved_T, dy_T in pieces:
-            for group, columns_M in enumerate(saved_GM):
-                x_TM = saved_T[:, columns_M].float()
-                sums.inputs_GMM[group].addmm_(x_TM.T, x_TM)
+            x_GTM = saved_T[:, saved_GM].float().transpose(0, 1)
+            sums.inputs_GMM.baddbmm_(x_GTM.mT, x_GTM)
             squares = dy_T.float().square().sum(0)
             sums.outputs_GL.add_(squares.view_as(sums.outputs_GL), alpha=1 / self.values)
             self.tokens[name] += len(saved_T)
