@@ -21,9 +21,11 @@ import continual_methods as methods
 import continual_report
 import torch
 import torch.nn.functional as F
+from continual_report import HALF
 from parts import add_flags, read_part, run_parts
 from tiny_world import KNOWN, World, fixed_inputs, velocities
 
+from utils.preserve.guard import WEIGHT
 from utils.sampling.writers import save_image
 from utils.selective_finetune import block_linears, slice_indices
 
@@ -43,6 +45,7 @@ LEARN = {
 APART = "lora_apart"
 ROWS = [f"{name}{kept}" for name in LEARN for kept in ("", "+preserve") if (name, kept) != (APART, "+preserve")]
 ROWS += [f"{name}+preserve+random" for name in ("slices", "lora", "full")] + ["slices+random"]
+ROWS += [f"slices+{kept}+guard" for kept in ("preserve", "preserve+random", "random")]
 RATES = [factor * 10.0**exponent for exponent in (-5, -4, -3, -2) for factor in (1, 2, 5)]
 FIRST_TRIED = 6  # of RATES
 WITHIN = 0.1  # of the least loss; a smaller rate disturbs less
@@ -75,12 +78,14 @@ def teach_all(
     steps: int = STEPS,
     preserves: bool | None = None,
     captions: Sequence[str] = (),
+    guard: float = 0.0,
 ) -> Iterator[Taught]:
     """The model after each of the concepts, trained one after another.
 
     With `listed` names, each run holds to what the model said to these when the first one began, and to each concept
     (or only each of the `remembered` newest) when the run after its own began, at the pictures of the run that asks;
     `preserves` says so without names. With `captions`, each holds to what the model said at contexts like them, too.
+    `guard` is the weight of the guard, if there is one.
     """
     weights, general, earlier, random_contexts = world.base, [], [], None
     preserves = bool(listed) if preserves is None else preserves
@@ -105,6 +110,7 @@ def teach_all(
             (general, earlier) if general or earlier else None,
             every,
             random=random_contexts,
+            guard=guard,
         )
         yield Taught(weights, values, time.process_time() - started)
 
@@ -124,18 +130,24 @@ def teach_apart(
         yield Taught(summed, values, time.process_time() - started)
 
 
-def preserved(world: World, row: str) -> dict[str, Sequence[str]]:
-    """What a row preserves: the names that it lists, the captions that its random contexts are like.
+def preserved(world: World, row: str) -> dict:
+    """What a row preserves: the names that it lists, the captions that its random contexts are like, its guard.
 
     Without a list it is the empty prompt, as in a run of wan_train_network.py.
     """
-    _, *kept = row.split("+")
+    _, *kept = row.removesuffix(HALF).split("+")
     listed = world.listed if "preserve" in kept else [""] if "random" in kept else []
-    return {"listed": listed, "captions": world.captions if "random" in kept else []}
+    captions = world.captions if "random" in kept else []
+    return {"listed": listed, "captions": captions, "guard": WEIGHT if "guard" in kept else 0.0}
 
 
 def choose_rate(
-    world: World, learn: Learn, listed: Sequence[str], steps: int = STEPS, captions: Sequence[str] = ()
+    world: World,
+    learn: Learn,
+    listed: Sequence[str],
+    steps: int = STEPS,
+    captions: Sequence[str] = (),
+    guard: float = 0.0,
 ) -> dict:
     """The smallest of RATES whose loss on the two extra concepts, trained one after the other, is within WITHIN.
 
@@ -147,7 +159,7 @@ def choose_rate(
     def loss(place: int) -> float:
         rate = RATES[place]
         if rate not in tried:
-            *_, last = teach_all(world, learn, latents, rate, 0, listed, steps=steps, captions=captions)
+            *_, last = teach_all(world, learn, latents, rate, 0, listed, steps=steps, captions=captions, guard=guard)
             model = world.model(last.weights)
             tried[rate] = mean(concept_loss(world, model, f"character{n}", own) for n, own in enumerate(latents))
         return tried[rate]
@@ -255,8 +267,8 @@ def work(part: str, folder: Path) -> dict:
         case ["rate", row]:
             return choose_rate(world, LEARN[row.partition("+")[0]], **preserved(world, row))
         case ["chain", row, seed, count]:
-            rate = read_part(folder, f"rate {'lora' if row == APART else row}")["rate"]
-            return chain(world, row, int(seed), int(count), rate, folder)
+            rate = read_part(folder, f"rate {'lora' if row == APART else row.removesuffix(HALF)}")["rate"]
+            return chain(world, row, int(seed), int(count), rate / 2 if row.endswith(HALF) else rate, folder)
 
 
 def main() -> None:
@@ -266,7 +278,8 @@ def main() -> None:
     options = parser.parse_args()
     count, seeds = (3, 1) if options.quick else (10, 3)
     rates = [f"rate {row}" for row in ROWS if row != APART]
-    chains = [f"chain {row} {seed} {count}" for seed in range(seeds) for row in ROWS]
+    rows = ROWS if options.quick else [*ROWS, *(f"{row}{HALF}" for row in ROWS if "+" in row)]
+    chains = [f"chain {row} {seed} {count}" for seed in range(seeds) for row in rows]
     if run_parts(options, [rates, chains], work):
         continual_report.write(options.folder)
 

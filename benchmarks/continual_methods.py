@@ -15,9 +15,10 @@ from tiny_world import World, shifted
 from torch import Tensor, nn
 
 from utils.preserve.answers import Answer, OldPrompt, RandomContexts
+from utils.preserve.guard import SAMPLES, Gathering, Guard
 from utils.preserve.old_prompts import RANDOM_CONTEXTS, Preservation
 from utils.preserve.random_contexts import DrawnContexts, TokenStatistics, first_texts
-from utils.selective_finetune import attach_slice, block_linears
+from utils.selective_finetune import TrainedSlice, attach_slice, block_linears
 from wan.model import WanModel
 
 FF = "0.1"  # ten disjoint slices are the whole line
@@ -35,6 +36,7 @@ class Learner:
     parameters: list[nn.Parameter]
     after_step: Callable[[], None]
     weights: Callable[[], dict[str, Tensor]]
+    slice: TrainedSlice | None = None
 
     @property
     def values(self) -> int:
@@ -45,7 +47,7 @@ class Learner:
 def disjoint_slices(model: WanModel, number: int, ff: str = FF) -> Learner:
     """Each concept in a slice of its own."""
     trained = attach_slice(model, ff, number + 1)
-    return Learner(list(trained.parameters()), trained.write_back, model.state_dict)
+    return Learner(list(trained.parameters()), trained.write_back, model.state_dict, trained)
 
 
 def one_slice(model: WanModel, number: int, ff: str = FF) -> Learner:
@@ -146,14 +148,38 @@ def ask_at_random(
 @torch.no_grad()
 def _answers(model: WanModel, texts: Sequence[Tensor], latents_NCFHW: Tensor, seed: int) -> tuple[Answer, ...]:
     """The model's predictions for the texts, at as many evenly spread noise levels."""
-    draw, count = torch.Generator().manual_seed(seed), len(texts)
+    noisy, t = _spread(latents_NCFHW, len(texts), torch.Generator().manual_seed(seed))
+    parts = range(0, len(texts), ASKED_AT_ONCE)
+    velocity = [model(noisy[i:j], t[i:j], texts[i:j]) for i, j in ((at, at + ASKED_AT_ONCE) for at in parts)]
+    return tuple(map(Answer, noisy, t.tolist(), torch.cat(velocity)))
+
+
+def _spread(latents_NCFHW: Tensor, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` of the latents with noise of evenly spread levels, and the timesteps."""
     clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (count,), generator=draw)]
     sigma = shifted((torch.arange(count) + torch.rand(count, generator=draw)) / count)
     noisy = torch.lerp(clean, torch.randn(clean.shape, generator=draw), sigma.view(-1, 1, 1, 1, 1))
-    t = 1000 * sigma
-    parts = range(0, count, ASKED_AT_ONCE)
-    velocity = [model(noisy[i:j], t[i:j], texts[i:j]) for i, j in ((at, at + ASKED_AT_ONCE) for at in parts)]
-    return tuple(map(Answer, noisy, t.tolist(), torch.cat(velocity)))
+    return noisy, 1000 * sigma
+
+
+def make_guard(
+    model: WanModel,
+    trained: TrainedSlice,
+    texts: Sequence[Tensor],
+    latents_NCFHW: Tensor,
+    weight: float,
+    seed: int,
+    samples: int = SAMPLES,
+) -> Guard:
+    """A guard of the slice, with statistics at some of the texts, as a run gathers them at its start."""
+    draw, gathering = torch.Generator().manual_seed(seed), Gathering(trained)
+    chosen = [texts[int(number)] for number in torch.randint(len(texts), (samples,), generator=draw)]
+    noisy, t = _spread(latents_NCFHW, samples, draw)
+    with gathering.of_passes():
+        for own in torch.arange(samples).split(BATCH):
+            predicted = model(noisy[own], t[own], [chosen[number] for number in own])
+            gathering.backward(predicted, torch.randn(predicted.shape, generator=draw), predicted[0].numel())
+    return Guard(weight, gathering.statistics())
 
 
 def teach(
@@ -169,11 +195,13 @@ def teach(
     every: int = PRESERVE_EVERY,
     on_step: Callable[[int, WanModel], None] | None = None,
     random: RandomContexts | None = None,
+    guard: float = 0.0,
 ) -> tuple[dict[str, Tensor], int]:
     """Trains `prompt` to draw the latents; the weights, how many values train.
 
     The arithmetic of wan_train_network.py --timestep_sampling shift --lr_scheduler cosine. `preserve`: general old
-    prompts and those of concepts, with their answers; `random`: contexts with theirs.
+    prompts and those of concepts, with their answers; `random`: contexts with theirs; `guard`: the weight of a guard at
+    these contexts, or at what is listed.
     """
     model = world.model(start)
     learner = learn(model)
@@ -182,6 +210,10 @@ def teach(
     draw = torch.Generator().manual_seed(seed)
     preserve = preserve or (random and ((), ()))
     kept = preserve and Preservation(*map(tuple, preserve), every, every, most_values=10**9, random=random)
+    guarded = None
+    if guard:
+        texts = random.texts if random else [old.text_SD for part in preserve for old in part]
+        guarded = make_guard(model, learner.slice, texts, latents_NCFHW, guard, seed)
     for step in range(1, steps + 1):
         clean = latents_NCFHW[torch.randint(len(latents_NCFHW), (BATCH,), generator=draw)]
         sigma = shifted(torch.rand(BATCH, generator=draw))
@@ -192,6 +224,8 @@ def teach(
             for old in kept.draw([draw] * BATCH, device=noisy.device):
                 loss = F.mse_loss(model(old.noisy_BCFHW, old.t_B, old.context), old.velocity_BCFHW)
                 (kept.weight * old.share * loss).backward()
+        if guarded:
+            guarded.add_gradient(learner.slice)
         torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -47,23 +47,36 @@ PRESERVED = {
     "preserve": ", preserved",
     "preserve+random": ", preserved, with random contexts",
     "random": ", random contexts without a list",
+    "preserve+guard": ", preserved, guarded",
+    "preserve+random+guard": ", preserved, with random contexts, guarded",
+    "random+guard": ", random contexts without a list, guarded",
 }
-LINES = dict(zip(PRESERVED, (":", "-", "--", "-."), strict=True))
+LINES = dict(zip(PRESERVED, (":", "-", "--", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))), strict=True))
 
 
-def _place(row: str) -> tuple[int, int]:
-    name, _, kept = row.partition("+")
-    return list(PRESERVED).index(kept), list(LABELS).index(name)
+HALF = "-half"  # what the names of rows end with that are trained at half of the chosen rate
+
+
+def _parts(row: str) -> tuple[str, str, bool]:
+    """The method, what is kept, whether it is trained at half of the chosen rate."""
+    name, _, kept = row.removesuffix(HALF).partition("+")
+    return name, kept, row.endswith(HALF)
+
+
+def _place(row: str) -> tuple[int, int, bool]:
+    name, kept, is_half = _parts(row)
+    return list(PRESERVED).index(kept), list(LABELS).index(name), is_half
 
 
 def _label(row: str) -> str:
-    name, _, kept = row.partition("+")
-    return LABELS[name] + PRESERVED[kept]
+    name, kept, is_half = _parts(row)
+    return LABELS[name] + PRESERVED[kept] + (", at half the rate" if is_half else "")
 
 
 def _table(rows: dict[str, list[dict]]) -> list[str]:
     columns = {
         "seeds": lambda results: str(len(results)),
+        "rate": lambda results: f"{results[0]['rate']:g}",
         "recognised right after": _spread(right_after),
         "at the end": _spread(at_end),
         "kept": _spread(lambda r: at_end(r) / right_after(r)),
@@ -132,7 +145,9 @@ def _others(result: dict) -> float:
 def _forgetting_curve(rows: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5))
     for row, results in rows.items():
-        name, _, kept = row.partition("+")
+        name, kept, is_half = _parts(row)
+        if is_half:
+            continue
         curves = np.array([[_taught(after) for after in result["after"]] for result in results])
         x = np.arange(1, curves.shape[1] + 1)
         colour = f"C{list(LABELS).index(name)}"
