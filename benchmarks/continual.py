@@ -133,7 +133,7 @@ def teach_apart(
 def preserved(world: World, row: str) -> dict:
     """What a row preserves: the names that it lists, the captions that its random contexts are like, its guard.
 
-    Without a list it is the empty prompt, as in a run of wan_train_network.py.
+    As keywords of teach_all. Without a list it is the empty prompt, as in a run of wan_train_network.py.
     """
     _, *kept = row.removesuffix(HALF).split("+")
     listed = world.listed if "preserve" in kept else [""] if "random" in kept else []

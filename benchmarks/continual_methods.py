@@ -18,7 +18,7 @@ from utils.preserve.answers import Answer, OldPrompt, RandomContexts
 from utils.preserve.guard import SAMPLES, Gathering, Guard
 from utils.preserve.old_prompts import RANDOM_CONTEXTS, Preservation
 from utils.preserve.random_contexts import DrawnContexts, TokenStatistics, first_texts
-from utils.selective_finetune import TrainedSlice, attach_slice, block_linears
+from utils.selective_finetune import TrainedSlice, attach_slice, block_linears, ids_available
 from wan.model import WanModel
 
 FF = "0.1"  # ten disjoint slices are the whole line
@@ -48,6 +48,11 @@ def disjoint_slices(model: WanModel, number: int, ff: str = FF) -> Learner:
     """Each concept in a slice of its own."""
     trained = attach_slice(model, ff, number + 1)
     return Learner(list(trained.parameters()), trained.write_back, model.state_dict, trained)
+
+
+def slices_in_turn(model: WanModel, number: int, ff: str = FF) -> Learner:
+    """Each concept in the next slice; the first comes after the last one again."""
+    return disjoint_slices(model, number % ids_available(ff), ff)
 
 
 def one_slice(model: WanModel, number: int, ff: str = FF) -> Learner:

@@ -21,7 +21,7 @@ from torch import Tensor
 from utils.selective_finetune import SlicedMatrix, SliceUnits, TrainedSlice
 
 SAMPLES = 32  # predictions
-WEIGHT = 10.0
+WEIGHT = 20.0
 MOST_BYTES = 2**30
 _TOGETHER = 2**22  # values that are converted to fp32 in one go
 
