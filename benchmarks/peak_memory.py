@@ -28,6 +28,7 @@ import wan.model  # noqa: E402
 from utils.files import readable  # noqa: E402
 from utils.learning import conditions  # noqa: E402
 from utils.learning.conditions import Conditioning  # noqa: E402
+from utils.preserve.guard import Gathering, Guard  # noqa: E402
 from utils.selective_finetune import attach_slice, block_linears, ids_available, slice_units  # noqa: E402
 from utils.swap.backend import HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
@@ -54,6 +55,7 @@ class Case:
     task: str = "t2v-14B"
     experts: int = 1  # 2: both of A14B, of which one has trained and left the device
     fp8: str = ""  # "scaled": --fp8_base --fp8_scaled
+    guard: bool = False  # with its statistics gathered before the first step
 
 
 CASES = (
@@ -83,7 +85,10 @@ CASES = (
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes on the device: placed, and at the highest point of each part of a step; bytes copied to it by the step."""
+    """Bytes on the device: placed, and at the highest point of each part of a step; bytes copied to it by the step.
+
+    The same of the pass that gathers a guard's statistics, 0 without one.
+    """
 
     placed: int
     forward: int
@@ -91,10 +96,12 @@ class Peaks:
     update: int
     sampling: int
     copied: int
+    gathering: int = 0
+    copied_gathering: int = 0
 
     @property
     def highest(self) -> int:
-        return max(self.forward, self.backward, self.update, self.sampling)
+        return max(self.forward, self.backward, self.update, self.sampling, self.gathering)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -208,9 +215,23 @@ def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int
         for _ in range(steps):
             before = traffic.bytes
             forward, backward, update = step(model, trained, optimizer, task, case.latents, count)
-        copied = traffic.bytes - before
+        copied, before = traffic.bytes - before, traffic.bytes
+        gathered = []
+        gathering = peak_of(count, lambda: gathered.append(gather(model, trained, task, case))) if case.guard else 0
+        copied_gathering = traffic.bytes - before
+        if case.guard:
+            *_, update = step(model, trained, optimizer, task, case.latents, count, *gathered)
         sampling = peak_of(count, lambda: sample(model, task, case.latents))
-    return Peaks(placed, forward, backward, update, sampling, copied)
+    return Peaks(placed, forward, backward, update, sampling, copied, gathering, copied_gathering)
+
+
+def gather(model, trained, task: WanTask, case: Case) -> Guard:
+    """A pass of the guard's gathering, and the guard of its sums."""
+    gathered = Gathering(trained)
+    with gathered.of_passes():
+        predicted = predict(model, task, case.latents)
+        gathered.backward(predicted, torch.empty_like(predicted), predicted.numel())
+    return Guard(1.0, gathered.sums)
 
 
 def set_up(model, case: Case, ff: str, inputs: BlockInputs | None, backend: MetaBackend):
@@ -233,12 +254,16 @@ def place(model, swap: SwapConfig, trained, loaded: LoadedWeights, backend: Meta
     return placement
 
 
-def step(model, trained, optimizer, task: WanTask, latents, count: DeviceBytes) -> tuple[int, int, int]:
+def step(
+    model, trained, optimizer, task: WanTask, latents, count: DeviceBytes, guard: Guard | None = None
+) -> tuple[int, int, int]:
     losses = []
     forward = peak_of(count, lambda: losses.append(predict(model, task, latents).square().mean()))
     backward = peak_of(count, lambda: losses.pop().backward())
 
     def update() -> None:
+        if guard:
+            guard.add_gradient(trained)
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

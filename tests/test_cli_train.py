@@ -15,6 +15,7 @@ from utils.cli.swap_flags import size
 from utils.cli.train import parse_train
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
+from utils.preserve.guard import WEIGHT
 from utils.selective_finetune import SliceError
 from wan.errors import InputError
 
@@ -127,6 +128,7 @@ def test_a_file_gives_defaults_and_the_command_line_wins(folder):
         ('compile_mode = "default"', "--compile_mode is not supported"),
         ("fp8_scaled = true", "--fp8_scaled has no effect without --fp8_base"),
         ('config_file = "b.toml"', "unknown key config_file"),
+        ("guard = true", "--guard has no effect without --preserve_prompts"),
     ],
 )
 def test_a_mistake_in_the_config_file_is_named(folder, line, message):
@@ -176,6 +178,10 @@ MISTAKES = {
     "--preserve_answers none.safetensors": "need --t5",
     "--preserve_levels 4": "no effect without --preserve_prompts",
     "--preserve_random 4": "no effect without --preserve_prompts",
+    "--guard": "--guard has no effect without --preserve_prompts",
+    "--guard 0": "--guard has no effect without --preserve_prompts",
+    "--guard -1 --preserve_prompts": "--guard must be a number from 0",
+    "--guard none --preserve_prompts": "--guard must be a number from 0",
     "--preserve_random -1 --preserve_prompts": "--preserve_random",
     "--preserve_random 10001 --preserve_prompts": "--preserve_random",
     "--preserve_prompts": "need --t5",
@@ -278,6 +284,24 @@ def test_without_a_file_the_empty_prompt_and_the_captions_of_concepts_are_preser
     for more in ([], ["--preserve_random=7"]):
         preserve = parse_train([*common, "--preserve_answers", "models_t5.pth", *more]).preserve
         assert (preserve.prompts, preserve.from_ledger, preserve.random) == ((), False, 7 if more else None)
+
+
+def test_whatever_is_preserved_has_a_guard_unless_it_is_turned_off(tmp_path):
+    common = [*SHORT, "--t5", "models_t5.pth", "--preserve_prompts"]
+    weights = {(): WEIGHT, ("--guard",): WEIGHT, ("--guard", "2.5"): 2.5, ("--guard=0",): 0}
+    for more, weight in weights.items():
+        assert parse_train([*common, *more]).preserve.guard == weight
+    for value, weight in {"true": WEIGHT, "2.5": 2.5, "0": 0, "false": 0, '""': WEIGHT}.items():
+        (tmp_path / "flags.toml").write_text(f"guard = {value}", encoding="utf-8")
+        found = parse_train([*common, "--config_file", str(tmp_path / "flags.toml")]).preserve
+        assert found.guard == weight
+    assert str(parse_train([*common, "--guard", f"{WEIGHT:g}"]).preserve.guard) == str(WEIGHT)  # as settings tell it
+
+
+def test_no_random_contexts_are_preserved_where_a_config_file_says_false(tmp_path):
+    (tmp_path / "flags.toml").write_text("preserve_random = false", encoding="utf-8")
+    file = ["--config_file", str(tmp_path / "flags.toml")]
+    assert parse_train([*SHORT, "--t5", "models_t5.pth", "--preserve_prompts", *file]).preserve.random == 0
 
 
 @pytest.mark.parametrize("name", ["dit", "dataset_config", "output_dir", "output_name"])

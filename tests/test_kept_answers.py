@@ -67,7 +67,7 @@ def folder(files):
 
 
 def asking(folder, *more):
-    few = ("--preserve_levels", "3", "--preserve_random", "0")
+    few = ("--preserve_levels", "3", "--preserve_random", "0", "--guard", "0")
     return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *more, *few)
 
 

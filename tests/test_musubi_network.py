@@ -253,6 +253,7 @@ def test_another_optimizers_steps_are_not_counted(folder, monkeypatch):
         ({"network_args": {"ff": "0.05", "ffid": "one"}}, r"ffid=one: it takes ff=0\.001 ffid=1 \(a number\)"),
         ({"network_args": {"ff": "0.05", "ffid": "21"}}, "from 1 to 20"),
         ({"network_args": {"ff": "0.05", "ffid": "1", "rank": "4"}}, "rank=4"),
+        ({"network_args": {"ff": "0.05", "ffid": "1", "guard": "1"}}, r"guard: only wan_train_network\.py has"),
         ({"network_dim": 32}, "leave out --network_dim"),
         ({"dit_high_noise": "high.safetensors"}, "each expert in a run of its own"),
         ({"base_weights": ["lora.safetensors"]}, "merge the LoRA"),

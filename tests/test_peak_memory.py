@@ -7,7 +7,8 @@ import pytest
 import torch
 from peak_memory import CASES, CLIP, CLIP_5B, IMAGE, Case, measure, print_slices, slice_values
 
-from utils.selective_finetune import slice_interval
+from utils.preserve.guard import guard_bytes
+from utils.selective_finetune import block_linears, slice_interval, slice_units
 from utils.swap.placement import sizes_of
 from utils.swap.plan import SwapConfig, device_bytes, plan_swap
 from wan.configs import TASKS
@@ -54,6 +55,18 @@ def test_with_an_fp8_base_a_step_copies_half_the_bytes():
     for swapped, passing in ((FEW - 1, 0), (FEW, OUTSIDE + 2 * tall + SQUARE // 2)):
         copied = measure(Case("", IMAGE, swapped, 1, fp8="scaled"), blocks=FEW).copied
         assert copied == (FEW - 1) * BLOCK + passing
+
+
+@pytest.mark.parametrize("latents", [IMAGE, pytest.param(CLIP, marks=pytest.mark.slow)])
+def test_the_guard_takes_little_memory_beside_a_step_and_each_block_passes_twice_to_gather_it(latents):
+    blocks = 2
+    peaks = measure(Case("", latents, 1, 1, guard=True), blocks=blocks, steps=2)
+    with torch.device("meta"):
+        linears = block_linears(WanModel(replace(TASKS["t2v-14B"].config, num_layers=blocks)))
+    held = guard_bytes(slice_units(f"{name}.weight", own.weight.shape, "0.001", 1) for name, own in linears.items())
+    beside = peaks.gathering - max(peaks.forward, peaks.backward)
+    assert held <= beside and beside - held + 40 / blocks * held < 80e6
+    assert peaks.copied_gathering == peaks.copied == 2 * (blocks - 1) * BLOCK
 
 
 def test_the_time_path_and_the_text_do_not_set_the_peak():

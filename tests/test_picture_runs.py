@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_guard import check_statistics, noted_passes
 from tiny_models import MODELS, run_flags, sample_flags, tiny_model, write_run_files
 
 import wan_train_network
@@ -17,6 +18,7 @@ from utils.data.dataset import build_training_dataset
 from utils.data.given_pictures import starts_clean
 from utils.data.origins import without_origin
 from utils.learning.flow_matching import TimestepConfig, draw_generator
+from utils.preserve import asking
 from utils.preserve.answers_file import read_answers
 from utils.run.forgetting import Probe, ProbedOn, forgetting_sums, start_probe
 from utils.run.inputs import check_dataset
@@ -167,7 +169,7 @@ def test_samples_of_a_run_start_from_the_pictures_of_their_prompts(files):
 def preserving(folder, *more):
     (folder / "old.txt").write_text("a red cat\na cat", encoding="utf-8")
     t5 = ("--t5", str(folder / "t5.safetensors"), "--tokenizer", str(folder / "spiece.model"))
-    few = ("--preserve_levels", "4", "--preserve_random", "6")
+    few = ("--preserve_levels", "4", "--preserve_random", "6", "--guard", "0")
     return (*t5, "--preserve_prompts", str(folder / "old.txt"), *more, *few)
 
 
@@ -216,13 +218,27 @@ def test_old_prompts_are_asked_at_the_clips_own_pictures_and_kept_for_the_next_r
     assert first == second and len({a.pictures for own in kept[1:] for a in own.random.kept}) <= 4
 
 
+def test_the_guards_statistics_are_those_of_a_dense_kfac_and_leave_out_clean_first_frames(files, monkeypatch):
+    task, folder = files
+    monkeypatch.setattr(asking, "SAMPLES", 6)
+    with noted_passes() as passes:
+        more = ("--mixed_precision", "no", "--save_state", "--max_train_steps", "1", "--save_as", "slice", "--guard")
+        run(files, *preserving(folder), *more)
+    check_statistics(folder / "base.safetensors", read_state(folder / "out" / "one-state"), passes, 6)
+    clean = [starts is not None and bool(starts.any()) for starts in (one[3].starts_clean_B for one in passes)]
+    assert any(clean) == (task == "ti2v-5B") and not all(clean)
+    for (*_, given, noise, values), starts in zip(passes, clean, strict=True):
+        assert values == noise[0, :, int(starts) :].numel() and (not starts or not noise[:, :, 0].any())
+        assert (given.y_BCFHW is None) == (task == "ti2v-5B")
+
+
 @pytest.mark.slow
 def test_every_other_flag_goes_with_pictures(files):
     """Debugging, validation, checkpointing, swapping, accumulation, dropped captions, masks of timesteps: at once."""
     _, folder = files
     more = ("--training_debug", "--gradient_checkpointing", "--blocks_to_swap", "2", "--mixed_precision", "bf16")
     more += ("--gradient_accumulation_steps", "3", "--validation_dataset_config", str(validated(folder)))
-    said = run(files, *preserving(folder), *more, "--save_as", "slice", "--validate_every_n_steps", "1")
+    said = run(files, *preserving(folder), *more, "--save_as=slice", "--validate_every_n_steps=1", "--guard")
     assert [line for line in said if line.startswith("step 1: validation loss")]
     assert (folder / "out" / "one.slice.safetensors").is_file()
     assert run(files, "--show_timesteps", "console")[-1].startswith("timesteps of 100,000 samples")

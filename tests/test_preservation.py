@@ -23,7 +23,8 @@ from utils.learning.flow_matching import draw_generator, draw_uniforms, sigmas_o
 from utils.preserve.answers_file import Answer, OldPrompt, read_answers
 from utils.preserve.old_prompts import CAPTIONS_KEPT, Preservation, most_frequent, old_prompts, preserve_lines
 from utils.run import inputs, preparing
-from utils.selective_finetune import slice_indices
+from utils.run.state import read_state
+from utils.selective_finetune import slice_indices, slice_units
 from utils.slice_saving import base_identity, read_ledger
 from utils.slices.base_identity import BaseModel
 from utils.slices.ledger import CONTRACT, Entry
@@ -56,7 +57,7 @@ def t5(folder):
 
 def preserving(folder, every=2, weight=3):
     told = ("--preserve_every", str(every), "--preserve_weight", str(weight))
-    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told, "--preserve_random", "0")
+    return (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), *told, "--preserve_random", "0", "--guard", "0")
 
 
 def kept_by(path, folder, every=2, weight=3, most_values=10**9):
@@ -80,7 +81,7 @@ def scalars(folder):
 class Reference:
     """Plain autograd on whole weights, masked to the slice, held to what the run's file keeps: SGD at 0.1."""
 
-    def __init__(self, folder, every=2, weight=3, window=1, ranks=1, weighed=False):
+    def __init__(self, folder, every=2, weight=3, window=1, ranks=1, weighed=False, guard=0):
         self.model = load_dit(folder / "base.safetensors", torch.float32)
         named = self.model.named_parameters()
         self.sliced = {n: p.requires_grad_() for n, p in named if n.startswith("blocks.") and p.dim() == 2}
@@ -89,6 +90,8 @@ class Reference:
         self.preserved = kept_by(folder / "out" / "one.answers.safetensors", folder, every, weight)
         self.every, self.weight, self.window, self.ranks = every, weight, window, ranks
         self.weigh = self.cosmap if weighed else torch.ones_like
+        self.start = {name: weight.detach().clone() for name, weight in self.sliced.items()}
+        self.guard, self.statistics = guard, read_state(folder / "out" / "one-state").guard if guard else {}
 
     def losses(self, steps):
         """[(loss, preservation loss, 0 where it is not due)] of every step."""
@@ -103,7 +106,7 @@ class Reference:
                 for rank in range(self.ranks)
             ]
             loss, kept = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
-            self.step(loss + self.weight * kept)
+            self.step(loss + self.weight * kept + self.guard * self.penalty())
             found.append((loss.item(), kept.item()))
             done += size
         return found
@@ -144,6 +147,18 @@ class Reference:
     def cosmap(sigma):
         return 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2))
 
+    def penalty(self):
+        """What the guard makes of the statistics that the run gathered."""
+        total = 0
+        for name, own in self.statistics.items():
+            weight, units = self.sliced[name], slice_units(name, self.start[name].shape, "0.1", 2)
+            moved = (weight - self.start[name]).view(-1, units.rows, weight.shape[1])
+            for g, rows_LI in enumerate(moved):
+                D_LM = rows_LI[:, units.columns_U[units.groups_U == g]]
+                C = own["inputs"][g, : D_LM.shape[1], : D_LM.shape[1]]
+                total = total + torch.trace(own["outputs"][g].diag() @ D_LM @ C @ D_LM.T)
+        return total
+
     def step(self, loss):
         grads = torch.autograd.grad(loss, list(self.sliced.values()))
         for (name, weight), grad in zip(self.sliced.items(), grads, strict=True):
@@ -159,13 +174,15 @@ class Reference:
         (("--preserve_random", "12"), 1),
         (("--gradient_checkpointing", "--blocks_to_swap", "1"), 1),
         (("--gradient_checkpointing", "--blocks_to_swap", "2", "--gradient_accumulation_steps", "3"), 3),
+        (("--guard", "30", "--gradient_accumulation_steps", "3", "--save_state"), 3),
     ],
-    ids=["plain", "weighed", "random contexts", "checkpointed and swapped", "accumulated"],
+    ids=["plain", "weighed", "random contexts", "checkpointed and swapped", "accumulated", "guarded"],
 )
 def test_both_losses_are_those_of_plain_autograd(folder, more, window):
     found = logged(folder, *SGD, *preserving(folder), *more)
-    weighed = "--weighting_scheme" in more
-    check_losses(found, Reference(folder, window=window, weighed=weighed).losses({1: 10, 3: 4}[window]))
+    weighed, guard = "--weighting_scheme" in more, 30 * ("--guard" in more)
+    reference = Reference(folder, window=window, weighed=weighed, guard=guard)
+    check_losses(found, reference.losses({1: 10, 3: 4}[window]))
 
 
 def test_masks_weight_the_loss_of_pictures_and_not_that_of_reference_predictions(folder):
@@ -197,7 +214,8 @@ def check_losses(found, expected):
 def train_rank(rank, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    run(folder, *SGD, *preserving(folder), "--preserve_random", "12", "--logging_dir", str(folder / "logs"))
+    guarded = ("--preserve_random", "12", "--guard", "30", "--save_state")
+    run(folder, *SGD, *preserving(folder), *guarded, "--logging_dir", str(folder / "logs"))
 
 
 @pytest.mark.slow
@@ -213,7 +231,11 @@ def test_two_processes_preserve_what_their_joint_batch_would(folder):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0]
-    check_losses(scalars(folder), Reference(folder, ranks=2).losses(6))
+    check_losses(scalars(folder), Reference(folder, ranks=2, guard=30).losses(6))
+    together = read_state(folder / "out" / "one-state").guard
+    alone = ("--preserve_random", "12", "--guard", "30", "--save_state", "--output_name", "alone")
+    run(folder, *SGD, *preserving(folder), *alone, "--max_train_steps", "2")
+    torch.testing.assert_close(together, dict(read_state(folder / "out" / "alone-state").guard))
 
 
 def test_concepts_and_general_prompts_are_drawn_equally_often_and_all_their_predictions():

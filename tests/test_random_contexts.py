@@ -58,7 +58,7 @@ def folder(files):
 
 
 def preserving(folder, *more):
-    return (*t5(folder), "--preserve_prompts", *more, "--preserve_levels", "2", "--max_train_epochs", "1")
+    return (*t5(folder), "--preserve_prompts", *more, "--preserve_levels=2", "--max_train_epochs=1", "--guard=0")
 
 
 def after(folder, where, earlier, name, ffid, data):

@@ -9,6 +9,7 @@ from tiny_run import CONFIG, run, some_state, write_inputs
 
 from utils.learning.lr_schedules import ScheduleConfig, build_scheduler
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
+from utils.preserve.guard import Gathering, Guard
 from utils.run.plan import plan_training
 from utils.run.save_schedule import SaveConfig
 from utils.run.state import LATEST, UnusableState, choose_state, read_state, save_state
@@ -27,8 +28,8 @@ def trained_state(optimizer="AdamW", steps=4):
         trained = attach_slice(WanModel(CONFIG), "0.01", 2)
     config, schedule = OptimizerConfig(optimizer, 1e-3), ScheduleConfig("cosine")
     settings = {"ff": "0.01", "ffid": "2", "seed": "1"}
-    counts = {name: matrix.units.count for name, matrix in trained.matrices.items()}
-    expected = expected_state(settings, PLAN, counts, config, schedule, CPU, False)
+    units = {name: matrix.units for name, matrix in trained.matrices.items()}
+    expected = expected_state(settings, PLAN, units, config, schedule, CPU, False)
     built = build_optimizer(config, trained.parameters())
     scheduler = build_scheduler(schedule, built, PLAN.steps)
     for _ in range(steps):
@@ -100,6 +101,51 @@ def test_a_change_by_hand_is_refused_with_what_is_wrong(good, tmp_path, reason):
         check_state(tmp_path, state, expected)
     reason = reason.partition(",")[0].removesuffix(" too").removesuffix(" either").replace("9 of", f"{count} of")
     assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def guarded(good):
+    """A state of a run with a guard, and what it is compared with."""
+    settings = {**good[0].settings, "guard": "1.0"}
+    with torch.random.fork_rng():
+        trained = attach_slice(WanModel(CONFIG), "0.01", 2)
+    rest = (OptimizerConfig("AdamW", 1e-3), ScheduleConfig("cosine"), CPU, False)
+    expected = expected_state(settings, PLAN, {name: own.units for name, own in trained.matrices.items()}, *rest)
+    return replace(good[0], settings=settings, guard=Guard(1.0, Gathering(trained).sums).state()), expected
+
+
+GUARDS = {
+    "nothing": lambda guard: guard.clear(),
+    "one matrix less": lambda guard: guard.pop(first(guard)),
+    "one matrix more": lambda guard: guard.update(more=guard[first(guard)]),
+    "no outputs": lambda guard: guard[first(guard)].pop("outputs"),
+    "another shape": lambda guard: guard[first(guard)].update(outputs=torch.zeros(8, 5)),
+    "another dtype": lambda guard: guard[first(guard)].update(inputs=guard[first(guard)]["inputs"].double()),
+    "a list": lambda guard: guard.update({first(guard): [1.0]}),
+    "not finite": lambda guard: guard[first(guard)]["outputs"].fill_(float("nan")),
+    "repeats its values": lambda guard: guard[first(guard)].update(
+        outputs=torch.zeros(1).expand(guard[first(guard)]["outputs"].shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", GUARDS)
+def test_a_guard_that_was_changed_by_hand_is_refused(guarded, tmp_path, change):
+    state, expected = copy.deepcopy(guarded[0]), guarded[1]
+    check_state(tmp_path, state, expected)
+    GUARDS[change](state.guard)
+    reason = change if change in ("not finite", "repeats its values") else "its guard's statistics are not as they were"
+    with pytest.raises(UnusableState, match=reason):
+        check_state(tmp_path, state, expected)
+
+
+def test_a_guard_belongs_to_the_states_of_runs_that_have_one(good, guarded, tmp_path):
+    with pytest.raises(UnusableState, match="its guard's statistics are not as they were saved"):
+        check_state(tmp_path, replace(guarded[0], guard=None), guarded[1])
+    with pytest.raises(UnusableState, match="its guard's statistics are not as they were saved"):
+        check_state(tmp_path, replace(good[0], guard=guarded[0].guard), good[1])
+    with pytest.raises(InputError, match=r"another run: guard 0 \(now 1.0\)"):
+        check_state(tmp_path, good[0], guarded[1])
 
 
 PLACES = [{"epoch": 0}, {"batch": 2}, {"batch": 9}, {"step": 5}, {"step": 0}, {"planned_steps": 3}, {"losses": [0.5]}]

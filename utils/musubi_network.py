@@ -25,6 +25,8 @@ CHOICES = {"save": ("checkpoint", "slice"), "allow_overlap": ("no", "yes")}  # o
 
 def create_arch_network(multiplier, network_dim, network_alpha, vae, text_encoders, unet, neuron_dropout=None, **args):
     """The SliceNetwork that --network_args asks for: `ff`, `ffid`; `save` checkpoint or slice; `allow_overlap` yes."""
+    if "guard" in args:
+        raise finetune.SliceError("--network_args guard: only wan_train_network.py has the contexts that a guard needs")
     known = {"ff", "ffid"} <= args.keys() <= {"ff", "ffid", *CHOICES} and args.get("ffid", "").isdecimal()
     if not known or any(args.get(key, allowed[0]) not in allowed for key, allowed in CHOICES.items()):
         given = " ".join(f"{key}={value}" for key, value in args.items())
@@ -82,10 +84,8 @@ class SliceNetwork(nn.Module):
         for entry in ledger:
             theirs, number = finetune.exact_fraction(entry["ff"]), entry["ffid"]
             if max((number - 1) * theirs, (self.ffid - 1) * share) < min(number * theirs, self.ffid * share):
-                held = f"{entry['name']} (ff {entry['ff']} ffid {number})"
-                raise finetune.SliceError(
-                    f"--dit holds {held} in the values of ff {self.ff} ffid {self.ffid}: take another ffid"
-                )
+                held = f"--dit holds {entry['name']} (ff {entry['ff']} ffid {number}) in the values of"
+                raise finetune.SliceError(f"{held} ff {self.ff} ffid {self.ffid}: take another ffid")
 
     def apply_to(self, text_encoders, unet: nn.Module, apply_text_encoder=False, apply_unet=True) -> None:
         # With block swap some blocks are still on the CPU; what lies around them is on the training device.

@@ -8,6 +8,8 @@ from utils.text_files import escaped_path, read_toml
 from wan.errors import InputError
 from wan.values import nearest, shown
 
+_OFF = {"guard": "0", "preserve_random": "0"}  # what false means for flags that work by default and take a number
+
 
 def flags_of_file(parser: Parser, path: Path) -> Namespace:
     """The flags of a --config_file; InputError names the file and the key that is wrong."""
@@ -55,6 +57,8 @@ def _as_arguments(settings: dict) -> list[str]:
             arguments += [f"--{key}", *map(_text, value)]
         elif value is True:
             arguments.append(f"--{key}")
+        elif value is False and key in _OFF:
+            arguments.append(f"--{key}={_OFF[key]}")
         elif value is not False:
             arguments.append(f"--{key}={_text(value)}")
     return arguments

@@ -20,6 +20,7 @@ from wan.values import COUNT, COUNT_OR_NONE, SEED, STEPS, Number
 _ANY_ID = Number(-(10**40), 10**40, whole=True, words="a whole number")
 _SHARE = Number(0, 1)
 _WEIGHT = Number(0, 1e6, without_a=True)
+_GUARD = Number(0, 1e6)
 _LEVELS = Number(1, 1000, whole=True)
 _CONTEXTS = Number(0, MOST_CONTEXTS, whole=True)
 _MINUTES = Number(1, 10**6, whole=True)
@@ -237,11 +238,11 @@ def _add_preservation(parser: ArgumentParser) -> None:
     )
     add(
         "--guard",
-        type=number(_WEIGHT),
+        type=number(_GUARD),
         nargs="?",
         const=WEIGHT,
         metavar="WEIGHT",
-        help="weight of the penalty on what the slice does to predictions that nobody listed; 0: none (default: "
+        help="weight of a penalty on how the slice changes predictions that nobody listed; 0: none (default: "
         f"{WEIGHT:g} whenever anything is preserved)",
     )
 

@@ -196,7 +196,7 @@ def plan_asking(
     )
     sizes = [sum(math.prod(shaped[entry % len(shaped)][1]) for entry in batch) for batch in trained_on.batches]
     new = _new_contexts(prompts.new_random, shaped, trained_on, model.config) if prompts.new_random else None
-    guard = questions_at(("guard",), shaped, SAMPLES, trained_on, model.config) if guard_weight else ()
+    guard = questions_at(("guard", "prediction"), shaped, SAMPLES, trained_on, model.config) if guard_weight else ()
     return AskingPlan(path, asked, max(sizes), prompts.notes, model, prompts.random, new, guard_weight, guard)
 
 

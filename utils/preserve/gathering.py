@@ -14,10 +14,11 @@ from utils.files import readable
 from utils.learning.conditions import Conditioning, loss_mask
 from utils.learning.flow_matching import draw_generator
 from utils.preserve.asking import AskingPlan, room_in_training
-from utils.preserve.guard import Gathering, Guard, guard_from_state
+from utils.preserve.guard import Gathering, Guard, MatrixStatistics, guard_from_state
 from utils.preserve.old_prompts import Preservation
 from utils.preserve.questions import Question, predictions
 from utils.selective_finetune import TrainedSlice
+from wan.errors import InputError
 from wan.model import WanModel
 
 
@@ -47,32 +48,46 @@ def _gather(
     trained: TrainedSlice,
     accelerator: Accelerator,
     say: Callable[[str], None],
-) -> Mapping:
+) -> Mapping[str, MatrixStatistics]:
     """Each process makes its share of the passes, and has the statistics of all."""
     processes = accelerator.num_processes
     texts = _contexts(preserved)
     own = plan.guard[accelerator.process_index :: processes]
     batches = list(_batches(own, plan))
     say(
-        f"the guard makes {len(plan.guard)} predictions forward and backward first, which takes about as long as "
-        f"{len(batches)} training {'batch' if len(batches) == 1 else 'batches'}"
+        f"for the guard the run then makes {len(plan.guard)} predictions, forward and backward, which take about as "
+        f"long as {len(batches)} training {'batch' if len(batches) == 1 else 'batches'}"
     )
     gathering = Gathering(trained)
     shown = tqdm(batches, desc="guard", leave=False, disable=not accelerator.is_main_process)
     with gathering.of_passes(), shown:
         for batch in shown:
             made = predictions([(_text(texts, one), one) for one in batch], model, accelerator.device)
-            noise_BCFHW = _noise(batch, made.given)
-            values = int(noise_BCFHW[0].count_nonzero())
+            noise_BCFHW, values = _noise(batch, made.given)
             gathering.backward(made.velocity_BCFHW, noise_BCFHW.to(accelerator.device), values)
-    return gathering.statistics(processes)
+    statistics = gathering.statistics(processes)
+    _check_is_finite(statistics, model)
+    return statistics
 
 
-def _noise(batch: Sequence[Question], given: Conditioning) -> Tensor:
-    """Of unit variance; 0 in a clean first frame, for which nothing is predicted."""
+def _check_is_finite(statistics: Mapping[str, MatrixStatistics], model: WanModel) -> None:
+    """InputError, which names the first matrix that is not; of every process, since they have the same statistics."""
+    for name, own in statistics.items():
+        if not all(tensor.isfinite().all() for tensor in own.tensors()):
+            why = "fp16 overflows easily: try --mixed_precision bf16" if model.dtype == torch.float16 else ""
+            raise InputError(
+                f"the guard's statistics of {name} are NaN or infinite, before anything was trained: "
+                f"{why or 'check that --dit is not damaged and belongs to its caches'}; --guard 0 trains without them"
+            )
+
+
+def _noise(batch: Sequence[Question], given: Conditioning) -> tuple[Tensor, int]:
+    """Of unit variance, 0 in a clean first frame, for which nothing is predicted; how many values of each are not."""
     noise_BCFHW = torch.stack([torch.randn(one.shape, generator=_generator(one, "guard")) for one in batch])
     mask = loss_mask(given.to("cpu"), noise_BCFHW.shape[2])
-    return noise_BCFHW if mask is None else noise_BCFHW * mask
+    if mask is None:
+        return noise_BCFHW, noise_BCFHW[0].numel()
+    return noise_BCFHW * mask, int(mask[0].expand_as(noise_BCFHW[0]).sum())
 
 
 def _contexts(preserved: Preservation) -> Sequence[Tensor]:

@@ -23,6 +23,7 @@ from utils.selective_finetune import SlicedMatrix, SliceUnits, TrainedSlice
 SAMPLES = 32  # predictions
 WEIGHT = 20.0
 MOST_BYTES = 2**30
+_TOGETHER = 2**22  # values that are converted to fp32 in one go
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +105,23 @@ class Gathering:
                 del matrix.gradient  # the class has its own
 
     def backward(self, predicted_BCFHW: Tensor, noise_BCFHW: Tensor, values: int) -> None:
-        """One pass; the noise is 0 where a prediction does not count, `values` are those of each that do."""
+        """One pass; the noise is 0 where a prediction does not count, and `values` of each prediction do count."""
         self.samples += len(predicted_BCFHW)
         self.values = values
         (predicted_BCFHW.float() * noise_BCFHW).sum().backward()
 
     def _add(self, name: str, matrix: SlicedMatrix, saved: Tensor, dy: Tensor) -> None:
         sums = self.sums[name]
-        for group, columns_M in enumerate(matrix.columns_GM if matrix.saves_whole_input else matrix.unit_GM):
-            x_TM = saved[..., columns_M].flatten(0, -2).float()
-            sums.inputs_GMM[group].addmm_(x_TM.T, x_TM)
-        self.tokens[name] += saved[..., 0].numel()
-        squares = dy.flatten(0, -2).float().square().sum(0)
-        sums.outputs_GL.add_(squares.view_as(sums.outputs_GL), alpha=1 / self.values)
+        saved_GM = matrix.columns_GM if matrix.saves_whole_input else matrix.unit_GM
+        # In pieces: fp32 copies of all tokens of a clip would take more memory than a training step.
+        size = max(1, _TOGETHER // max(*matrix.units.shape, saved_GM.numel()))
+        pieces = zip(saved.flatten(0, -2).split(size), dy.flatten(0, -2).split(size), strict=True)
+        for saved_T, dy_T in pieces:
+            x_GTM = saved_T[:, saved_GM].float().transpose(0, 1)
+            sums.inputs_GMM.baddbmm_(x_GTM.mT, x_GTM)
+            squares = dy_T.float().square().sum(0)
+            sums.outputs_GL.add_(squares.view_as(sums.outputs_GL), alpha=1 / self.values)
+            self.tokens[name] += len(saved_T)
 
     def statistics(self, processes: int = 1) -> dict[str, MatrixStatistics]:
         """The means over all passes, of all processes."""
@@ -135,9 +140,9 @@ class Gathering:
 
 
 def _empty(matrix: SlicedMatrix) -> MatrixStatistics:
-    shapes = statistics_shapes(matrix.units)
-    zeros = (torch.zeros(shapes[key], device=matrix.start.device) for key in ("inputs", "outputs"))
-    return MatrixStatistics(*zeros)
+    groups, most = matrix.unit_GM.shape
+    shapes = ((groups, most, most), (groups, matrix.units.rows))
+    return MatrixStatistics(*(torch.zeros(shape, device=matrix.start.device) for shape in shapes))
 
 
 def _are_values(matrix: SlicedMatrix) -> Tensor:

@@ -155,8 +155,8 @@ def _guard_weight(config: TrainConfig, units: Collection[SliceUnits], say: Calla
     size = guard_bytes(units)
     if weight and size > MOST_BYTES:
         say(
-            f"note: --guard is left out, because at ff {config.ff} its statistics would take {readable(size)} beside "
-            f"the slice, and {readable(MOST_BYTES)} are the most; they grow with the square of ff"
+            f"note: the run has no guard, because its statistics would take {readable(size)} at ff {config.ff}, and "
+            f"{readable(MOST_BYTES)} at most are kept; they grow with the square of ff"
         )
         return 0.0
     return weight

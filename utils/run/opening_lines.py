@@ -34,6 +34,8 @@ def model_lines(run: Run, placement: Placement) -> list[str]:
     lines = lines_below(config.dit, below, own, config.continue_slice)
     lines += slice_lines(trained, run.model, below.entries)
     lines += preserve_lines(run.preserved, below.entries, own)
+    if run.guard:
+        lines.append(f"guards its other predictions with a penalty of weight {run.guard.weight:g}")
     return [*lines, f"{memory_line(placement, run.accelerator.device)}; {slice_memory(trained, run.model)}"]
 
 
