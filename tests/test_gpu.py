@@ -260,10 +260,8 @@ def test_a_clean_first_frame_makes_no_wait_for_the_gpu():
     assert torch.equal(again, expected)
 
 
-def test_a_step_is_launched_without_a_wait_and_has_the_losses_and_slice_that_it_has_when_read_at_once(
-    run_folder, monkeypatch
-):
-    update, log_step, told = training.update, readings.log_step, {}
+def without_waits(update):
+    """An error where the host waits for the device, if it is to read late."""
 
     def watched(*given):
         torch.cuda.set_sync_debug_mode("error" if run_step.reads_late(given[0]) else "default")
@@ -272,10 +270,15 @@ def test_a_step_is_launched_without_a_wait_and_has_the_losses_and_slice_that_it_
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    return watched
+
+
+def test_a_step_is_launched_without_a_wait_and_has_the_numbers_that_it_has_when_read_at_once(run_folder, monkeypatch):
+    log_step, told = readings.log_step, {}
+    monkeypatch.setattr(training, "update", without_waits(training.update))
     for name, late in (("late", run_step.reads_late), ("at_once", lambda run: False)):
         told[name] = []
         monkeypatch.setattr(run_step, "reads_late", late)
-        monkeypatch.setattr(training, "update", watched)
         monkeypatch.setattr(
             readings, "log_step", lambda *own, to=told[name]: to.append((own[1].step, own[2])) or log_step(*own)
         )

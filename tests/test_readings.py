@@ -211,6 +211,25 @@ def test_ctrl_c_in_a_late_step_stops_after_it_and_the_run_goes_on_to_the_same_en
     assert resumed == files and same_state((their_states["one-state"], states["one-state"]))
 
 
+def test_a_state_that_full_logs_make_a_run_save_holds_the_step_that_was_read_and_no_more(folder, monkeypatch, late):
+    more, log_step = ("--max_train_epochs", "1", "--save_state"), readings.log_step
+    run(folder, *more, "--save_every_n_steps", "2")
+    states = trained_files(folder)[1]
+    (folder / "out").rename(folder / "whole")
+
+    def full(run, place, *given):
+        log_step(run, place, *given)
+        if place.step == 2:
+            turns.keep_place(run, place)
+            raise InputError("no room")
+
+    monkeypatch.setattr(readings, "log_step", full)
+    with pytest.raises(InputError, match="no room"):
+        run(folder, *more)
+    name = "one-step00000002-state"
+    assert same_state((trained_files(folder)[1], {name: states[name]}))
+
+
 @pytest.mark.parametrize("more", [(), ("--gradient_accumulation_steps", "2")], ids=["", "accumulated"])
 def test_a_stop_that_another_process_was_asked_for_is_found_before_the_next_step(folder, monkeypatch, late, more):
     """This process hears of it late; until then it must not send anything that the others do not wait for."""

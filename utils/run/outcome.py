@@ -15,8 +15,7 @@ from torch import Tensor
 from utils.run.run import Run
 from utils.selective_finetune import TrainedSlice
 
-_LATE_UP_TO = 2**24  # values: all of ff 0.001 of a 14B model. A late step copies them, and large slices have no room.
-_LOSSES = ("loss", "preserve_loss")
+_LATE_UP_TO = 2**24  # values: all of ff 0.001 of a 14B model. A late step copies them: 4 bytes each, for a moment.
 
 
 @dataclass(frozen=True)
