@@ -192,7 +192,8 @@ def test_a_late_step_that_saves_and_is_not_finite_writes_nothing(folder, monkeyp
 
 
 def test_ctrl_c_in_a_late_step_stops_after_it_and_the_run_goes_on_to_the_same_end(folder, monkeypatch, late):
-    whole, files, states = logged(monkeypatch, folder, "--save_state")
+    more = ("--save_state", "--max_train_epochs", "1")
+    whole, files, states = logged(monkeypatch, folder, *more)
     (folder / "out").rename(folder / "whole")
     batches, backward, update = [], training.backward, training.update
 
@@ -204,9 +205,9 @@ def test_ctrl_c_in_a_late_step_stops_after_it_and_the_run_goes_on_to_the_same_en
     with monkeypatch.context() as patch:
         patch.setattr(training, "backward", lambda *own: batches.append(own) or backward(*own))
         patch.setattr(training, "update", interrupted)
-        assert run(folder)[-1].startswith("stopped after step 3;")
+        assert run(folder, *more)[-1].startswith("stopped after step 3;")
     assert len(batches) == 3
-    told, resumed, their_states = logged(monkeypatch, folder, "--save_state", "--resume", "latest")
+    told, resumed, their_states = logged(monkeypatch, folder, *more, "--resume", "latest")
     assert told == [own for own in whole if own[0] > 3]
     assert resumed == files and same_state((their_states["one-state"], states["one-state"]))
 
