@@ -113,7 +113,9 @@ class DiffSynthBlocks(Blocks):
 def diffsynth_model() -> types.ModuleType:
     """DiffSynth's module of Wan; what its packages import first, readers of data sets, needs torchvision and more."""
     for name in ("diffsynth", "diffsynth.core"):
-        package = types.ModuleType(name)
-        package.__path__ = list(find_spec(name).submodule_search_locations)
-        sys.modules[name] = package
+        if name not in sys.modules:
+            spec = find_spec(name)
+            package = types.ModuleType(name)
+            package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations)
+            sys.modules[name] = package
     return importlib.import_module("diffsynth.models.wan_video_dit")
