@@ -7,7 +7,7 @@ from tiny_run import run, write_inputs
 
 from utils import training
 from utils.learning.flow_matching import flow_loss
-from utils.run import preparing, step
+from utils.run import preparing, readings, step
 from wan.errors import InputError
 
 SAVING = ("--save_every_n_steps", "2", "--save_state")
@@ -90,7 +90,7 @@ def run_with_scaler(folder, monkeypatch, gradient):
     scaler, schedule = torch.amp.GradScaler("cpu", init_scale=4.0), ("--lr_scheduler", "linear")
     monkeypatch.setattr(training.torch.amp, "GradScaler", lambda *_, **__: scaler)
     rates = []
-    monkeypatch.setattr(training, "log_step", lambda run, place, values, bar: rates.append(values["lr/slice"]))
+    monkeypatch.setattr(readings, "log_step", lambda run, place, values, bar: rates.append(values["lr/slice"]))
     losses_that(monkeypatch, gradient, at=1)
     run(folder, *schedule)
     return rates

@@ -17,8 +17,11 @@ from tiny_models import MODELS, tiny_batch, tiny_step
 from tiny_models import tiny_model as picture_model
 from tiny_run import run, write_dataset, write_dit
 
+from utils import training
 from utils.learning.conditions import Conditioning, predict
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
+from utils.run import readings
+from utils.run import step as run_step
 from utils.run.step import backward
 from utils.selective_finetune import attach_slice, block_linears
 from utils.swap.backend import CudaBackend
@@ -255,3 +258,31 @@ def test_a_clean_first_frame_makes_no_wait_for_the_gpu():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, expected)
+
+
+def without_waits(update):
+    """An error where the host waits for the device, if it is to read late."""
+
+    def watched(*given):
+        torch.cuda.set_sync_debug_mode("error" if run_step.reads_late(given[0]) else "default")
+        try:
+            return update(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watched
+
+
+def test_a_step_is_launched_without_a_wait_and_has_the_numbers_that_it_has_when_read_at_once(run_folder, monkeypatch):
+    log_step, told = readings.log_step, {}
+    monkeypatch.setattr(training, "update", without_waits(training.update))
+    for name, late in (("late", run_step.reads_late), ("at_once", lambda run: False)):
+        told[name] = []
+        monkeypatch.setattr(run_step, "reads_late", late)
+        monkeypatch.setattr(
+            readings, "log_step", lambda *own, to=told[name]: to.append((own[1].step, own[2])) or log_step(*own)
+        )
+        run(run_folder, "--mixed_precision", "bf16", "--output_name", name)
+    late, at_once = (load_file(run_folder / "out" / f"{name}.safetensors") for name in told)
+    assert len(told["late"]) == 10 and told["late"] == told["at_once"]
+    assert all(torch.equal(late[name], values) for name, values in at_once.items())

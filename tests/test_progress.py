@@ -31,6 +31,7 @@ def step(timer: StepTimer, clock: Clock, waits: float, computes: float) -> dict[
     batch = {"latents": torch.zeros(2, 16, 3, 8, 6)}
     for _ in timer.batches(clock.loader(waits, [batch]), (1, 2, 2)):
         clock.now += computes
+    timer.launch_step()
     return timer.finish_step()
 
 
@@ -87,6 +88,7 @@ def test_accumulated_batches_make_one_step():
     batch = {"latents": torch.zeros(1, 16, 1, 4, 4)}
     for _ in timer.batches(clock.loader(1.0, [batch, batch]), (1, 2, 2)):
         clock.now += 1.0
+    timer.launch_step()
     values = timer.finish_step()
     assert (values["time/step_seconds"], values["time/tokens_per_second"]) == (4.0, 2.0)
 

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils import training
 from utils.cli.train import parse_train
-from utils.run import turns
+from utils.run import readings, turns
 from utils.selective_finetune import SliceError
 from utils.slice_saving import read_ledger
 from utils.training import train
@@ -316,7 +316,7 @@ def rates_of(monkeypatch, folder, *flags):
     """The learning rate of every step of a run."""
     rates = []
     with monkeypatch.context() as patch:
-        patch.setattr(training, "log_step", lambda run, place, values, *_: rates.append(values["lr/slice"]))
+        patch.setattr(readings, "log_step", lambda run, place, values, *_: rates.append(values["lr/slice"]))
         run(folder, *flags)
     return rates
 

@@ -67,8 +67,8 @@ def torchrun_line() -> str | None:
         return None
     return (
         "note: torchrun ends its workers 30 seconds after Ctrl-C or another signal (--shutdown-timeout in new "
-        "versions). The run stops after the current batch and saves the last finished step; if a batch takes longer "
-        "than that, only states saved before are left (--save_state with --save_every_n_steps)"
+        "versions). The run stops after the current batch or the one after it, and saves the last finished step; if "
+        "these take longer than that, only states saved before are left (--save_state with --save_every_n_steps)"
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -20,6 +21,7 @@ from utils.run.opening_lines import experts_lines, run_lines, timestep_lines
 from utils.run.plan import first_items
 from utils.run.preparing import encode_prompts, encode_samples, make_block_inputs, make_ready
 from utils.run.progress import StepBar
+from utils.run.readings import Readings
 from utils.run.run import Place, Run, has_ended_error
 from utils.run.samples import due_after_epoch
 from utils.run.save_schedule import remove_overwritten, save_after_epoch, save_after_step, save_at_end
@@ -30,7 +32,6 @@ from utils.run.turns import (
     draws_after_step,
     epoch_text,
     log,
-    log_step,
     make_up,
     save_turn,
     step_text,
@@ -125,17 +126,18 @@ def _train(
         for expert in experts:
             others = [own.place for own in experts if own is not expert]
             expert.run = replace(expert.run, timer=run.timer, others=others)
-            expert.steps = _steps(expert.run, expert.place, stop, bar)
+            expert.readings = Readings(expert.run, expert.place, bar)
+            expert.steps = _steps(expert.run, expert.place, expert.readings, stop)
         if config.experts:
             take_turns(experts, config.experts.switch_every, samples, stage, say)
         elif any(expert.steps):
             stop_with_state(expert.run, expert.place)
 
 
-def _steps(run: Run, place: Place, stop: StopRequest, bar: StepBar) -> Iterator[bool]:
+def _steps(run: Run, place: Place, readings: Readings, stop: StopRequest) -> Iterator[bool]:
     """Trains from `place` on; yields after every optimizer step, once all that falls due after it is done.
 
-    True is the last that it yields, where a stop was asked for.
+    True is the last that it yields, where a stop was asked for. Whoever leaves off at another step reads that first.
     """
     config, plan, accelerator = run.config, run.plan, run.accelerator
     loader = make_loader(
@@ -158,7 +160,7 @@ def _steps(run: Run, place: Place, stop: StopRequest, bar: StepBar) -> Iterator[
     run.timer.restart()
     for epoch in range(place.epoch + 1, plan.epochs + 1):
         stops = False
-        for stops in _steps_of_epoch(run, place, loader, stop, bar):
+        for stops in _steps_of_epoch(run, place, loader, readings, stop):
             if place.batch < plan.batches_per_epoch and (stops or place.step < plan.steps):
                 yield stops
         _end_epoch(run, place, epoch)
@@ -181,7 +183,9 @@ def _end_epoch(run: Run, place: Place, epoch: int) -> None:
         draw_turn(run, place, epoch_text(epoch))
 
 
-def _steps_of_epoch(run: Run, place: Place, loader: DataLoader, stop: StopRequest, bar: StepBar) -> Iterator[bool]:
+def _steps_of_epoch(
+    run: Run, place: Place, loader: DataLoader, readings: Readings, stop: StopRequest
+) -> Iterator[bool]:
     """Trains from `place` to the end of its epoch, or of the run; yields after each step whether to stop."""
     plan, accelerator = run.plan, run.accelerator
     loader.sampler.set_epoch(place.epoch, place.batch)
@@ -194,25 +198,36 @@ def _steps_of_epoch(run: Run, place: Place, loader: DataLoader, stop: StopReques
         preserves = run.preserved is not None and run.preserved.is_due(place.step + 1)
         losses += backward(run, batch, place.epoch, first_item, plan.window(number), preserves)
         if not plan.ends_step(number):
-            if stop.is_urgent and _any_asked(accelerator, stop):
+            if stop.is_urgent and (readings.read() or _any_asked(accelerator, stop)):
                 yield True  # without the unfinished step, whose gradients go with the process
             continue
+        if readings.read():  # the last step, while the device is at work on this one
+            yield True
         rates = learning_rates(run.optimizer)
-        values, asked = update(run, place, losses, stop)
+        outcome = update(run, place, losses, stop)
         losses = torch.zeros_like(losses)
         place.finish_step(number + 1)
-        place.losses.append(values["loss"])
-        preserved = {"loss/preserve": values["preserve_loss"]} if preserves else {}
-        log_step(run, place, {**preserved, **rates, "grad_norm": values["grad_norm"]}, bar)
-        if run.validation and run.validation.config.is_due_after_step(place.step):
-            validate_turn(run, place)
-        if turn := save_after_step(run.config.save, place.step, plan.steps):
-            save_turn(run, place, turn)
-        if draws_after_step(run, place):
-            draw_turn(run, place, step_text(place.step))
-        yield asked and place.step < plan.steps
-        if place.step == plan.steps:
+        readings.add(outcome, rates, preserves)
+        turns, ends = _turns_after_step(run, place), plan.steps == place.step
+        needs_outcome = turns or ends or place.batch == plan.batches_per_epoch or stop.asked
+        stops = (needs_outcome or not outcome.is_late) and readings.read()
+        for turn in turns:
+            turn()
+        yield stops and not ends
+        if ends:
             return
+
+
+def _turns_after_step(run: Run, place: Place) -> list[Callable[[], None]]:
+    """What falls due after the step that was done, in its order."""
+    turns: list[Callable[[], None]] = []
+    if run.validation and run.validation.config.is_due_after_step(place.step):
+        turns.append(partial(validate_turn, run, place))
+    if turn := save_after_step(run.config.save, place.step, run.plan.steps):
+        turns.append(partial(save_turn, run, place, turn))
+    if draws_after_step(run, place):
+        turns.append(partial(draw_turn, run, place, step_text(place.step)))
+    return turns
 
 
 def _any_asked(accelerator: Accelerator, stop: StopRequest) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.run.outcome import Outcome, is_slice_finite
 from utils.run.run import Place, Run
 from utils.selective_finetune import TrainedSlice
 from wan.errors import InputError
@@ -27,28 +28,25 @@ def check_start_is_finite(trained: TrainedSlice, dit: Path) -> None:
         raise InputError(f"{dit} holds NaN or infinite values in {name}: download it again, or use another checkpoint")
 
 
-def check_step_is_finite(run: Run, place: Place, values: Mapping[str, float]) -> None:
-    """To be called before the optimizer steps; InputError if a loss or the gradient is not finite.
+def check_step_is_finite(run: Run, place: Place, outcome: Outcome) -> None:
+    """InputError if a loss or the gradient is not finite; unless the outcome is late, before the optimizer steps.
 
     An overflow that the scaler of fp16 answers with a smaller scale is none: it skips that step by itself.
     """
-    wrong = [what for what, value in values.items() if not math.isfinite(value)]
+    wrong = [what for what, value in outcome.values.items() if not math.isfinite(value)]
     if not wrong or (wrong == ["grad_norm"] and run.scaler.is_enabled() and run.scaler.get_scale() > 1):
         return
     texts = {"loss": "the loss", "preserve_loss": "the loss on reference predictions"}
-    what = " and ".join(texts[key] for key in wrong if key in texts) or f"the gradient of {_gradients(run.trained)}"
-    raise InputError(f"{what} of step {place.step + 1} is not finite{_cause(run, place)}. {_what_is_good(place)}")
+    what = " and ".join(texts[key] for key in wrong if key in texts) or f"the gradient of {_gradients(outcome)}"
+    cause = _cause(run, outcome.step)
+    raise InputError(f"{what} of step {outcome.step} is not finite{cause}. {_what_is_good(place)}")
 
 
-def check_slice_is_finite(run: Run, place: Place) -> None:
+def check_slice_is_finite(run: Run, place: Place, outcome: Outcome) -> None:
     """To be called after the optimizer stepped, before anything is saved; InputError if the step broke the slice."""
-    matrices = list(run.trained.matrices.values())
-    differences = torch.stack(torch._foreach_norm([matrix.difference.detach() for matrix in matrices], math.inf))
-    starts = torch.stack(torch._foreach_norm([matrix.start for matrix in matrices], math.inf)).float()
-    largest = torch.finfo(matrices[0].start.dtype).max
-    if not bool((differences + starts <= largest).all()):
+    if not (outcome.slice_was_finite if outcome.is_late else bool(is_slice_finite(run.trained))):
         raise InputError(
-            f"step {place.step + 1} made the slice infinite or NaN: lower --learning_rate. {_what_is_good(place)}"
+            f"step {outcome.step} made the slice infinite or NaN: lower --learning_rate. {_what_is_good(place)}"
         )
 
 
@@ -71,19 +69,18 @@ def _tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(entry, f"{name} {key}".strip())
 
 
-def _gradients(trained: TrainedSlice) -> str:
+def _gradients(outcome: Outcome) -> str:
     """The matrices whose gradient is not finite."""
-    gradients = {name: matrix.difference.grad for name, matrix in trained.matrices.items()}
-    wrong = [name for name, own in gradients.items() if own is not None and not bool(own.isfinite().all())]
+    wrong = outcome.broken_matrices
     more = f" and {len(wrong) - _NAMED} more matrices" if len(wrong) > _NAMED else ""
     return f"{', '.join(wrong[:_NAMED])}{more}" or "the whole slice (its norm overflows)"
 
 
-def _cause(run: Run, place: Place) -> str:
+def _cause(run: Run, step: int) -> str:
     if name := _not_finite(run.model):
         return f": {run.config.dit} holds NaN or infinite values in {name}; download it again, or use another"
     fp16 = run.config.mixed_precision == "fp16"
-    if place.step == 0:
+    if step == 1:
         other = " (fp16 overflows easily: try --mixed_precision bf16)" if fp16 else ""
         return f", before anything was trained: --dit, its VAE caches or its text caches do not belong together{other}"
     return f": lower --learning_rate or set --max_grad_norm{', or use --mixed_precision bf16' if fp16 else ''}"

@@ -15,9 +15,10 @@ _END = object()
 class StepTimer:
     """Measures the steps of this process, without the pauses between them in which it saves, samples or validates.
 
-    By the monotonic clock of the host: every step brings its loss to the host, so the device cannot fall behind by
-    more than an optimizer update, and nothing has to wait for the sake of measuring. `waited_for_weights` tells for how
-    many seconds the device has waited for swapped weights since it was last asked; None where no block is swapped.
+    By the monotonic clock of the host: every step brings its loss to the host, at the latest while the next step runs,
+    so the times from one to the next are those of the device, and nothing has to wait for the sake of measuring.
+    `waited_for_weights` tells for how many seconds the device has waited for swapped weights since it was last asked;
+    None where no block is swapped.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class StepTimer:
         self._clock = clock
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._paused = 0  # depth
+        self._launched = (0.0, 0)  # what the step that is launched waited for data, and its tokens
         self.restart()
 
     def restart(self) -> None:
@@ -62,17 +64,21 @@ class StepTimer:
             self._began += self._clock() - began
             self._forget_waits()
 
+    def launch_step(self) -> None:
+        """The step has all its batches: those that come from now on are the next one's, although it is not finished."""
+        self._launched, self._waited, self._tokens = (self._waited, self._tokens), 0.0, 0
+
     def finish_step(self) -> dict[str, float]:
-        """What to log of the step that ends now; the next one begins."""
-        seconds = self._clock() - self._began
+        """What to log of the step that was launched and ends now."""
+        now, (waited, tokens) = self._clock(), self._launched
+        seconds, self._began = now - self._began, now
         values = {"time/step_seconds": seconds}
         if seconds > 0:
-            values["time/tokens_per_second"] = self._tokens / seconds
-            values["time/data_wait_share"] = min(self._waited / seconds, 1.0)
+            values["time/tokens_per_second"] = tokens / seconds
+            values["time/data_wait_share"] = min(waited / seconds, 1.0)
             if self._waited_for_weights:
                 values["time/weight_wait_share"] = min(self._waited_for_weights() / seconds, 1.0)
         self._recent.append(seconds)
-        self.restart()
         return values
 
     def _forget_waits(self) -> None:

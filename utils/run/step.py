@@ -15,6 +15,7 @@ from utils.learning.conditions import loss_mask, predict, started
 from utils.learning.flow_matching import add_noise, draw_generator, draw_uniforms, flow_loss, sigmas_of
 from utils.preserve.old_prompts import Targets
 from utils.run.finite import check_slice_is_finite, check_step_is_finite
+from utils.run.outcome import Outcome, reads_late, take_back_unless_finite, values_before
 from utils.run.run import Place, Run
 
 
@@ -54,33 +55,39 @@ def backward(run: Run, batch: Mapping, epoch: int, first_item: int, batches_of_s
     return losses
 
 
-def update(run: Run, place: Place, losses: Tensor, stop: StopRequest) -> tuple[dict[str, float], bool]:
+def update(run: Run, place: Place, losses: Tensor, stop: StopRequest) -> Outcome:
     """One optimizer step on the gradients of all processes, or none where a gradient or loss is not finite.
 
-    Returns the means of the step's losses over the processes, the gradient's norm before clipping, and whether any
-    process was asked to stop. InputError, with the slice as it was before the step, where something is not finite.
+    Where outcomes are read late the device sees to that, and the host waits for nothing; anywhere else InputError.
     """
     if run.accelerator.num_processes > 1:
         run.trained.reduce_gradients()
     run.scaler.unscale_(run.optimizer)
-    parameters = [parameter for parameter in run.trained.parameters() if parameter.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    matrices = {name: own for name, own in run.trained.matrices.items() if own.difference.grad is not None}
+    parameters = [matrix.difference for matrix in matrices.values()]
+    norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+    grad_norm = torch.linalg.vector_norm(norms)
     # Processes may be interrupted at different steps, and have to stop at the same one.
-    means = run.accelerator.reduce(torch.cat([losses, losses.new_tensor([stop.asked])]), "mean")
-    loss, preserve_loss, stops, norm = torch.cat([means, grad_norm[None]]).tolist()
-    values = {"loss": loss, "preserve_loss": preserve_loss, "grad_norm": norm}
-    check_step_is_finite(run, place, values)
+    means = run.accelerator.reduce(torch.cat([losses, losses.new_full((1,), float(stop.asked))]), "mean")
+    numbers = torch.cat([means, grad_norm[None], norms])
+    outcome = Outcome(place.step + 1, tuple(matrices), numbers, is_late=reads_late(run))
+    if not outcome.is_late:
+        check_step_is_finite(run, place, outcome)
     if run.debug:
         run.debug.before_update()
     torch.nn.utils.clip_grads_with_norm_(parameters, run.config.optimizer.max_grad_norm or math.inf, grad_norm)
+    before = values_before(run.trained) if outcome.is_late else None
     scale = run.scaler.get_scale()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.scaler.get_scale() >= scale:  # smaller: fp16 gradients overflowed, and the optimizer did not step
         run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
+    if outcome.is_late:
+        outcome = take_back_unless_finite(run.trained, before, outcome)
     run.trained.write_back()
-    check_slice_is_finite(run, place)
+    if not outcome.is_late:
+        check_slice_is_finite(run, place, outcome)
     if run.debug:
         run.debug.after_update()
-    return values, bool(stops)
+    return outcome

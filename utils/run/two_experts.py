@@ -13,6 +13,7 @@ from tqdm import tqdm
 from utils.run.config import TrainConfig
 from utils.run.experts import HIGH, LOW
 from utils.run.inputs import Inputs
+from utils.run.readings import Readings
 from utils.run.run import Place, Run
 from utils.run.samples import PreparedSamples, SampleConfig, due_after_epoch, due_after_step, save_drawn
 from utils.run.save_schedule import SaveConfig
@@ -33,6 +34,7 @@ class Expert:
     model: LoadedModel
     place: Place
     ended: bool = False  # all that it has to write is written
+    readings: Readings | None = None  # None until it trains
     steps: Iterator[bool] = field(default_factory=lambda: iter(()))  # True: a stop was asked for
 
 
@@ -93,7 +95,7 @@ def _take_turn(expert: Expert, every: int, samples: SharedSamples | None) -> boo
             return True
         step, steps = expert.place.step, expert.run.plan.steps
         if step < steps and (step % every == 0 or (samples and _due(samples.config, expert))):
-            return False
+            return expert.readings.read()  # before the other expert's turn
     expert.ended = True
     return False
 
