@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import save_file
-from step_cost import DTYPES, FFS, FULL, QUICK, Blocks, Size, adamw, machine_line
+from step_cost import FFS, machine_line
+from step_methods import adamw
+from step_models import DTYPES, FULL, QUICK, Blocks, Size
 from torch import nn
 
 from utils.selective_finetune import TrainedSlice, attach_slice

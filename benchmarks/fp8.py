@@ -37,6 +37,7 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="of training (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="to scale (default: all)")
     flags = parser.parse_args(argv)
     world = World()
     exact = train(world, world.base, flags.steps)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| scale for each | bits a value | error, tiny Wan | error, std 0.02 | loss | gradient | change |")
     print("|---|---|---|---|---|---|---|")
     print(f"| not rounded | 16 | 0 | 0 | {exact.loss:.5f} | 1 | 1 |", flush=True)
-    for way in WAYS:
+    for way in flags.ways:
         base = world.base | {name: rounded(world.base[name], way) for name in names}
         error = distance([base[name] for name in names], [world.base[name] for name in names])
         found = train(world, base, flags.steps)

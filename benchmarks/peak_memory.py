@@ -1,44 +1,45 @@
 """How much device memory does a training step of Wan take? Counted, not measured, so that no GPU is needed.
 
 Each full-size model runs on the `meta` device, where tensors have shapes but no bytes, through the same placing,
-streaming and training code; the live storages are added up. Attention and RMS norm are stand-ins that keep what
-the kernels on a GPU keep.
+streaming and training code; the live storages are added up. Attention, RMS norm and bitsandbytes are stand-ins that
+keep what the kernels on a GPU keep; AdamW goes over the matrices one by one, which takes a little more than its kernel.
 A GPU adds its context (0.3-0.6 GB) and scratch memory inside kernels. --compile counts of the compiled functions their
-results alone; --slices prints what slices of each size take.
+results alone; --slices prints what slices of each size take, with AdamW and AdamW8bit.
 """
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from live_bytes import LiveBytes  # noqa: E402
+from on_meta import META, DeviceBytes, MetaBackend, gpu_kernels, results_alone  # noqa: E402
 
 import wan.model  # noqa: E402
 from utils.files import readable  # noqa: E402
 from utils.learning import conditions  # noqa: E402
 from utils.learning.conditions import Conditioning  # noqa: E402
+from utils.learning.optimizers import OptimizerConfig, build_optimizer  # noqa: E402
 from utils.preserve.guard import Gathering, Guard  # noqa: E402
+from utils.sampling.batches import rows_together  # noqa: E402
 from utils.selective_finetune import attach_slice, block_linears, ids_available, slice_units  # noqa: E402
-from utils.swap.backend import HostBackend  # noqa: E402
 from utils.swap.block_inputs import BlockInputs  # noqa: E402
 from utils.swap.placement import LoadedWeights, Placement, checkpoint_blocks, place_model  # noqa: E402
 from utils.swap.plan import SwapConfig  # noqa: E402
 from utils.swap.streamer import Traffic  # noqa: E402
 from wan.compiling import pointwise_of  # noqa: E402
-from wan.configs import TASKS, WanTask  # noqa: E402
+from wan.configs import TASKS, LatentLayout, WanTask  # noqa: E402
+from wan.vae import WAN_2_1, WAN_2_2, WanVAE, autoencoder_settings  # noqa: E402
 
-META = torch.device("meta")
 IMAGE, CLIP, CLIP_720P = (1, 64, 64), (21, 60, 104), (21, 90, 160)  # latents: a 512x512 frame, clips of 81 frames
 FFS = ("0.00001", "0.0001", "0.0005", "0.001", "0.01", "0.1", "1.0")
 CLIP_5B = (31, 44, 80)  # 121 frames of 1280x704, by the VAE of Wan 2.2
@@ -85,23 +86,26 @@ CASES = (
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes on the device: placed, and at the highest point of each part of a step; bytes copied to it by the step.
+    """Bytes on the device, of a training step and of samples; `state` is what a saved state holds of the slice.
 
-    The same of the pass that gathers a guard's statistics, 0 without one.
+    `gathering` is the pass that gathers a guard's statistics; 0 without one.
     """
 
-    placed: int
-    forward: int
+    placed: int  # before the first step
+    forward: int  # from here the highest points
     backward: int
     update: int
-    sampling: int
-    copied: int
+    sampling: int  # a pass through the model
+    between: int  # what stays from step to step
+    copied: int  # to the device, by a step
+    state: int
     gathering: int = 0
     copied_gathering: int = 0
 
     @property
     def highest(self) -> int:
-        return max(self.forward, self.backward, self.update, self.sampling, self.gathering)
+        """Of a training step, and of what comes before the first one."""
+        return max(self.forward, self.backward, self.update, self.gathering)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,35 +115,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="as with the trainer's --compile")
     parser.add_argument("--slices", action="store_true", help="print the table of slice sizes instead")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows that contain it")
+    parser.add_argument("--optimizer", default="AdamW", help="AdamW or AdamW8bit (default: %(default)s)")
     flags = parser.parse_args(argv)
     if flags.slices:
         return print_slices(flags.blocks, flags.compile)
-    print(
-        f"| bf16, ff {flags.ff} | placed | forward | backward | update | sampling | peak | to reach | copied |",
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    parts = "placed | forward | backward | update | peak | to reach | copied | a sample's pass | decoding"
+    print(f"| bf16, ff {flags.ff} | {parts} |\n|---|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        if flags.only not in f"{case.task}, {case.name}":
+        name = f"{case.task}, {case.name}"
+        if flags.only not in name:
             continue
-        peaks = measure(case, flags.ff, flags.blocks, compiled=flags.compile)
-        cells = [peaks.placed, peaks.forward, peaks.backward, peaks.update, peaks.sampling]
+        peaks = measure(case, flags.ff, flags.blocks, compiled=flags.compile, optimizer=flags.optimizer)
+        placed, forward, backward, update, highest, sampling, decoding = (
+            f"{size / 1e9:.2f}"
+            for size in (
+                *(peaks.placed, peaks.forward, peaks.backward, peaks.update, peaks.highest, peaks.sampling),
+                peaks.between + decoding_bytes(TASKS[case.task].latents, case.latents),
+            )
+        )
         limit = "" if case.limit is None else f"{case.limit:.1f}"
-        row = " | ".join(f"{size / 1e9:.2f}" for size in cells)
-        name, highest, copied = f"{case.task}, {case.name}", peaks.highest / 1e9, peaks.copied / 1e9
-        print(f"| {name} | {row} | **{highest:.2f} GB** | {limit} | {copied:.1f} GB |", flush=True)
+        drawn = f"{sampling}, {rows_of(case)} at a time | {decoding}"
+        step_parts = f"{placed} | {forward} | {backward} | {update} | **{highest} GB** | {limit}"
+        print(f"| {name} | {step_parts} | {peaks.copied / 1e9:.1f} GB | {drawn} |", flush=True)
 
 
 def print_slices(blocks: int | None, compiled: bool) -> None:
-    """For each size of slice what Wan 14B takes on a 512x512 picture."""
+    """For each size of slice what Wan 14B takes on a 512x512 picture; bytes a value are beyond the smallest slice's."""
     names = ("512x512x1, S = 40, one block-sized buffer", "512x512x1, S = 24")
-    cases = [next(case for case in CASES if case.name == name) for name in names]
-    print("| --ff | values | ids | GPU memory, S = 40 | S = 24 | slice file | state |\n|---|---|---|---|---|---|---|")
+    most, some = (next(case for case in CASES if case.name == name) for name in names)
+    each = "GPU memory, S = 40 | bytes a value | state"
+    print(f"| --ff | values | ids | slice file | S = 24 | {each} | AdamW8bit: {each} |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    smallest = {}
     for ff in FFS:
-        values = slice_values(ff, blocks)
-        peaks = " | ".join(f"{measure(case, ff, blocks, compiled=compiled).highest / 1e9:.2f} GB" for case in cases)
-        row = f"| {ff} | {values:,} | {ids_available(ff):,} | {peaks}"
-        # bf16; the difference and two moments of AdamW, fp32.
-        print(f"{row} | {readable(2 * values)} | {readable(12 * values)} |", flush=True)
+        values, cells = slice_values(ff, blocks), []
+        for optimizer in ("AdamW", "AdamW8bit"):
+            peaks = measure(most, ff, blocks, compiled=compiled, optimizer=optimizer)
+            first_values, first = smallest.setdefault(optimizer, (values, peaks.highest))
+            each_value = f"{(peaks.highest - first) / (values - first_values):.2f}" if values > first_values else ""
+            cells += [f"{peaks.highest / 1e9:.2f} GB", each_value, readable(peaks.state)]
+        swapped_less = f"{measure(some, ff, blocks, compiled=compiled).highest / 1e9:.2f} GB"
+        row = [ff, f"{values:,}", f"{ids_available(ff):,}", readable(2 * values), swapped_less, *cells]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def slice_values(ff: str, blocks: int | None = None) -> int:
@@ -151,38 +168,14 @@ def slice_values(ff: str, blocks: int | None = None) -> int:
     return sum(slice_units(name, shape, ff, 1).count for name, shape in shapes.items())
 
 
-class DeviceBytes(LiveBytes):
-    """Live bytes without those of tensors that stand for host memory."""
-
-    def __init__(self, host: Sequence[Tensor]):
-        super().__init__()
-        self.host = list(host)  # held, so that no other storage gets one of their keys
-        self._host_keys = {tensor.untyped_storage()._cdata for tensor in self.host}
-
-    def leave_out(self, tensor: Tensor) -> None:
-        self.host.append(tensor)
-        key = tensor.untyped_storage()._cdata
-        self._host_keys.add(key)
-        self.live -= self._sizes[key]
-
-    def add(self, *tensors: Tensor) -> None:
-        super().add(*(t for t in tensors if t.is_meta and t.untyped_storage()._cdata not in self._host_keys))
-
-
-class MetaBackend(HostBackend):
-    """The meta device with host memory beside it."""
-
-    def __init__(self, count: "DeviceBytes | None" = None):
-        super().__init__(META)
-        self.count = count
-
-    def host_buffer(self, size: int) -> Tensor:
-        buffer = super().host_buffer(size)
-        self.count.leave_out(buffer)
-        return buffer
-
-
-def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int = 3, compiled: bool = False) -> Peaks:
+def measure(
+    case: Case,
+    ff: str = "0.001",
+    blocks: int | None = None,
+    steps: int = 3,
+    compiled: bool = False,
+    optimizer: str = "AdamW",
+) -> Peaks:
     """The peaks of the last step, and of a sampling pass after it; `blocks` instead of the model's own number.
 
     Of three steps, the first learns the order of the weights, and the second fills what the third one starts with.
@@ -194,35 +187,33 @@ def measure(case: Case, ff: str = "0.001", blocks: int | None = None, steps: int
         models = [wan.model.WanModel(config).bfloat16().requires_grad_(False) for _ in range(case.experts)]
     count = DeviceBytes([parameter.data for model in models for parameter in model.parameters()])
     backend = MetaBackend(count)
-    with (
-        mock.patch.object(wan.model, "attention", flash_like_attention),
-        mock.patch.object(torch.nn.RMSNorm, "forward", fused_like_rms_norm),
-        count,
-    ):
+    with gpu_kernels(optimizer), count:
         for model in models if compiled else ():
             wan.model.use_pointwise(model, pointwise_of(partial(results_alone, count)))
         inputs = BlockInputs(blocks, META, backend) if case.offload_inputs else None
-        experts = [(model, *set_up(model, case, ff, inputs, backend)) for model in models]
+        experts = [(model, *set_up(model, case, ff, inputs, backend, optimizer)) for model in models]
         for *expert, place in experts[:-1]:  # whose slice and optimizer's state stay on the device
             with place():
                 count.add(*expert[0].parameters())
                 step(*expert, task, case.latents, count)
-        model, trained, optimizer, place = experts[-1]
+        model, trained, own, place = experts[-1]
         placement = place()
         count.add(*model.parameters())
         placed = count.live
         traffic = placement.streamer.traffic if placement.streamer else Traffic()
         for _ in range(steps):
             before = traffic.bytes
-            forward, backward, update = step(model, trained, optimizer, task, case.latents, count)
+            forward, backward, update = step(model, trained, own, task, case.latents, count)
         copied, before = traffic.bytes - before, traffic.bytes
         gathered = []
         gathering = peak_of(count, lambda: gathered.append(gather(model, trained, task, case))) if case.guard else 0
         copied_gathering = traffic.bytes - before
         if case.guard:
-            *_, update = step(model, trained, optimizer, task, case.latents, count, *gathered)
-        sampling = peak_of(count, lambda: sample(model, task, case.latents))
-    return Peaks(placed, forward, backward, update, sampling, copied, gathering, copied_gathering)
+            *_, update = step(model, trained, own, task, case.latents, count, *gathered)
+        between = count.live
+        sampling = peak_of(count, lambda: sample(model, task, case.latents, rows_of(case)))
+    of_guard = (gathering, copied_gathering)
+    return Peaks(placed, forward, backward, update, sampling, between, copied, state_bytes(own), *of_guard)
 
 
 def gather(model, trained, task: WanTask, case: Case) -> Guard:
@@ -234,14 +225,44 @@ def gather(model, trained, task: WanTask, case: Case) -> Guard:
     return Guard(1.0, gathered.sums)
 
 
-def set_up(model, case: Case, ff: str, inputs: BlockInputs | None, backend: MetaBackend):
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What a saved state holds of a slice: the differences and the optimizer's own tensors."""
+    values = [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    storages = [tensor.untyped_storage() for tensor in (*values, *parameters)]  # some are shared
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def rows_of(case: Case) -> int:
+    """How many latents of samples go through the model at a time, where --sample_batch does not say."""
+    return rows_together(case.latents, TASKS[case.task].config)
+
+
+@functools.cache
+def decoding_bytes(layout: LatentLayout, latents: tuple[int, int, int]) -> int:
+    """The VAE's weights, and the most that it takes to decode one sample, in bf16."""
+    from diffusers import AutoencoderKLWan  # here, because it takes seconds
+
+    kind, widths = (WAN_2_1, (96, 96)) if layout == WAN_2_1.layout else (WAN_2_2, (160, 256))
+    with META:
+        names = ("encoder.conv1.weight", "decoder.head.0.gamma")
+        tensors = {name: torch.empty(width) for name, width in zip(names, widths, strict=True)}
+        model = AutoencoderKLWan(**autoencoder_settings(tensors, kind))
+    torch.nn.Module.to(model, torch.bfloat16)
+    with LiveBytes() as count:
+        count.add(*model.parameters())
+        WanVAE(model, kind).decode(torch.empty(1, layout.channels, *latents, device=META))
+    return count.peak
+
+
+def set_up(model, case: Case, ff: str, inputs: BlockInputs | None, backend: MetaBackend, optimizer: str):
     """The slice, its optimizer, and what places the model."""
     trained = attach_slice(model, ff, 1, device=META)
     checkpoint_blocks(model, inputs)
     swap = SwapConfig(min(case.blocks_to_swap, len(model.blocks)), case.ring_blocks, fp8=case.fp8)
     loaded = LoadedWeights(mapped=True, returns=case.experts > 1)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
-    return trained, optimizer, partial(place, model, swap, trained, loaded, backend)
+    own = build_optimizer(OptimizerConfig(optimizer), trained.parameters())
+    return trained, own, partial(place, model, swap, trained, loaded, backend)
 
 
 def place(model, swap: SwapConfig, trained, loaded: LoadedWeights, backend: MetaBackend) -> Placement:
@@ -279,75 +300,26 @@ def peak_of(count: DeviceBytes, action) -> int:
 
 
 @torch.no_grad()
-def sample(model, task: WanTask, latents) -> None:
-    predict(model, task, latents)
+def sample(model, task: WanTask, latents, rows: int) -> None:
+    predict(model, task, latents, rows)
 
 
-def predict(model, task: WanTask, latents: tuple[int, int, int]) -> Tensor:
-    """One clip, which starts from a picture where the model can."""
-    x, t = torch.empty(1, task.latents.channels, *latents, device=META), torch.empty(1, device=META)
-    context = [torch.empty(40, 4096, dtype=torch.bfloat16, device=META)]
-    return conditions.predict(model, x, t, context, given_to(task, latents))
+def predict(model, task: WanTask, latents: tuple[int, int, int], rows: int = 1) -> Tensor:
+    """Of clips which start from a picture where the model can."""
+    x, t = torch.empty(rows, task.latents.channels, *latents, device=META), torch.empty(rows, device=META)
+    context = [torch.empty(40, 4096, dtype=torch.bfloat16, device=META) for _ in range(rows)]
+    return conditions.predict(model, x, t, context, given_to(task, latents, rows))
 
 
-def given_to(task: WanTask, latents: tuple[int, int, int]) -> Conditioning:
+def given_to(task: WanTask, latents: tuple[int, int, int], rows: int) -> Conditioning:
     """What the task's model is given beside noisy latents and text."""
     if task.config.model_type == "ti2v":
-        return Conditioning(starts_clean_B=torch.ones(1, dtype=torch.bool, device=META))
+        return Conditioning(starts_clean_B=torch.ones(rows, dtype=torch.bool, device=META))
     wanted, joined = task.conditions, task.config.in_dim - task.config.out_dim
-    y = torch.empty(1, joined, *latents, device=META) if wanted.pictures else None
+    y = torch.empty(rows, joined, *latents, device=META) if wanted.pictures else None
     tokens = wanted.pictures * wan.model.PICTURE_TOKENS
-    clip = torch.empty(1, tokens, task.config.image_dim, device=META) if wanted.clip else None
+    clip = torch.empty(rows, tokens, task.config.image_dim, device=META) if wanted.clip else None
     return Conditioning(y, clip)
-
-
-class _FlashLike(torch.autograd.Function):
-    """Keeps q, k, v, the output and one float32 per head and token; backward adds up dq in float32."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, _, _ = ctx.saved_tensors
-        sum_dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        return sum_dq.to(q.dtype), torch.empty_like(k), torch.empty_like(v)
-
-
-def flash_like_attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
-    return _FlashLike.apply(q_BLNK, k_BSNK, v_BSNK).flatten(2)
-
-
-class _FusedLike(torch.autograd.Function):
-    """Keeps the input and one float32 per token; other devices than CUDA keep a float32 copy of the input."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.empty_like(ctx.saved_tensors[0]), None
-
-
-def results_alone(count: DeviceBytes, function: Callable) -> Callable:
-    """`function` as its compiled form takes memory: for its results, and for nothing on the way to them."""
-
-    def run(*inputs):
-        with _disable_current_modes():
-            results = function(*inputs)
-        count.add(*(results if isinstance(results, tuple) else (results,)))
-        return results
-
-    return run
-
-
-def fused_like_rms_norm(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
-    return _FusedLike.apply(x, norm.weight)
 
 
 if __name__ == "__main__":

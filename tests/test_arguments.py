@@ -1,11 +1,10 @@
 """What terminals, editors and graphical programs make of arguments, and messages whose advice can be followed."""
 
 import re
-import shlex
 
 import pytest
 import torch
-from tiny_run import write_dataset
+from short_command import SHORT, refusal
 
 from utils.cli.cache import parse_cache_latents
 from utils.cli.command import Parser
@@ -14,34 +13,11 @@ from utils.cli.train import parse_train
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.sampling.prompts import SamplePrompt, parse_prompt_line
-from utils.selective_finetune import SliceError
 from utils.swap.placement import check_swap
 from wan.errors import InputError
 from wan.values import invisible
 
-SHORT = shlex.split("--dit base.safetensors --dataset_config data.toml --output_dir out --output_name one --ff 0.1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    write_dataset(folder)
-    for name in ("vae.safetensors", "models_t5.pth"):
-        (folder / name).touch()
-    (folder / "prompts.txt").write_text("a cat\n", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def there(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-
-
-def refusal(*flags):
-    with pytest.raises((InputError, SliceError)) as error:
-        parse_train([*SHORT, "--ffid", "2", *flags])
-    return str(error.value)
+pytestmark = pytest.mark.usefixtures("in_flag_files")
 
 
 def test_what_cannot_be_seen_has_a_name():
@@ -60,30 +36,30 @@ def test_what_cannot_be_seen_has_a_name():
     ],
 )
 def test_an_invisible_character_in_an_argument_is_named(argument, name):
-    assert name in refusal(argument)
+    assert name in refusal(*SHORT, argument)
 
 
 def test_a_space_alone_hints_at_a_backslash_that_is_not_the_last_character():
-    assert "' ' was not expected; a backslash that continues a line must be its last character" in refusal(" ")
+    assert "' ' was not expected; a backslash that continues a line must be its last character" in refusal(*SHORT, " ")
 
 
 @pytest.mark.parametrize("flag", ["ff", "ffid", "output_name", "preserve_prompts", "lr_warmup_steps", "optimizer_type"])
 def test_an_invisible_character_in_any_value_but_free_text_is_named(flag):
-    message = refusal(f"--{flag}=5\u200b")
+    message = refusal(*SHORT, f"--{flag}=5\u200b")
     assert message == f"--{flag}: '5\\u200b' holds U+200B ZERO WIDTH SPACE: delete what cannot be seen"
-    assert parse_train([*SHORT, "--ffid", "2", "--training_comment", "a\u200b\nb"]).metadata.comment == "a\u200b\nb"
+    assert parse_train([*SHORT, "--training_comment", "a\u200b\nb"]).metadata.comment == "a\u200b\nb"
 
 
 @pytest.mark.parametrize("path", ["out\r", "\u202aC:/owl", "out\u200b", "out\u00a0", "\ufeffout", "a\tb"], ids=ascii)
 def test_an_invisible_character_in_a_path_is_refused_before_anything_is_made(path):
-    message = refusal("--output_dir", path)
+    message = refusal(*SHORT, "--output_dir", path)
     assert message.startswith("--output_dir: ") and invisible(path)[0] in message
 
 
-def test_names_of_real_files_may_hold_what_their_system_puts_there(folder):
-    (folder / "at 1.00\u202fPM\u200b.safetensors").touch()
-    assert parse_train([*SHORT, "--ffid", "2", "--vae", "at 1.00\u202fPM\u200b.safetensors"]).vae.exists()
-    assert parse_train([*SHORT, "--ffid", "2", "--output_dir", "my\u00a0runs"]).save.folder.name == "my\u00a0runs"
+def test_names_of_real_files_may_hold_what_their_system_puts_there(flag_files):
+    (flag_files / "at 1.00\u202fPM\u200b.safetensors").touch()
+    assert parse_train([*SHORT, "--vae", "at 1.00\u202fPM\u200b.safetensors"]).vae.exists()
+    assert parse_train([*SHORT, "--output_dir", "my\u00a0runs"]).save.folder.name == "my\u00a0runs"
 
 
 @pytest.mark.parametrize(
@@ -91,18 +67,18 @@ def test_names_of_real_files_may_hold_what_their_system_puts_there(folder):
     [("", "is empty"), (" ", "is empty"), ("out ", "ends with a space"), ("\u201cout\u201d", "quotes")],
 )
 def test_a_path_that_the_shell_left_empty_or_quoted_is_refused(value, named):
-    assert named in refusal("--logging_dir", value)
+    assert named in refusal(*SHORT, "--logging_dir", value)
 
 
 @pytest.mark.parametrize("dash", ["\u2014", "\u2013", "\u2013-", "-\u2014", "\u2212\u2212"], ids=ascii)
 @pytest.mark.parametrize("rest", ["seed", "seed=1", "sede", "fp8_base"])
 def test_a_long_dash_in_place_of_two_hyphens_is_noticed(dash, rest):
     name = f"--{rest.partition('=')[0]}"
-    assert f"where two hyphens belong: {name}" in refusal("--training_comment", "x", f"{dash}{rest}")
+    assert f"where two hyphens belong: {name}" in refusal(*SHORT, "--training_comment", "x", f"{dash}{rest}")
 
 
 def test_a_long_dash_in_a_comment_is_text():
-    assert parse_train([*SHORT, "--ffid", "2", "--training_comment", "\u2014 owl"]).metadata.comment == "\u2014 owl"
+    assert parse_train([*SHORT, "--training_comment", "\u2014 owl"]).metadata.comment == "\u2014 owl"
 
 
 DEFAULTS = SamplePrompt("")
@@ -152,27 +128,27 @@ OTHERS = ("lr_scheduler_type", "optimizer_type", "seed", "wandb_run_name", "mixe
 
 
 @pytest.mark.parametrize("value", ['""', '" "', '[""]', "[]"])
-def test_an_empty_value_in_a_config_file_is_as_if_left_out(folder, value):
+def test_an_empty_value_in_a_config_file_is_as_if_left_out(flag_files, value):
     lines = [f"{key} = {value}" for key in (*PATHS, *OTHERS)]
-    (folder / "gui.toml").write_text("\n".join(lines), encoding="utf-8-sig")
-    flags = [*SHORT, "--ffid", "2"]
+    (flag_files / "gui.toml").write_text("\n".join(lines), encoding="utf-8-sig")
+    flags = SHORT
     left_out = parse_train(flags)
     found = parse_train([*flags, "--config_file", "gui.toml"])
     assert found.inputs[-1].name == "gui.toml"
     assert {**vars(found), "inputs": None} == {**vars(left_out), "inputs": None}
 
 
-def test_backslashes_in_a_config_file_are_answered_with_the_right_ways(folder):
-    (folder / "w.toml").write_text('vae = "C:\\train\\new.safetensors"\n', encoding="utf-8")
-    message = refusal("--config_file", "w.toml")
+def test_backslashes_in_a_config_file_are_answered_with_the_right_ways(flag_files):
+    (flag_files / "w.toml").write_text('vae = "C:\\train\\new.safetensors"\n', encoding="utf-8")
+    message = refusal(*SHORT, "--config_file", "w.toml")
     assert message.startswith("w.toml: vae is ") and "write 'C:\\train\\new.safetensors' in single quotes" in message
 
 
 @pytest.mark.parametrize("pairs", ["a=0.1 b=(1,2)", "a=0.1, b=(1, 2)", "a=(0.9,", "amsgrad=true", "a"])
 def test_pairs_are_explained_with_tuples_and_a_word_for_each(pairs):
-    message = refusal("--optimizer_args", pairs)
+    message = refusal(*SHORT, "--optimizer_args", pairs)
     assert "betas=(0.9,0.99)" in message and "separate pairs with a space" in message and "no space within" in message
-    assert parse_train([*SHORT, "--ffid", "2", "--optimizer_args", "betas=(0.9,0.99)", "eps=1e-6"])
+    assert parse_train([*SHORT, "--optimizer_args", "betas=(0.9,0.99)", "eps=1e-6"])
 
 
 @pytest.mark.parametrize(
@@ -180,17 +156,18 @@ def test_pairs_are_explained_with_tuples_and_a_word_for_each(pairs):
     [("x ", "ends with a space"), (" x", "begins with a space"), ("\u201cx\u201d", "quotes that are part of the name")],
 )
 def test_a_name_is_refused_with_what_the_shell_left_around_it(name, said):
-    assert said in refusal("--output_name", name)
+    assert said in refusal(*SHORT, "--output_name", name)
 
 
 @pytest.mark.parametrize("sign", ["\\", "^", "`"])
 def test_what_continues_a_line_in_another_shell_is_noticed(sign):
-    assert refusal("--seed", "1", sign).startswith(f"{sign} does not continue a line here (\\ in shells")
+    assert refusal(*SHORT, "--seed", "1", sign).startswith(f"{sign} does not continue a line here (\\ in shells")
 
 
 def test_a_number_with_letters_that_only_look_like_its_own_names_them():
-    assert "not 1\u0435-3, which holds U+0435 CYRILLIC SMALL LETTER IE" in refusal("--learning_rate", "1\u0435-3")
-    assert "not an empty text" in refusal("--seed", "")
+    told = refusal(*SHORT, "--learning_rate", "1\u0435-3")
+    assert "not 1\u0435-3, which holds U+0435 CYRILLIC SMALL LETTER IE" in told
+    assert "not an empty text" in refusal(*SHORT, "--seed", "")
 
 
 def known(add=add_flags):
@@ -221,7 +198,10 @@ ADVICE = [
     ("--save_last_n_epochs 2", "--save_every_n_epochs 1 --save_last_n_epochs 2"),
     ("--save_every_n_steps 2 --save_last_n_steps_state 2", "--save_every_n_steps 2 --save_state"),
     ("--persistent_data_loader_workers --max_data_loader_n_workers 0", "--max_data_loader_n_workers 0"),
-    ("--sample_at_first", "--sample_prompts prompts.txt --sample_at_first --vae vae.safetensors --t5 models_t5.pth"),
+    (
+        "--sample_at_first",
+        "--sample_prompts random_prompt.txt --sample_at_first --vae vae.safetensors --t5 models_t5.pth",
+    ),
     ("--log_with tensorboard", "--logging_dir logs --log_with tensorboard"),
     ("--log_prefix x", "--logging_dir logs --log_with tensorboard --log_prefix x"),
     ("--gradient_checkpointing_cpu_offload", "--gradient_checkpointing --gradient_checkpointing_cpu_offload"),
@@ -236,15 +216,15 @@ ADVICE = [
 
 @pytest.mark.parametrize(("typed", "advised"), ADVICE)
 def test_advice_that_is_followed_is_not_refused_next(typed, advised):
-    message = refusal(*typed.split())
+    message = refusal(*SHORT, *typed.split())
     new = {word for word in advised.split() if word.startswith("--")} - {"--vae", "--t5"}
     assert all(flag in message for flag in new - set(typed.split()))
-    parse_train([*SHORT, "--ffid", "2", *advised.split()])
+    parse_train([*SHORT, *advised.split()])
 
 
 @pytest.mark.parametrize("flag", ["--use_pinned_memory_for_block_swap", "--host_weights=pinned"])
 def test_page_locked_memory_on_a_cpu_is_refused_with_the_flag_that_asked_for_it(flag):
-    swap = parse_train([*SHORT, "--ffid", "2", "--blocks_to_swap", "1", flag]).swap
+    swap = parse_train([*SHORT, "--blocks_to_swap", "1", flag]).swap
     with pytest.raises(InputError, match=f"{flag.replace('=', ' ')}.*leave it out"):
         check_swap(None, torch.float32, torch.device("cpu"), swap, mapped=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import write_dataset
+from short_command import SHORT, refusal
 
 import wan_train_network
 from utils.cli.command import Parser, dtype, run, task
@@ -16,8 +16,6 @@ from utils.cli.train import parse_train
 from utils.cli.train_flags import add_flags
 from utils.cli.unsupported import TRAINING
 from utils.preserve.guard import WEIGHT
-from utils.selective_finetune import SliceError
-from wan.errors import InputError
 
 COMMAND = shlex.split("""
     --task t2v-A14B --dit wan22_t2v_14B_low_noise_bf16.safetensors --dataset_config data.toml --sdpa
@@ -29,32 +27,7 @@ COMMAND = shlex.split("""
     --preserve_distribution_shape --min_timestep "0" --max_timestep "1000" --preserve_distribution_shape
     --ff 0.001 --ffid 1 --blocks_to_swap 24
 """)
-SHORT = shlex.split(
-    "--dit base.safetensors --dataset_config data.toml --output_dir out --output_name one --ff 0.1 --ffid 2"
-)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    write_dataset(folder)
-    for name in ("vae.safetensors", "models_t5.pth"):
-        (folder / name).touch()
-    (folder / "random_prompt.txt").write_text("a cat --w 512 --h 512 --f 1\n", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def there(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-
-
-def refusal(*flags):
-    with pytest.raises((InputError, SliceError)) as error:
-        parse_train(flags)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+pytestmark = pytest.mark.usefixtures("in_flag_files")
 
 
 def test_the_users_command_is_understood():
@@ -90,13 +63,13 @@ def test_the_launchers_precision_is_taken_where_the_flag_is_missing(monkeypatch)
     assert "fp8 is not one of no, bf16, fp16" in refusal(*SHORT)
 
 
-def test_a_file_gives_defaults_and_the_command_line_wins(folder):
+def test_a_file_gives_defaults_and_the_command_line_wins(flag_files):
     text = (
         'ff = "0.1"\n[model]\ndit = "C:/train/base.safetensors"\n[train]\nlearning_rate = 1e-3\nseed = 7\nsdpa = true\n'
     )
     text += 'save_state = false\nlogit_mean = -1.5\ntimestep_sampling = "logsnr"\n'
     text += 'optimizer_args = ["eps=1e-6", "foreach=True"]'
-    (folder / "run.toml").write_text(text, encoding="utf-8")
+    (flag_files / "run.toml").write_text(text, encoding="utf-8")
     rest = [
         "--dataset_config",
         "data.toml",
@@ -131,8 +104,8 @@ def test_a_file_gives_defaults_and_the_command_line_wins(folder):
         ("guard = true", "--guard has no effect without --preserve_prompts"),
     ],
 )
-def test_a_mistake_in_the_config_file_is_named(folder, line, message):
-    (folder / "wrong.toml").write_text(line, encoding="utf-8")
+def test_a_mistake_in_the_config_file_is_named(flag_files, line, message):
+    (flag_files / "wrong.toml").write_text(line, encoding="utf-8")
     assert message in refusal(*SHORT, "--config_file", "wrong.toml")
 
 
@@ -315,11 +288,11 @@ def test_without_a_slice_the_script_shows_the_two_flags():
     assert "from 1 to 10" in refusal(*SHORT[:-2])
 
 
-def test_the_settings_of_trackers_come_from_a_file(folder):
-    (folder / "trackers.toml").write_text("[tensorboard]\nmax_queue = 3\n", encoding="utf-8")
+def test_the_settings_of_trackers_come_from_a_file(flag_files):
+    (flag_files / "trackers.toml").write_text("[tensorboard]\nmax_queue = 3\n", encoding="utf-8")
     config = parse_train([*SHORT, "--logging_dir", "logs", "--log_tracker_config", "trackers.toml"])
     assert config.log.tracker_settings == {"tensorboard": {"max_queue": 3}}
-    (folder / "trackers.toml").write_text("[wandb]\nname = 'x'\n", encoding="utf-8")
+    (flag_files / "trackers.toml").write_text("[wandb]\nname = 'x'\n", encoding="utf-8")
     assert "wandb is not a table" in refusal(*SHORT, "--logging_dir", "logs", "--log_tracker_config", "trackers.toml")
 
 

@@ -16,6 +16,7 @@ from utils.swap.placement import weight_sizes
 from wan.errors import InputError
 from wan.model import WanModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = ("--mixed_precision", "bf16", "--gradient_checkpointing", "--max_train_epochs", "1")
 SCALED = ("--fp8_base", "--fp8_scaled")
 
@@ -37,15 +38,6 @@ def files(tmp_path_factory):
 def folder(files):
     yield files
     shutil.rmtree(files / "out", ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A busy machine gives a product fewer threads now and then, which adds it up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def moved(base, checkpoint):

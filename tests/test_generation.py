@@ -270,7 +270,7 @@ def test_a_name_in_use_is_left_alone(files, tmp_path, monkeypatch):
         def now(cls):
             return cls(2026, 1, 2, 3, 4, 5, 6999)
 
-    monkeypatch.setattr("utils.generation.datetime", Stopped)
+    monkeypatch.setattr("utils.generating.saving.datetime", Stopped)
     for _ in range(2):
         main(flags(files, tmp_path, "--prompt", "a fox", "--seed", "3", "--output_type", "latent"))
     wanted = [f"20260102-030405-{number}_3_latent.safetensors" for number in ("006", "007")]
@@ -434,7 +434,7 @@ def test_a_slice_that_does_not_tell_its_base_is_used_with_a_note(files, tmp_path
 def test_a_numbered_gpu_becomes_the_current_one(device, chosen, tmp_path, monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
-    monkeypatch.setattr(generation, "_decode_latent_files", lambda config, say: [])
+    monkeypatch.setattr(generation, "decode_latent_files", lambda config, say: [])
     config = SimpleNamespace(save_path=tmp_path, latent_paths=("latent",), device=torch.device(device))
     assert generation.generate(config, print) == [] and current == chosen
 

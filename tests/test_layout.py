@@ -12,7 +12,7 @@ STEPS = (
     | {"utils.slices.__main__", "comfyui_wan_slices"},
     {"utils.cli"},
     {"utils.training", "utils.generation", "utils.caching"},
-    {"utils.run", "utils.training_debug"},
+    {"utils.run", "utils.training_debug", "utils.generating"},
     {"utils.preserve"},
     {"utils.swap"},
     {"utils.data", "utils.sampling", "utils.slices"},

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 
+from utils.learning import optimizers
 from utils.learning.lr_schedules import SCHEDULES, ScheduleConfig, build_scheduler, check_schedule, steps_of
 from utils.learning.optimizers import OptimizerConfig, build_optimizer, check_optimizer, learning_rates
 from wan.errors import InputError
@@ -49,6 +51,29 @@ def test_arguments_reach_the_optimizer():
     config = OptimizerConfig("AdamW", 0.1, ("weight_decay=0.5", "betas=(0.8, 0.9)"))
     group = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"]) == (0.1, 0.5, (0.8, 0.9))
+
+
+@pytest.mark.parametrize(("name", "args"), [("AdamW", ()), ("adam", ("amsgrad=True",)), ("SGD", ("weight_decay=0.1",))])
+def test_on_a_gpu_a_step_takes_no_memory_and_comes_to_the_same(monkeypatch, name, args):
+    found = []
+    for on in ((), ("cpu",)):
+        monkeypatch.setattr(optimizers, "_FUSED_ON", on)
+        parameter = torch.nn.Parameter(torch.arange(-2500.0, 2500) / 1000)
+        optimizer = build_optimizer(OptimizerConfig(name, 0.1, args), [parameter])
+        for _ in range(2):
+            parameter.grad = 3 * parameter.detach().cos()
+            with LiveBytes() as count:
+                optimizer.step()
+        found.append((parameter.detach(), count.peak))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert found[1][1] < 100 < found[0][1]
+
+
+@pytest.mark.parametrize(("name", "arg"), [("AdamW", "foreach=True"), ("AdamW", "fused=False"), ("NAdam", "eps=1e-8")])
+def test_how_an_optimizer_steps_is_left_to_whoever_says_so(monkeypatch, name, arg):
+    monkeypatch.setattr(optimizers, "_FUSED_ON", ("cpu",))
+    optimizer = build_optimizer(OptimizerConfig(name, 0.1, (arg,)), [torch.nn.Parameter(torch.zeros(1))])
+    assert not optimizer.param_groups[0].get("fused")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -13,21 +13,13 @@ from utils.swap.order import WeightOrder
 from utils.swap.placement import LoadedWeights, checkpoint_blocks, place_model
 from utils.swap.plan import SwapConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SWAPS = {
     "all resident": SwapConfig(),
     "half": SwapConfig(BLOCKS // 2),
     "all": SwapConfig(BLOCKS, ring_blocks=1),
     "bytes": SwapConfig(weights_vram=SIZES.small + int(0.7 * SIZES.block)),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine many small products wait for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Expert:

@@ -23,6 +23,7 @@ from utils.slice_saving import read_ledger
 from utils.training import train
 from wan.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = ("--mixed_precision", "bf16")
 # Over the end of an epoch of five batches, in steps of two batches, with a schedule, and with a resumed optimizer.
 COMMON = (*BF16, "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine", "--save_as", "checkpoint", "slice")
@@ -38,15 +39,6 @@ def folder(files):
     yield files
     for name in ("out", "whole"):
         shutil.rmtree(files / name, ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A busy machine gives a product fewer threads now and then, which adds it up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def same_tensors(a, b):

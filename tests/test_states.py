@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_run import CONFIG, run, some_state, write_inputs
 
+from utils.learning import optimizers
 from utils.learning.lr_schedules import ScheduleConfig, build_scheduler
 from utils.learning.optimizers import OptimizerConfig, build_optimizer
 from utils.preserve.guard import Gathering, Guard
@@ -54,6 +55,14 @@ def test_what_a_run_saves_is_accepted(tmp_path, optimizer):
     check_state(tmp_path, read_state(tmp_path), expected)
 
 
+@pytest.mark.parametrize(("then", "now"), [((), ("cpu",)), (("cpu",), ())])
+def test_a_state_of_a_device_on_which_the_optimizer_steps_otherwise_is_accepted(monkeypatch, tmp_path, then, now):
+    monkeypatch.setattr(optimizers, "_FUSED_ON", then)
+    state = trained_state()[0]
+    monkeypatch.setattr(optimizers, "_FUSED_ON", now)
+    check_state(tmp_path, state, trained_state(steps=0)[1])
+
+
 @pytest.mark.parametrize(("epoch", "batch", "step"), [(0, 3, 1), (0, 7, 3), (1, 0, 3), (1, 6, 5), (3, 0, 9)])
 def test_every_place_that_a_run_can_be_at_is_accepted(good, tmp_path, epoch, batch, step):
     state = replace(good[0], epoch=epoch, batch=batch, step=step, losses=[0.5] * min(step, 3))
@@ -78,6 +87,7 @@ CHANGES = {
     "optimizer's settings": lambda s: s.optimizer["param_groups"][0].pop("lr"),
     "optimizer's settings, a text": lambda s: s.optimizer["param_groups"][0].update(lr="x"),
     "optimizer's settings, amsgrad": lambda s: s.optimizer["param_groups"][0].update(amsgrad=True),
+    "optimizer's settings, fused": lambda s: s.optimizer["param_groups"][0].update(fused="x"),
     "optimizer's settings, betas": lambda s: s.optimizer["param_groups"][0].update(betas=(0.9,)),
     "optimizer's settings, params": lambda s: s.optimizer["param_groups"][0].update(params=[0]),
     "other parameters": lambda s: s.optimizer["state"].update({99: {}}),

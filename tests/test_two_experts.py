@@ -27,6 +27,7 @@ from utils.swap.stage import Stage
 from utils.training import train
 from wan.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Accumulated steps and a schedule; three steps an epoch.
 COMMON = ("--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine")
 SIDES = {"high_noise": ("high", "--min_timestep=875"), "low_noise": ("base", "--max_timestep=875")}
@@ -51,14 +52,6 @@ def sample_models(files):
     given = write_sample_models(files)
     (files / "prompts.txt").write_text("a red cat --w 16 --h 16 --s 1 --d 7\n", encoding="utf-8")
     return given
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_both(folder, *more, every=2):

@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,9 @@ _UNFIT = {
 }
 _INSTEAD = "use AdamW, AdamW8bit, Lion8bit, Adafactor, another of torch.optim, or a dotted path"
 _KNOWN_8BIT = ("AdamW8bit", "Adam8bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit", "PagedAdamW8bit", "PagedLion8bit")
+_FUSED_ON = ("cuda",)
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # have a kernel which takes no memory
+_WAYS_TO_STEP = {"foreach", "fused", "capturable", "differentiable"}
 _ADAFACTOR_SETTINGS = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
 
 
@@ -41,9 +44,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer over `parameters`; InputError if it is unknown, unfit for slices, or its arguments are wrong."""
     check_optimizer_flags(config)
+    parameters = list(parameters)
     optimizer_class = _find_class(config.name or "AdamW")
     arguments = parse_arguments("--optimizer_args", config.args)
     if "lr" in arguments:
@@ -51,6 +55,9 @@ def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter])
     check_arguments("--optimizer_args", arguments, optimizer_class, ours=("params", "lr"))
     if _is_adafactor(optimizer_class):
         arguments = _adafactor_arguments(arguments)
+    elif optimizer_class in _FUSED and parameters[0].device.type in _FUSED_ON and not _WAYS_TO_STEP & arguments.keys():
+        # PyTorch's choice, one operation for all matrices at a time, takes 4 bytes a value while it steps.
+        arguments = {**arguments, "fused": True}
     try:
         return optimizer_class(parameters, lr=config.learning_rate, **arguments)
     except (TypeError, ValueError, OverflowError) as error:
@@ -101,7 +108,7 @@ def _find_class(name: str) -> type[torch.optim.Optimizer]:
     if "." in name:
         found = find_attribute(name, "--optimizer_type")
     elif name.lower().endswith("8bit"):
-        found = _classes_by_name(_bitsandbytes()).get(name.lower())
+        found = _classes_by_name(bitsandbytes_optimizers()).get(name.lower())
     else:
         found = _classes_by_name(torch.optim).get(name.lower())
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
@@ -127,7 +134,8 @@ def _classes_by_name(module) -> dict[str, type]:
     return {name.lower(): value for name, value in vars(module).items() if isinstance(value, type)}
 
 
-def _bitsandbytes():
+def bitsandbytes_optimizers():
+    """The module of 8-bit optimizers; InputError if it is not installed."""
     # It complains about a 4-bit kernel that no optimizer uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:

@@ -154,9 +154,10 @@ def _optimizer_problem(state: State, expected: Expected) -> str | None:
 def _has_settings(group: Mapping, expected: Expected) -> bool:
     """Whether an optimizer can go by this param group; what an older torch did not save yet, torch adds itself."""
     ours = expected.group
-    known = {key: value for key, value in ours.items() if key in group and key != "params"}
+    known = {key: value for key, value in ours.items() if key in group and key not in ("params", "fused")}
     same = all(group[key] is value for key, value in known.items() if value is None or isinstance(value, bool))
-    if not same or not _is_like(group, known):
+    steps_somehow = isinstance(group.get("fused"), bool | None)  # which depends on the device, and on the version
+    if not same or not steps_somehow or not _is_like(group, known):
         return False
     expected.optimizer.load_state_dict({"state": {}, "param_groups": [{**group, "params": ours["params"]}]})
     return ours.keys() <= expected.optimizer.param_groups[0].keys() and group["lr"] >= 0

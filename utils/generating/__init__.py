@@ -1,0 +1,1 @@
+"""One generation: what was asked for, its DiTs, what it writes."""
