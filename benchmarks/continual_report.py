@@ -143,19 +143,22 @@ def _others(result: dict) -> float:
 
 
 def _forgetting_curve(rows: dict[str, list[dict]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for row, results in rows.items():
-        name, kept, is_half = _parts(row)
-        if is_half:
-            continue
-        curves = np.array([[_taught(after) for after in result["after"]] for result in results])
-        x = np.arange(1, curves.shape[1] + 1)
-        colour = f"C{list(LABELS).index(name)}"
-        axes.plot(x, curves.mean(0), colour, linestyle=LINES[kept], marker="." if kept else "", label=_label(row))
-        axes.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.08)
-    axes.set(xlabel="concepts taught", ylabel="recognised, mean of all taught so far", ylim=(0, 1.02))
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    """After each concept, the mean over all that were taught so far: what is recognised of them, their loss."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5))
+    shown = {row: results for row, results in rows.items() if not row.endswith(HALF)}
+    shows = {"recognised": _taught, "loss": lambda after: mean(after["loss"])}
+    for axes, (what, value) in zip(panels, shows.items(), strict=True):
+        for number, (row, results) in enumerate(shown.items()):
+            name, kept, _ = _parts(row)
+            # A colour for each method, or for each row where one method has most of them.
+            colour = f"C{number if len(shown) <= 10 else list(LABELS).index(name)}"
+            curves = np.array([[value(after) for after in result["after"]] for result in results])
+            x = np.arange(1, curves.shape[1] + 1)
+            axes.plot(x, curves.mean(0), colour, linestyle=LINES[kept], marker="." if kept else "", label=_label(row))
+            axes.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.08)
+        axes.set(xlabel="concepts taught", ylabel=f"{what}, mean of all taught so far", ylim=(0, None))
+    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
