@@ -1,6 +1,6 @@
 """Records the model's predictions for old prompts before the first step: which are missing, their file, the recording.
 
-So it does at random contexts, each at one noise level.
+The same for random contexts, each at one noise level.
 Shapes: B batch, C latent channels, F H W latent frames, height, width, S text tokens, D text width.
 """
 
