@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +13,7 @@ from test_processes import in_two_processes, needs_fork
 from tiny_run import run, write_dataset, write_dit, write_sample_models
 from torch import nn
 
+from utils.files import readable
 from utils.learning.conditions import predict
 from utils.preserve import asking, gathering
 from utils.preserve.guard import WEIGHT, Gathering, Guard, MatrixStatistics, guard_bytes
@@ -257,7 +259,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_does_not_gather_
     for name, own in whole.guard.items():
         for saved in (resumed.guard[name], read_state(between).guard[name]):
             assert torch.equal(saved["inputs"], own["inputs"]) and torch.equal(saved["outputs"], own["outputs"])
-    assert not any("for the guard" in line for line in told) and any("weight 30" in line for line in told)
+    told, size = "\n".join(told), sum(tensor.nbytes for own in whole.guard.values() for tensor in own.values())
+    assert "for the guard" not in told and "guards its other predictions, on every step, with weight 30" in told
+    assert f"there, its guard {readable(size)} and AdamW's state" in told
 
 
 WAYS = {
@@ -293,6 +297,17 @@ def test_statistics_that_would_be_too_large_are_left_out_with_a_note_and_the_run
     assert all(torch.equal(value, state_of(folder).trained[name]) for name, value in whole.trained.items())
 
 
+def test_of_two_experts_the_note_names_each(monkeypatch):
+    monkeypatch.setattr(checks, "MOST_BYTES", 0)
+    said, units = [], [slice_units("blocks.0.weight", (16, 16), "0.5", 1)]
+    for expert in ("", "low_noise"):
+        asked = SimpleNamespace(preserve=SimpleNamespace(guard=1.0), ff="0.5", expert=expert)
+        assert checks._guard_weight(asked, units, said.append) == 0
+    assert [line.split(", because")[0] for line in said] == [
+        "note: the run has no guard", "note: the low_noise expert has no guard"
+    ]  # fmt: skip
+
+
 def test_statistics_that_are_not_finite_stop_the_run_before_its_first_step(folder):
     draw = gathering._noise
 
@@ -304,6 +319,8 @@ def test_statistics_that_are_not_finite_stop_the_run_before_its_first_step(folde
         run(folder, *preserving(folder))
     assert "the guard's statistics of blocks.0." in str(error.value) and "--guard 0" in str(error.value)
     assert not list((folder / "out").glob("*-state")) and "\n" not in str(error.value)
+    (line,) = (own for own in run(folder, *preserving(folder), "--guard", "0") if "answers.safetensors already" in own)
+    assert line.endswith("has the reference predictions of a run with the same settings")
 
 
 def test_in_fp16_the_advice_is_another_precision():

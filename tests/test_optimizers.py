@@ -1,5 +1,6 @@
 """Optimizers by name, and schedules against their formulas."""
 
+import copy
 import io
 import math
 
@@ -9,7 +10,7 @@ from live_bytes import LiveBytes
 
 from utils.learning import optimizers
 from utils.learning.lr_schedules import SCHEDULES, ScheduleConfig, build_scheduler, check_schedule, steps_of
-from utils.learning.optimizers import OptimizerConfig, build_optimizer, check_optimizer, learning_rates
+from utils.learning.optimizers import OptimizerConfig, build_optimizer, check_optimizer, learning_rates, load_optimizer
 from wan.errors import InputError
 
 CLASSES = {
@@ -74,6 +75,25 @@ def test_how_an_optimizer_steps_is_left_to_whoever_says_so(monkeypatch, name, ar
     monkeypatch.setattr(optimizers, "_FUSED_ON", ("cpu",))
     optimizer = build_optimizer(OptimizerConfig(name, 0.1, (arg,)), [torch.nn.Parameter(torch.zeros(1))])
     assert not optimizer.param_groups[0].get("fused")
+
+
+@pytest.mark.parametrize(("then", "now"), [((), ("cpu",)), (("cpu",), ()), (("cpu",), ("cpu",))])
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_saved_optimizer_steps_as_its_new_device_does_and_under_the_scaler_of_fp16(monkeypatch, name, then, now):
+    parameter, scaler, saved = torch.nn.Parameter(torch.zeros(5)), torch.amp.GradScaler("cpu"), None
+    for devices in (then, now):
+        monkeypatch.setattr(optimizers, "_FUSED_ON", devices)
+        optimizer = build_optimizer(OptimizerConfig(name, 0.1), [parameter])
+        if saved is not None:
+            load_optimizer(optimizer, saved)
+        scaler.scale(parameter.sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"][0]["fused"] == (True if now else None)
+    torch.testing.assert_close(parameter.detach(), torch.full((5,), -0.2), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -64,6 +64,16 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
         raise InputError(f"--optimizer_type {config.name or 'AdamW'} with {dict(arguments)}: {error}") from None
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
+    """Puts a saved state_dict() into an optimizer, which steps as it was built to: saved settings would overrule that.
+
+    Otherwise a state from before fused kernels, or from another device, would meet a scaler of fp16 that expects them.
+    """
+    ways = [{"fused": group["fused"]} if "fused" in group else {} for group in optimizer.param_groups]
+    groups = [{**group, **way} for group, way in zip(saved["param_groups"], ways, strict=True)]
+    optimizer.load_state_dict({**saved, "param_groups": groups})
+
+
 def check_optimizer_flags(config: OptimizerConfig) -> None:
     """InputError if the optimizer is unknown or unfit for slices, as far as its name and arguments tell."""
     name = config.name.lower() or "adamw"

@@ -1,6 +1,6 @@
 """Records the model's predictions for old prompts before the first step: which are missing, their file, the recording.
 
-So it does at random contexts, each at one noise level.
+The same for random contexts, each at one noise level.
 Shapes: B batch, C latent channels, F H W latent frames, height, width, S text tokens, D text width.
 """
 
@@ -251,10 +251,11 @@ def keep_answers(
 ) -> Preservation:
     """Records the predictions of the model, which nothing has trained yet, in the plan's file, and reads them all.
 
-    A run that was started before with the same settings has already recorded them. InputError if the file is another
-    run's and nothing says that it `replaces` that one.
+    A run that was started before with the same settings has already recorded them, whatever its guard was. InputError
+    if the file is another run's and nothing says that it `replaces` that one.
     """
-    run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    of_predictions = {key: value for key, value in settings.items() if key != "guard"}
+    run = hashlib.sha256(json.dumps(of_predictions, sort_keys=True).encode()).hexdigest()
     if is_of_run(plan.path, run):
         say(f"{plan.path} already has the reference predictions of a run with the same settings")
     elif plan.path.exists() and not replaces:
@@ -279,7 +280,7 @@ def _record(
     run: str,
     say: Callable[[str], None],
 ) -> None:
-    say(f"before the first step the run records {plan.questions} predictions of the model, {_recorded_for(plan)}")
+    say(_recording_line(plan))
     answers = _answers(plan, model, accelerator.device, batch)
     if accelerator.is_main_process:
         random = (plan.random, plan.new.questions if plan.new else ()) if plan.random else None
@@ -288,6 +289,12 @@ def _record(
     else:
         for _ in answers:  # as long as the main one, for which others could not wait: collectives time out
             pass
+
+
+def _recording_line(plan: AskingPlan) -> str:
+    if not plan.questions:
+        return "the run needs no new reference predictions: earlier runs have recorded all of them"
+    return f"before the first step the run records {plan.questions} predictions of the model, {_recorded_for(plan)}"
 
 
 def _recorded_for(plan: AskingPlan) -> str:

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.files import readable
 from utils.learning.conditions import Conditioning, loss_mask
 from utils.learning.flow_matching import draw_generator
 from utils.preserve.asking import AskingPlan, room_in_training
@@ -36,9 +35,7 @@ def make_guard(
         return None
     if state is not None:
         return guard_from_state(plan.guard_weight, state, accelerator.device)
-    guard = Guard(plan.guard_weight, _gather(plan, preserved, model, trained, accelerator, say))
-    say(f"the guard's statistics take {readable(guard.nbytes)} on {accelerator.device}")
-    return guard
+    return Guard(plan.guard_weight, _gather(plan, preserved, model, trained, accelerator, say))
 
 
 def _gather(
@@ -55,7 +52,7 @@ def _gather(
     own = plan.guard[accelerator.process_index :: processes]
     batches = list(_batches(own, plan))
     say(
-        f"for the guard the run then makes {len(plan.guard)} predictions, forward and backward, which take about as "
+        f"for the guard, the run first makes {len(plan.guard)} predictions, forward and backward, which take about as "
         f"long as {len(batches)} training {'batch' if len(batches) == 1 else 'batches'}"
     )
     gathering = Gathering(trained)

@@ -22,7 +22,7 @@ from utils.selective_finetune import SlicedMatrix, SliceUnits, TrainedSlice
 
 SAMPLES = 32  # predictions
 WEIGHT = 20.0
-MOST_BYTES = 2**30
+MOST_BYTES = 2**30  # of statistics, above which a run goes without a guard
 _TOGETHER = 2**22  # values that are converted to fp32 in one go
 
 
@@ -81,9 +81,9 @@ def guard_bytes(units: Iterable[SliceUnits]) -> int:
 
 
 class Gathering:
-    """Sums up the statistics in backward passes, each from predictions times noise of unit variance.
+    """Sums up the statistics in backward passes, each from the sum of predictions times noise of unit variance.
 
-    The gradient of that product has, in the mean over the noise, the square of the predictions' own.
+    In the mean over the noise, the squared gradient of that sum is the sum of every predicted value's squared gradient.
     """
 
     def __init__(self, trained: TrainedSlice):
@@ -134,7 +134,7 @@ class Gathering:
                 torch.distributed.all_reduce(tensor)
         samples, *tokens = counts.tolist()
         for (name, own), count in zip(self.sums.items(), tokens, strict=True):
-            own.inputs_GMM.mul_(_are_values(self.trained.matrices[name]) / max(count, 1))
+            own.inputs_GMM.mul_(_both_in_slice(self.trained.matrices[name]) / max(count, 1))
             own.outputs_GL.div_(samples)
         return self.sums
 
@@ -145,7 +145,7 @@ def _empty(matrix: SlicedMatrix) -> MatrixStatistics:
     return MatrixStatistics(*(torch.zeros(shape, device=matrix.start.device) for shape in shapes))
 
 
-def _are_values(matrix: SlicedMatrix) -> Tensor:
+def _both_in_slice(matrix: SlicedMatrix) -> Tensor:
     """[G, M, M]: 1 where both are units of the slice, 0 where a short row group is filled up."""
     is_unit_GM = torch.zeros_like(matrix.unit_GM, dtype=torch.float32)
     is_unit_GM.view(-1)[matrix.place_U] = 1

@@ -74,7 +74,7 @@ def questions_at(
 ) -> tuple[Question, ...]:
     """At noise levels spread evenly over those that are trained, each with one of the items and its pictures.
 
-    `of` what they are seeds them, with the number of each.
+    `of` says what they are for; with the number of each, it seeds them.
     """
     seed, questions = trained_on.seed, []
     for number in range(levels):

@@ -154,8 +154,9 @@ def _guard_weight(config: TrainConfig, units: Collection[SliceUnits], say: Calla
     weight = config.preserve.guard if config.preserve else 0.0
     size = guard_bytes(units)
     if weight and size > MOST_BYTES:
+        who = f"the {config.expert} expert" if config.expert else "the run"
         say(
-            f"note: the run has no guard, because its statistics would take {readable(size)} at ff {config.ff}, and "
+            f"note: {who} has no guard, because its statistics would take {readable(size)} at ff {config.ff}, and "
             f"{readable(MOST_BYTES)} at most are kept; they grow with the square of ff"
         )
         return 0.0

@@ -11,6 +11,7 @@ from utils.data.items import Item
 from utils.files import readable
 from utils.interrupts import torchrun_line
 from utils.learning.flow_matching import TimestepConfig, draw_generator, draw_uniforms, sigmas_of
+from utils.preserve.guard import Guard
 from utils.preserve.old_prompts import preserve_lines
 from utils.run.config import TrainConfig
 from utils.run.plan import TrainingPlan
@@ -35,8 +36,9 @@ def model_lines(run: Run, placement: Placement) -> list[str]:
     lines += slice_lines(trained, run.model, below.entries)
     lines += preserve_lines(run.preserved, below.entries, own)
     if run.guard:
-        lines.append(f"guards its other predictions with a penalty of weight {run.guard.weight:g}")
-    return [*lines, f"{memory_line(placement, run.accelerator.device)}; {slice_memory(trained, run.model)}"]
+        lines.append(f"guards its other predictions, on every step, with weight {run.guard.weight:g}")
+    taken = slice_memory(trained, run.model, run.guard)
+    return [*lines, f"{memory_line(placement, run.accelerator.device)}; {taken}"]
 
 
 def run_lines(run: Run, input_bytes: int, saving_lines: Sequence[str]) -> list[str]:
@@ -79,12 +81,13 @@ def slice_lines(trained: TrainedSlice, model: WanModel, ledger: Sequence[Entry])
     ]
 
 
-def slice_memory(trained: TrainedSlice, model: WanModel) -> str:
+def slice_memory(trained: TrainedSlice, model: WanModel, guard: Guard | None = None) -> str:
     """How much memory the slice takes on the device besides the weights."""
     # difference, gradient, the start values; then two fp32 values of state in Adam's family.
     slice_bytes = trained.count * (8 + model.dtype.itemsize)
     optimizer = f"AdamW's state {readable(8 * trained.count)}"
-    return f"the slice takes {readable(slice_bytes)} there and {optimizer}, plus activations"
+    guarding = f", its guard {readable(guard.nbytes)}" if guard else ""
+    return f"the slice takes {readable(slice_bytes)} there{guarding} and {optimizer}, plus activations"
 
 
 def input_bytes(

@@ -70,7 +70,7 @@ class Outcome:
 def reads_late(run: Run) -> bool:
     """Whether the host reads the outcome of a step only when it has launched the backward passes of the next one.
 
-    Every process of a run decides alike. The CPU computes while the host waits, and the scaler of fp16 waits anyway.
+    Every process of a run decides alike. On a CPU nothing would run meanwhile, and the scaler of fp16 waits anyway.
     """
     is_gpu, fp16 = run.accelerator.device.type == "cuda", run.scaler.is_enabled()
     return is_gpu and not fp16 and run.trained.count <= _LATE_UP_TO

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from utils.data.dataset import TrainingDataset
 from utils.learning.lr_schedules import fast_forward
+from utils.learning.optimizers import load_optimizer
 from utils.preserve.guard import Guard
 from utils.preserve.old_prompts import Preservation
 from utils.run.config import TrainConfig
@@ -134,12 +135,12 @@ def has_ended_error(run: Run, place: Place) -> InputError:
 def _resume_schedule(run: Run, state: State) -> None:
     """The optimizer's state, and the schedule where it was; with another number of steps, the new schedule's rates."""
     if state.planned_steps == run.plan.steps:
-        run.optimizer.load_state_dict(state.optimizer)
+        load_optimizer(run.optimizer, state.optimizer)
         run.scheduler.load_state_dict(state.scheduler)
         return
     fast_forward(run.scheduler, state.scheduler.get("last_epoch", state.step))
     rates = [group["lr"] for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(state.optimizer)
+    load_optimizer(run.optimizer, state.optimizer)
     for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
