@@ -261,10 +261,10 @@ def test_without_a_file_the_empty_prompt_and_the_captions_of_concepts_are_preser
 
 def test_whatever_is_preserved_has_a_guard_unless_it_is_turned_off(tmp_path):
     common = [*SHORT, "--t5", "models_t5.pth", "--preserve_prompts"]
-    weights = {(): WEIGHT, ("--guard",): WEIGHT, ("--guard", "2.5"): 2.5, ("--guard=0",): 0}
+    weights = {(): None, ("--guard",): WEIGHT, ("--guard", "2.5"): 2.5, ("--guard=0",): 0}
     for more, weight in weights.items():
         assert parse_train([*common, *more]).preserve.guard == weight
-    for value, weight in {"true": WEIGHT, "2.5": 2.5, "0": 0, "false": 0, '""': WEIGHT}.items():
+    for value, weight in {"true": WEIGHT, "2.5": 2.5, "0": 0, "false": 0, '""': None}.items():
         (tmp_path / "flags.toml").write_text(f"guard = {value}", encoding="utf-8")
         found = parse_train([*common, "--config_file", str(tmp_path / "flags.toml")]).preserve
         assert found.guard == weight

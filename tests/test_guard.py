@@ -297,11 +297,18 @@ def test_statistics_that_would_be_too_large_are_left_out_with_a_note_and_the_run
     assert all(torch.equal(value, state_of(folder).trained[name]) for name, value in whole.trained.items())
 
 
+def test_a_guard_that_was_asked_for_and_cannot_be_is_refused(monkeypatch):
+    monkeypatch.setattr(checks, "MOST_BYTES", 0)
+    asked = SimpleNamespace(preserve=SimpleNamespace(guard=2.0), ff="0.5", expert="")
+    with pytest.raises(InputError, match=r"^--guard 2: its statistics would take .* leave it out"):
+        checks._guard_weight(asked, [slice_units("blocks.0.weight", (16, 16), "0.5", 1)], None)
+
+
 def test_of_two_experts_the_note_names_each(monkeypatch):
     monkeypatch.setattr(checks, "MOST_BYTES", 0)
     said, units = [], [slice_units("blocks.0.weight", (16, 16), "0.5", 1)]
     for expert in ("", "low_noise"):
-        asked = SimpleNamespace(preserve=SimpleNamespace(guard=1.0), ff="0.5", expert=expert)
+        asked = SimpleNamespace(preserve=SimpleNamespace(guard=None), ff="0.5", expert=expert)
         assert checks._guard_weight(asked, units, said.append) == 0
     assert [line.split(", because")[0] for line in said] == [
         "note: the run has no guard", "note: the low_noise expert has no guard"

@@ -18,7 +18,6 @@ from utils.cli.unsupported import TRAINING
 from utils.data.config import read_dataset_config
 from utils.data.sources import AnyDataset, DatasetConfig, VideoDataset
 from utils.files import existing_file
-from utils.preserve.guard import WEIGHT
 from utils.preserve.old_prompts import EMPTY_PROMPT, PreserveConfig
 from utils.run.config import COMPUTE_DTYPES, MetadataConfig, TrainConfig
 from utils.run.samples import SampleConfig
@@ -351,7 +350,7 @@ def _preserve(flags: Namespace) -> PreserveConfig | None:
         random=flags.preserve_random,
         every=every,
         weight=weight,
-        guard=WEIGHT if flags.guard is None else flags.guard,
+        guard=flags.guard,
         t5=existing_file(flags.t5, "--t5"),
         tokenizer=flags.tokenizer,
         batch=flags.sample_batch,

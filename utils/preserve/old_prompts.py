@@ -51,7 +51,7 @@ class PreserveConfig:
     weight: float  # beside the loss on the new concept
     t5: Path
     tokenizer: Path | None
-    guard: float = 0.0  # the weight of its penalty; 0: none
+    guard: float | None = 0.0  # the weight of its penalty; 0: none; None: the default, or none where it cannot be
     batch: int | None = None  # predictions that are recorded in one pass of the model; None: by their size
     fp8_t5: bool = False
 

@@ -15,7 +15,7 @@ from utils.learning.lr_schedules import check_schedule
 from utils.learning.optimizers import check_optimizer
 from utils.preserve.answers_file import ENDING
 from utils.preserve.asking import AskedModel, AskingPlan, plan_asking, read_old_prompts
-from utils.preserve.guard import MOST_BYTES, guard_bytes
+from utils.preserve.guard import MOST_BYTES, WEIGHT, guard_bytes
 from utils.preserve.questions import TrainedOn
 from utils.run.config import COMPUTE_DTYPES, TrainConfig
 from utils.run.earlier_run import Replaced, check_earlier_run
@@ -150,17 +150,22 @@ def planned_lines(asked: Sequence[TrainConfig], plans: Sequence[RunPlan]) -> lis
 
 
 def _guard_weight(config: TrainConfig, units: Collection[SliceUnits], say: Callable[[str], None]) -> float:
-    """That of the guard's penalty; 0 where there is none, or where its statistics would be too large."""
-    weight = config.preserve.guard if config.preserve else 0.0
-    size = guard_bytes(units)
-    if weight and size > MOST_BYTES:
-        who = f"the {config.expert} expert" if config.expert else "the run"
-        say(
-            f"note: {who} has no guard, because its statistics would take {readable(size)} at ff {config.ff}, and "
-            f"{readable(MOST_BYTES)} at most are kept; they grow with the square of ff"
+    """That of the guard's penalty; 0 where there is none, or where its statistics would be too large.
+
+    InputError if they would be and a weight was asked for.
+    """
+    asked = config.preserve.guard if config.preserve else 0.0
+    if asked == 0 or (size := guard_bytes(units)) <= MOST_BYTES:
+        return WEIGHT if asked is None else asked
+    sizes = f"{readable(size)} at ff {config.ff}, and {readable(MOST_BYTES)} at most are kept"
+    if asked is not None:
+        raise InputError(
+            f"--guard {asked:g}: its statistics would take {sizes}; leave it out to train without a guard, or take a "
+            "smaller --ff (they grow with its square)"
         )
-        return 0.0
-    return weight
+    who = f"the {config.expert} expert" if config.expert else "the run"
+    say(f"note: {who} has no guard, because its statistics would take {sizes}; they grow with the square of ff")
+    return 0.0
 
 
 def _choose_state(
