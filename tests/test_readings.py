@@ -19,6 +19,7 @@ from utils.run.outcome import Outcome, reads_late
 from utils.run.progress import StepTimer
 from wan.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAVING = ("--save_every_n_steps", "3", "--save_state", "--save_as", "slice", "--lr_scheduler", "cosine")
 PLAIN = ("--optimizer_type", "SGD", "--learning_rate", "0.1")  # AdamW counts its steps in tensors of the host
 
@@ -33,14 +34,6 @@ def folder(files):
     yield files
     for out in ("out", "whole"):
         shutil.rmtree(files / out, ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
