@@ -107,7 +107,8 @@ def test_the_state_of_adamw8bit_is_counted_as_it_is_on_a_device_with_memory():
 def test_a_trained_value_takes_what_its_optimizer_needs_and_little_more(optimizer, most, ff):
     case = next(case for case in CASES if case.ring_blocks == 1)
     without, peak = (measure(case, own, optimizer=optimizer).highest for own in ("0.00001", ff))
-    assert 10 < (peak - without) / (slice_values(ff) - slice_values("0.00001")) <= most
+    each = (peak - without) / (slice_values(ff) - slice_values("0.00001"))
+    assert 0.7 * most < each <= most  # less where the peak of the smallest slice is in backward
 
 
 def test_sampling_and_decoding_of_a_picture_are_counted():
