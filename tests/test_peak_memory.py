@@ -44,7 +44,7 @@ def test_wan_14b_stays_within_the_promised_memory(case):
 
 def test_weights_on_the_device_are_the_buffers_and_what_is_small():
     """And what is copied to it is twice what they do not hold, with what lies outside once."""
-    for swapped, ring, blocks, outside in ((0, 2, FEW, OUTSIDE), (2, 1, 1, OUTSIDE), (3, 2, 2, 0), (3, 1, 1, 0)):
+    for swapped, ring, blocks, outside in ((0, 2, FEW, OUTSIDE), (2, 1, 1, OUTSIDE), (3, 2, 2, 0)):
         peaks = measure(Case("", IMAGE, swapped, ring), blocks=FEW, steps=3 if swapped else 1)
         slice_bytes = (4 + 2) * FEW * BLOCK // 2 // 1000  # difference and start
         assert 0 < peaks.placed - blocks * BLOCK - outside - slice_bytes < 8e6

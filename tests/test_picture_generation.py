@@ -311,7 +311,7 @@ def test_the_image_encoder_is_gone_and_the_vae_back_on_the_host_before_other_mod
     assert len(encoders) == 1
 
 
-@pytest.mark.parametrize("task", ["flf2v-14B", "ti2v-5B"])
+@pytest.mark.parametrize("task", [pytest.param("flf2v-14B", marks=pytest.mark.slow), "ti2v-5B"])
 def test_training_draws_the_clip_that_generation_makes(tmp_path, task):
     last = " --ei b.png" if task == "flf2v-14B" else ""
     (tmp_path / "p.txt").write_text(f"a red cat --i a.png{last} --w 64 --h 32 --f 5 --s 2 --g 1 --d 3\n")

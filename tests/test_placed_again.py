@@ -81,7 +81,7 @@ def same(one, other):
         pytest.param("half", {"host_weights": "mapped", "overlaid": True}, marks=pytest.mark.slow),
         pytest.param("half", {"mapped": False}, marks=pytest.mark.slow),
         ("all", {"host_weights": "staged"}),
-        ("bytes", {}),
+        pytest.param("bytes", {}, marks=pytest.mark.slow),
     ],
 )
 def test_two_that_take_turns_train_bit_for_bit_like_each_alone(swap, way):

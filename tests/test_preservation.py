@@ -376,7 +376,7 @@ def test_captions_go_from_the_ledger_into_a_later_run(folder):
     told = "\n".join(run(folder, *second))
     assert "has learned one;" in told and "--preserve_prompts preserves that" in told
     kept = (*t5(folder), "--preserve_prompts", str(folder / "old.txt"), "auto", "--preserve_random", "0")
-    kept += ("--max_train_epochs", "1")
+    kept += ("--max_train_epochs", "1", "--guard", "0")
     told = "\n".join(run(folder, *second, *kept, "--overwrite"))
     assert "preserves 3 general prompts and 8 prompts of concepts, on one step in 4, with weight 4" in told
     assert "has learned" not in told
@@ -386,7 +386,7 @@ def test_without_metadata_no_captions_are_written_and_auto_says_so(folder):
     run(folder, "--max_train_epochs", "1", "--no_metadata")
     assert "captions" not in entry_of(folder / "out" / "one.safetensors")
     second = ("--dit", str(folder / "out" / "one.safetensors"), "--ffid", "3", "--output_name", "two")
-    kept = (*t5(folder), "--preserve_prompts", "--preserve_random", "0", "--max_train_epochs", "1")
+    kept = (*t5(folder), "--preserve_prompts", "--preserve_random", "0", "--max_train_epochs", "1", "--guard", "0")
     assert "nothing is preserved of one (ff 0.1 ffid 2): the ledger has no captions" in "\n".join(
         run(folder, *second, *kept)
     )

@@ -196,7 +196,9 @@ def test_the_empty_prompt_is_not_preserved_where_captions_are_dropped(folder):
     assert found.notes == ("not preserved, because this run trains it: the empty prompt",)
 
 
-@pytest.mark.parametrize("more", [(), ("--blocks_to_swap", "1")], ids=["resumed", "swapped"])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--blocks_to_swap", "1"), marks=pytest.mark.slow)], ids=["resumed", "swapped"]
+)
 def test_a_resumed_or_swapped_run_takes_the_same_steps(folder, more):
     common = (*after(folder, "chain", "two", "three", 4, "other"), "--preserve_every", "1", "--mixed_precision", "bf16")
     common += ("--max_train_epochs", "2", "--save_state")

@@ -71,6 +71,8 @@ def test_samples_show_the_lora_and_training_predictions_validation_and_files_are
     old = ["--preserve_prompts", str(folder / "old.txt"), "--preserve_levels", "2", "--preserve_every", "2"]
     kept = [
         *old,
+        "--preserve_random",
+        "4",
         "--save_state",
         "--save_best",
         "--max_train_epochs",
