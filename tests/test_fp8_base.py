@@ -97,7 +97,7 @@ def test_every_budget_and_timing_trains_bit_for_bit_like_a_resident_model(budget
     assert same(Run(FakeDevice(timing), fp8="scaled", **BUDGETS[budget]).train(), references["scaled"])
 
 
-@pytest.mark.parametrize("mode", ["pinned", "staged", "auto"])
+@pytest.mark.parametrize("mode", ["pinned", "staged", pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fp8", KINDS)
 def test_so_does_every_way_to_wait_on_the_host(fp8, mode, references):
     run = Run(FakeDevice("random"), BLOCKS, fp8=fp8, host_weights=mode, checkpointed=mode != "staged")
@@ -113,7 +113,13 @@ def test_slices_on_top_of_the_base_stay_in_full_precision(swapped):
     assert same(run.train(), RunOnRounded("scaled", lay_over=other_slice).train())
 
 
-@pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        pytest.param(own, id=name, marks=[] if name in ("no backward", "an exception") else pytest.mark.slow)
+        for name, own in INTERRUPTIONS.items()
+    ],
+)
 def test_after_an_interruption_it_goes_on_bit_for_bit(interrupt):
     results = []
     for run in (RunOnRounded("scaled"), Run(FakeDevice("random"), 3, fp8="scaled")):
