@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_preservation import kept_by, t5
 from test_processes import in_two_processes, needs_fork
-from tiny_run import run, write_dataset, write_dit, write_sample_models
+from tiny_run import run, write_inputs, write_sample_models
 from torch import nn
 
 from utils.files import readable
@@ -31,9 +31,7 @@ GATHERED = 5  # predictions, in these tests
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_dit(folder / "base.safetensors")
-    write_dataset(folder)
+    folder = write_inputs(tmp_path_factory.mktemp("run"))
     write_sample_models(folder)
     (folder / "old.txt").write_text("a red cat\na cat", encoding="utf-8")
     return folder
@@ -260,7 +258,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_does_not_gather_
         for saved in (resumed.guard[name], read_state(between).guard[name]):
             assert torch.equal(saved["inputs"], own["inputs"]) and torch.equal(saved["outputs"], own["outputs"])
     told, size = "\n".join(told), sum(tensor.nbytes for own in whole.guard.values() for tensor in own.values())
-    assert "for the guard" not in told and "guards its other predictions, on every step, with weight 30" in told
+    assert "for the guard" not in told and "guards the model's other predictions, on every step, with weight 30" in told
     assert f"there, its guard {readable(size)} and AdamW's state" in told
 
 
@@ -290,7 +288,7 @@ def test_statistics_that_would_be_too_large_are_left_out_with_a_note_and_the_run
     common = (*preserving(folder), "--max_train_steps", "2", "--save_every_n_steps", "1")
     told = run(folder, *common)
     (note,) = (line for line in told if "has no guard" in line)
-    assert "kB at ff 0.1, and 1.0 kB at most are kept" in note and not any("guards its" in line for line in told)
+    assert "kB at ff 0.1, and 1.0 kB at most are kept" in note and not any("guards the model" in line for line in told)
     whole = state_of(folder)
     assert whole.guard is None and "guard" not in whole.settings
     run(folder, *common, "--resume", str(folder / "out" / "one-step00000001-state"))

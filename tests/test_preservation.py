@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_sample_models
+from tiny_run import CONFIG, flags, run, write_dataset, write_dit, write_inputs, write_sample_models
 
 from utils.cli.train import parse_train
 from utils.data.cache_files import image_latents_path, read_latents, write_latents
@@ -37,9 +37,7 @@ SGD = ("--mixed_precision", "no", "--optimizer_type", "SGD", "--learning_rate", 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_dit(folder / "base.safetensors")
-    write_dataset(folder)
+    folder = write_inputs(tmp_path_factory.mktemp("run"))
     write_sample_models(folder)
     (folder / "old.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     return folder

@@ -36,7 +36,7 @@ def model_lines(run: Run, placement: Placement) -> list[str]:
     lines += slice_lines(trained, run.model, below.entries)
     lines += preserve_lines(run.preserved, below.entries, own)
     if run.guard:
-        lines.append(f"guards its other predictions, on every step, with weight {run.guard.weight:g}")
+        lines.append(f"guards the model's other predictions, on every step, with weight {run.guard.weight:g}")
     taken = slice_memory(trained, run.model, run.guard)
     return [*lines, f"{memory_line(placement, run.accelerator.device)}; {taken}"]
 
